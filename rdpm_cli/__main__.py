@@ -1,0 +1,6 @@
+"""`python -m rdpm_cli ...`, so that torchrun can start every command."""
+
+from rdpm_cli.cli import main
+
+if __name__ == "__main__":
+    main()

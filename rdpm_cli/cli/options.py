@@ -1,0 +1,22 @@
+"""Option types that every command shares, so that a name means the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Images = Annotated[str, typer.Argument(metavar="IMAGES", help="folder or .zip of class folders, flat folder, or digits")]
+Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides, e.g. train.steps=100")
+]
+RunFolder = Annotated[Path | None, typer.Option("--out", metavar="RUN", help="run folder; default runs/<recipe>-...")]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", metavar="FILE", help="default: $RDPM_TOKENIZER, else tokenizer.pt in this folder"),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="of the noise")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only the first N images")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, only errors")]

@@ -1,0 +1,46 @@
+"""Printing a result: text for people, JSON for scripts. stdout is the answer and nothing else."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rdpm_cli import progress
+
+if TYPE_CHECKING:
+    from rdpm_cli.engine import Result
+
+
+def begin(quiet: bool) -> None:
+    """Set how much is said on stderr."""
+    progress.quiet = quiet
+
+
+def show(result: "Result", as_json: bool) -> None:
+    """Print a result on stdout."""
+    if as_json:
+        print(json.dumps(result.values, indent=2, allow_nan=False))
+        return
+    print(result.title)
+    rows = list(_flat(result.values))
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+    if result.next:
+        print(f"next: {result.next}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            rows.append((prefix + name, _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_text(v) for v in value)
+    return str(value)

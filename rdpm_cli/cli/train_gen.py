@@ -1,0 +1,29 @@
+"""rdpm train-gen"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rdpm_cli.cli import options, report
+from rdpm_cli.cli.app import app
+
+
+@app.command("train-gen")
+def train_gen(
+    codes: Annotated[Path, typer.Argument(metavar="CODES", help="code store written by rdpm tokenize")],
+    overrides: options.Overrides = None,
+    recipe: options.Recipe = "imagenet256-d16",
+    out: options.RunFolder = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train a generator on CODES. The same command again resumes.
+
+    Example: rdpm train-gen out/codes --recipe imagenet256-d16 --out runs/d16 train.batch=256
+    """
+    report.begin(quiet)
+    from rdpm_cli import engine
+
+    report.show(engine.train_gen(codes, out, recipe, overrides or [], device), json)

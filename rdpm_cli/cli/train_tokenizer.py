@@ -1,0 +1,24 @@
+"""rdpm train-tokenizer"""
+
+from rdpm_cli.cli import options, report
+from rdpm_cli.cli.app import app
+
+
+@app.command("train-tokenizer")
+def train_tokenizer(
+    images: options.Images,
+    overrides: options.Overrides = None,
+    recipe: options.Recipe = "imagenet256-tokenizer",
+    out: options.RunFolder = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train a tokenizer on IMAGES. The same command again resumes.
+
+    Example: rdpm train-tokenizer imagenet/ --recipe imagenet256-tokenizer --out runs/tok schedule.kind=sin
+    """
+    report.begin(quiet)
+    from rdpm_cli import engine
+
+    report.show(engine.train_tokenizer(images, out, recipe, overrides or [], device), json)

@@ -1,0 +1,1 @@
+"""The seam between the stages: per-timestep codes on disk, and how images become them."""

@@ -1,0 +1,51 @@
+"""What can go wrong for a user: what is wrong, where, what to do next, and the exit code that says so to a script.
+
+Anything that is not an `RdpmError` is a bug and keeps its traceback.
+"""
+
+EXIT_FAILED = 1  # the run failed: disk full, out of memory, NaN, lock held
+EXIT_USAGE = 2  # usage or recipe
+EXIT_DATA = 3  # data, checkpoint or weights unreadable, empty, of the wrong kind, mismatched or absent
+EXIT_STOPPED = 75  # stopped by a signal after saving: run the same command to go on
+EXIT_INTERRUPT = 130  # Ctrl-C
+
+
+class RdpmError(Exception):
+    """One clear line for the user. `message` says what and where, `hint` what to do next."""
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RunError(RdpmError):
+    """The run could not go on: NaN, disk full, somebody else holds the lock."""
+
+
+class UsageError(RdpmError):
+    """A path, option or value that cannot be used as given."""
+
+    exit_code = EXIT_USAGE
+
+
+class RecipeError(UsageError):
+    """A recipe, or an override of one, that does not fit the schema."""
+
+
+class DataError(RdpmError):
+    """Images, codes, samples or references that are unreadable, empty or do not fit each other."""
+
+    exit_code = EXIT_DATA
+
+
+class CheckpointError(DataError):
+    """A checkpoint or weight file that is unreadable, of the wrong kind, or absent."""
+
+
+class Stopped(RdpmError):
+    """A signal asked us to stop; the state is saved and the same command goes on from it."""
+
+    exit_code = EXIT_STOPPED

@@ -1,0 +1,93 @@
+"""Scores as records: value, N, reference and hash, extractor and hash, options."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from rdpm_cli.errors import DataError
+from rdpm_cli.evaluation import metrics
+from rdpm_cli.evaluation.features import Extractor, Features, collect
+from rdpm_cli.evaluation.reference import ImageSet
+from rdpm_cli.images.sources import ImageSource
+from rdpm_cli.images.transform import Pixels, chw, hwc, to_model, to_pixels
+from rdpm_cli.threads import one_thread
+from rdpm_cli.tokenizer.model import Tokenizer
+
+RECON_BATCH = 16
+
+
+def frechet(extractor: Extractor, target: ImageSet, reference: ImageSet, subset: int | None) -> dict[str, Any]:
+    """Fréchet distance of target and reference; also class accuracy where the extractor knows the target's classes.
+
+    subset: take the mean over disjoint class-balanced subsets of so many images (the distance falls with N).
+    """
+    theirs = collect(extractor, reference.batches)
+    ours = collect(extractor, target.batches)
+    groups = _groups(target, len(ours), subset)
+    against = metrics.statistics(theirs.features_ND)
+    values = [metrics.frechet_distance(metrics.statistics(ours.features_ND[rows]), against) for rows in groups]
+    width = ours.features_ND.shape[1]
+    notes = [extractor.note] if extractor.note else []
+    if min(len(groups[0]), len(theirs)) <= width:
+        notes.append(f"fewer images than the {width} features: the covariance has no full rank")
+    return {
+        "metric": "fid" if extractor.name.startswith("inception-2015") else "frechet_distance",
+        "value": float(np.mean(values)),
+        "spread_over_subsets": float(np.std(values)) if len(values) > 1 else None,
+        "n": len(groups[0]),
+        "subsets": len(groups),
+        "target": {"name": target.name, "count": len(ours), "sha256": ours.sha256},
+        "reference": {"name": reference.name, "count": len(theirs), "sha256": theirs.sha256},
+        "extractor": {"name": extractor.name, "sha256": extractor.sha256},
+        "class_accuracy": class_accuracy(extractor, target, ours),
+        "notes": notes,
+    }
+
+
+def _groups(target: ImageSet, count: int, subset: int | None) -> list[Any]:
+    if subset is None:
+        return [np.arange(count)]
+    if target.labels is None:
+        raise DataError(f"{target.name} has no labels, so no class-balanced subsets", "leave --subset out")
+    groups = metrics.balanced_subsets(np.array(target.labels), subset)
+    if not groups:
+        raise DataError(f"{target.name}: {count} images hold no class-balanced subset of {subset}", "sample more")
+    return list(groups)
+
+
+def class_accuracy(extractor: Extractor, target: ImageSet, features: Features) -> float | None:
+    """Share of images the extractor puts into the class they were made for, by class name; None if it cannot say."""
+    if features.predicted_N is None or target.labels is None or not target.class_names:
+        return None
+    predicted = [extractor.class_names[p] for p in features.predicted_N]
+    wanted = [target.class_names[label] for label in target.labels]
+    return float(np.mean([p == w for p, w in zip(predicted, wanted, strict=True)]))
+
+
+def reconstructions(
+    source: ImageSource, tokenizer: Tokenizer, seed: int, device: torch.device, limit: int | None = None
+) -> Iterator[tuple[range, Pixels, Pixels]]:
+    """(indices, originals, reconstructions) under the `eval` noise of a seed, in padded batches on one thread."""
+    size = tokenizer.cfg.autoencoder.resolution
+    count = min(len(source), limit or len(source))
+    for start in range(0, count, RECON_BATCH):
+        part = range(start, min(start + RECON_BATCH, count))
+        padded = list(part) + [part[-1]] * (RECON_BATCH - len(part))
+        originals = np.stack([source.pixels(i, size) for i in padded])
+        eps = tokenizer.noise("eval", seed, padded, [0] * RECON_BATCH).to(device)
+        with one_thread(), torch.no_grad():
+            recon, _ = tokenizer(to_model(chw(originals)).to(device), eps)
+        yield part, originals[: len(part)], hwc(to_pixels(recon))[: len(part)]
+
+
+def reconstruction_scores(pairs: list[tuple[Pixels, Pixels]]) -> dict[str, float]:
+    """Means over images of (originals, reconstructions): mse on [-1, 1], psnr in dB, ssim."""
+    found: dict[str, list[torch.Tensor]] = {"mse": [], "psnr": [], "ssim": []}
+    for originals, recon in pairs:
+        a, b = chw(originals), chw(recon)
+        found["mse"].append(metrics.mean_squared_error(a, b))
+        found["psnr"].append(metrics.psnr(b, a))
+        found["ssim"].append(metrics.ssim(b, a))
+    return {name: float(torch.cat(values).double().mean()) for name, values in found.items()}

@@ -1,0 +1,135 @@
+"""Extractors: uint8 images -> features. The default is always Inception, never silently another."""
+
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rdpm_cli import files
+from rdpm_cli.errors import CheckpointError
+from rdpm_cli.evaluation import judge as judge_file
+from rdpm_cli.images.transform import Pixels, chw, to_model
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA = "6726825d"
+
+
+class Extractor(Protocol):
+    """Features of images, and where it came from."""
+
+    name: str
+    sha256: str
+    class_names: list[str]  # empty unless it classifies our classes
+    note: str
+
+    def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 (B, 3, H, W) -> features (B, D), logits over class_names or None."""
+
+
+class Inception:
+    """Inception 2015-12-05 by torch-fidelity: TF1 bilinear resize to 299, pool_3 features (2048)."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.sha256 = files.sha256_file(path)
+        known = self.sha256.startswith(INCEPTION_SHA)
+        self.name = "inception-2015-12-05" if known else f"inception-v3 layout, weights {self.sha256[:8]}"
+        self.note = "" if known else f"the weights in {path} are not the published ones ({INCEPTION_SHA}...)"
+        self.class_names: list[str] = []
+        self.device = device
+        self.network = _inception_network(path).to(device)
+
+    @torch.no_grad()
+    def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network(pixels_BCHW.to(self.device))[0], None
+
+
+def _inception_network(path: Path) -> nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity's own load would run any pickle
+        network: nn.Module = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+        )
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise CheckpointError(f"{path} does not hold Inception weights: {first}", _where_to_put(INCEPTION_FILE)) from error
+    return network
+
+
+class JudgeExtractor:
+    """A judge's penultimate features, and its opinion of the class."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.judge, content = judge_file.load(path)
+        self.judge.to(device)
+        self.device, self.sha256, self.class_names = device, content["digest"], content["class_names"]
+        accuracy = content["provenance"]["heldout_accuracy"]
+        self.name = f"judge {path.name}"
+        self.note = f"held-out accuracy of the judge: {accuracy:.4f}"
+
+    @torch.no_grad()
+    def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        features, logits = self.judge(to_model(pixels_BCHW).to(self.device))
+        return features, logits
+
+
+def _where_to_put(name: str) -> str:
+    return f"give --weights FILE, or put {name} into the folder $RDPM_WEIGHTS or {_hub_folder()}; or --extractor judge.pt"
+
+
+def _hub_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def find_weights(name: str, given: Path | None) -> Path:
+    """A weight file: the path given, $RDPM_WEIGHTS, torch hub's folder. Never fetched. Raises CheckpointError."""
+    folder = os.environ.get("RDPM_WEIGHTS")
+    places = [given] if given else [*([Path(folder) / name] if folder else []), _hub_folder() / name]
+    for place in places:
+        if place.is_file():
+            return place
+    looked = ", ".join(str(p) for p in places)
+    raise CheckpointError(f"weights {name} are not here (looked at: {looked})", _where_to_put(name))
+
+
+def make_extractor(extractor: Path | None, weights: Path | None, device: torch.device) -> Extractor:
+    """A judge's file where one is named, else Inception. Raises CheckpointError before any image is read."""
+    if extractor is not None:
+        return JudgeExtractor(extractor, device)
+    return Inception(find_weights(INCEPTION_FILE, weights), device)
+
+
+@dataclass
+class Features:
+    """Features of a set of images. sha256: of the uint8 pixels in order, the identity of the set."""
+
+    features_ND: NDArray[np.float32]
+    predicted_N: NDArray[np.int64] | None
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.features_ND)
+
+
+def collect(extractor: Extractor, batches: Iterable[Pixels]) -> Features:
+    """Run an extractor over (B, H, W, 3) uint8 batches."""
+    features: list[NDArray[np.float32]] = []
+    predicted: list[NDArray[np.int64]] = []
+    digest = hashlib.sha256()
+    for pixels in batches:
+        digest.update(str(pixels.shape[1:]).encode() + np.ascontiguousarray(pixels).tobytes())
+        found, logits = extractor(chw(pixels))
+        features.append(found.float().cpu().numpy())
+        if logits is not None:
+            predicted.append(logits.argmax(1).cpu().numpy())
+    return Features(np.concatenate(features), np.concatenate(predicted) if predicted else None, digest.hexdigest())

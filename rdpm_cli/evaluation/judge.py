@@ -1,0 +1,113 @@
+"""The judge: a small classifier of real images, an honest extractor where Inception says little (small data sets)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdpm_cli import modelfile, noise
+from rdpm_cli.config import JudgeConfig
+from rdpm_cli.images.sources import ImageSource
+from rdpm_cli.images.transform import chw, to_model
+from rdpm_cli.step import TrainStep
+
+KIND = "rdpm-judge"
+
+
+class Judge(nn.Module):
+    """Three convolutions, two halvings, a feature layer, a class layer. Any image size that 4 divides."""
+
+    def __init__(self, resolution: int, width: int, features: int, classes: int) -> None:
+        super().__init__()
+        self.config = {"resolution": resolution, "width": width, "features": features, "classes": classes}
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 2 * width),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 2 * width),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(32 * width, features),
+            nn.SiLU(),
+        )
+        self.classes = nn.Linear(features, classes)
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """x in [-1, 1] -> penultimate features (B, features), logits (B, classes)."""
+        features = self.body(x_BCHW)
+        return features, self.classes(features)
+
+
+@dataclass
+class LabelledImages:
+    """A batch of images with their classes."""
+
+    pixels_BCHW: Tensor
+    labels_B: Tensor
+
+    def to(self, device: torch.device) -> "LabelledImages":
+        """The same batch on a device."""
+        return LabelledImages(self.pixels_BCHW.to(device), self.labels_B.to(device))
+
+
+class JudgeBatches:
+    """batch_at(step, rows) of real images, each shifted by up to a sixteenth of its side."""
+
+    def __init__(self, source: ImageSource, cfg: JudgeConfig, resolution: int, seed: int) -> None:
+        self.source, self.cfg, self.resolution, self.seed = source, cfg, resolution, seed
+        self.reach = max(1, resolution // 16)
+
+    def batch_at(self, step: int, rows: range) -> LabelledImages:
+        """rows: this process's rows of the global batch."""
+        batch = self.cfg.train.batch
+        own = noise.epoch_rows(self.seed, step, batch, len(self.source))[rows.start : rows.stop]
+        shifts = (noise.block_uniform(self.seed, step, rows, 2) * (2 * self.reach + 1)).astype(int) - self.reach
+        images = []
+        for index, (dy, dx) in zip(own, shifts, strict=True):
+            padded = np.pad(self.source.pixels(int(index), self.resolution), ((self.reach,) * 2,) * 2 + ((0, 0),), "edge")
+            y, x = self.reach + dy, self.reach + dx
+            images.append(padded[y : y + self.resolution, x : x + self.resolution])
+        labels = self.source.need_labels()
+        return LabelledImages(chw(np.stack(images)), torch.tensor([labels[int(i)] for i in own]))
+
+
+class JudgeTask:
+    """Cross-entropy on real images; never sees a sample."""
+
+    name = "judge"
+
+    def __init__(self, judge: Judge) -> None:
+        self.model = judge
+
+    def loss(self, batch: LabelledImages, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> loss and accuracy."""
+        _, logits = self.model(to_model(batch.pixels_BCHW))
+        loss = F.cross_entropy(logits, batch.labels_B)
+        return loss, {"accuracy": (logits.argmax(1) == batch.labels_B).float().mean()}
+
+    def after_step(self, step: TrainStep) -> dict[str, Tensor]:
+        """Nothing follows a step."""
+        return {}
+
+
+def pack(judge: Judge, class_names: list[str], **more: Any) -> dict[str, Any]:
+    """The content of a judge's file. more: provenance, with its held-out accuracy."""
+    return modelfile.pack(KIND, judge.config, judge, class_names=class_names, **more)
+
+
+def load(path: Path) -> tuple[Judge, dict[str, Any]]:
+    """The judge of a file, frozen, and the file's content. Raises CheckpointError."""
+    content = modelfile.load(path, KIND)
+    judge = Judge(**content["config"])
+    modelfile.fill(judge, content, str(path))
+    return judge.eval().requires_grad_(False), content

@@ -1,0 +1,103 @@
+"""What is scored, and against what: sample folders, image sources, the reference recorded along the chain."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rdpm_cli import files
+from rdpm_cli.errors import DataError
+from rdpm_cli.images.sources import ImageSource, is_builtin, open_source
+from rdpm_cli.images.transform import TRANSFORM, Pixels
+
+BATCH = 64
+
+
+@dataclass
+class ImageSet:
+    """Images to score, in order. labels: where known."""
+
+    name: str
+    count: int
+    resolution: int
+    labels: list[int] | None
+    class_names: list[str]
+    batches: Iterator[Pixels]
+    origin: dict[str, Any]  # of samples: the record in samples.json
+
+
+def open_samples(folder: Path) -> ImageSet:
+    """A folder written by `rdpm sample`: exactly the files that samples.json lists. Raises DataError."""
+    record = files.read_json(folder / "samples.json")
+    try:
+        rows, resolution = record["samples"], int(record["resolution"])
+        paths, labels = [folder / row["file"] for row in rows], [int(row["label"]) for row in rows]
+        class_names = list(record["class_names"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / 'samples.json'} lacks {error}", "sample again with `rdpm sample`") from error
+    if absent := [p for p in paths if not p.is_file()]:
+        raise DataError(f"{folder}: {len(absent)} of {len(paths)} samples are missing, first {absent[0].name}",
+                        "sample again with `rdpm sample`")  # fmt: skip
+    return ImageSet(
+        str(folder), len(paths), resolution, labels, class_names, _read_samples(paths, resolution), origin=record
+    )
+
+
+def _read_samples(paths: list[Path], resolution: int) -> Iterator[Pixels]:
+    for start in range(0, len(paths), BATCH):
+        images = []
+        for path in paths[start : start + BATCH]:
+            try:
+                images.append(np.asarray(Image.open(path).convert("RGB")))
+            except (OSError, SyntaxError) as error:
+                raise DataError(f"{path} cannot be read as an image: {error}", "sample again") from error
+            if images[-1].shape != (resolution, resolution, 3):
+                raise DataError(f"{path} is {images[-1].shape}, not {resolution}×{resolution}", "sample again")
+        yield np.stack(images)
+
+
+def open_images(source: ImageSource, resolution: int) -> ImageSet:
+    """Images of a source after the ADM crop."""
+    labels = None if source.labels is None else [int(v) for v in source.labels]
+    return ImageSet(
+        source.spec, len(source), resolution, labels, source.class_names, read_batches(source, resolution), origin={}
+    )
+
+
+def read_batches(source: ImageSource, resolution: int) -> Iterator[Pixels]:
+    """(B, size, size, 3) uint8, in order."""
+    for start in range(0, len(source), BATCH):
+        part = range(start, min(start + BATCH, len(source)))
+        yield np.stack([source.pixels(i, resolution) for i in part])
+
+
+def open_target(spec: str, resolution: int | None) -> ImageSet:
+    """A sample folder, or any image source (at `resolution`, else the size of its first image's short side)."""
+    if not is_builtin(spec) and (Path(spec) / "samples.json").is_file():
+        return open_samples(Path(spec))
+    source = open_source(spec)
+    return open_images(source, resolution or min(source.image(0).size))
+
+
+def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
+    """The reference named by the user, else the one recorded along samples -> checkpoint -> store -> data."""
+    if ref is not None:
+        if not is_builtin(ref) and (Path(ref) / "samples.json").is_file():
+            return open_samples(Path(ref))
+        return open_images(open_source(ref), target.resolution)
+    recorded = target.origin.get("reference")
+    hint = "give the reference with --ref IMAGES"
+    if not recorded:
+        raise DataError(f"{target.name} records no reference", hint)
+    if recorded["transform"] != TRANSFORM:
+        raise DataError(f"{target.name} names a reference with transform {recorded['transform']}", hint)
+    name = recorded["source"]
+    if not is_builtin(name) and not Path(name).exists():
+        raise DataError(f"the recorded reference {name} is not here", hint)
+    source = open_source(name)
+    if source.digest() != recorded["digest"]:
+        raise DataError(f"{name} holds other images than when it was tokenised", hint)
+    return open_images(source, int(recorded["resolution"]))

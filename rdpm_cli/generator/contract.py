@@ -1,0 +1,63 @@
+"""The whole contract between a generator family and everything else."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rdpm_cli.step import TrainStep
+
+
+@dataclass
+class CodeBatch:
+    """A training batch of one process. B images, S values of t an image."""
+
+    codes_BTHW: Tensor  # int64
+    labels_B: Tensor  # int64; the null class where the label was dropped
+    t_BS: Tensor  # int64, 1..T
+    eps_BSCHW: Tensor | None  # the noise of those steps; None: drawn fresh on the device
+    z_BCHW: Tensor | None  # stored latents, fp32
+    spread_B: Tensor  # a·U of the perturbation of z'_{t-1}, one an image
+
+    def to(self, device: torch.device) -> "CodeBatch":
+        """The same batch on a device."""
+        moved = {k: v.to(device, non_blocking=True) if v is not None else None for k, v in vars(self).items()}
+        return CodeBatch(**moved)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What, with checkpoint, label and index, fixes a sample."""
+
+    seed: int = 0
+    cfg: float = 0.0
+    cfg_schedule: str = "linear"
+    tau: float = 1.0
+    skip_steps: int = 0
+
+
+@dataclass
+class Known:
+    """Codes that are given: in-painting, and ResGen's caps."""
+
+    codes_BTHW: Tensor  # int64
+    keep_BTHW: Tensor  # bool, True where the code is kept
+
+
+class Generator(Protocol):
+    """One family. `network` holds the trainable parameters of the generator alone."""
+
+    network: nn.Module
+    classes: int
+
+    def loss(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and logs."""
+
+    def sample(
+        self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None
+    ) -> Tensor:
+        """codes (B, T, h, w) int64. Row i depends on (options, labels_B[i], indices_B[i]) alone."""
+
+    def accuracy(self, codes_BTHW: Tensor, labels_B: Tensor, eps_BTCHW: Tensor) -> dict[str, Tensor]:
+        """Held-out measurements a step t, each (T,): what the family can be judged by."""

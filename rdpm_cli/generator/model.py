@@ -1,0 +1,77 @@
+"""Building generators, and their files. A generator's file carries its tokenizer, so that `rdpm sample` needs no more."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdpm_cli import modelfile
+from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig, validate
+from rdpm_cli.generator.contract import Generator
+from rdpm_cli.generator.rdpm import RDPM
+from rdpm_cli.tokenizer import model as tokenizer_file
+from rdpm_cli.tokenizer.model import Tokenizer
+
+KIND = "rdpm-generator"
+FAMILIES: dict[str, Callable[..., Generator]] = {"rdpm": RDPM}
+
+
+def build(cfg: GeneratorArchitecture, tokenizer: Tokenizer, classes: int) -> Generator:
+    """A fresh generator of the recipe's family over a tokenizer's codes."""
+    return FAMILIES[cfg.family](cfg, tokenizer.quantizer, tokenizer.cfg.autoencoder.grid, classes)
+
+
+def parameters(generator: Generator) -> int:
+    """Trainable parameters of the generator alone, without tokenizer and EMA."""
+    return sum(p.numel() for p in generator.network.parameters())
+
+
+def pack(
+    generator: Generator, cfg: GeneratorConfig, tokenizer: dict[str, Any], class_names: list[str], **more: Any
+) -> dict[str, Any]:
+    """The content of a generator file. tokenizer: the content of its file. more: provenance."""
+    fields = GeneratorArchitecture.model_fields
+    architecture = GeneratorArchitecture(**{name: getattr(cfg, name) for name in fields})
+    config = {
+        **architecture.model_dump(mode="json"),
+        "sampling": cfg.sampling.model_dump(mode="json"),
+        "classes": len(class_names),
+        "tokenizer": tokenizer["digest"],
+    }
+    return modelfile.pack(KIND, config, generator.network, class_names=class_names, tokenizer=tokenizer, **more)
+
+
+@dataclass
+class LoadedGenerator:
+    """A generator file, ready to sample."""
+
+    generator: Generator
+    tokenizer: Tokenizer
+    sampling: SamplingConfig
+    class_names: list[str]
+    digest: str
+    provenance: dict[str, Any]
+
+    def to(self, device: torch.device) -> "LoadedGenerator":
+        """Move both networks."""
+        self.generator.network.to(device)
+        self.tokenizer.to(device)
+        return self
+
+
+def load(path: Path) -> LoadedGenerator:
+    """The generator of a file, frozen, in evaluation mode. Raises CheckpointError."""
+    content = modelfile.load(path, KIND)
+    modelfile.check(content["tokenizer"], f"the tokenizer inside {path}", tokenizer_file.KIND)
+    tokenizer = tokenizer_file.unpack(content["tokenizer"], f"the tokenizer inside {path}")
+    config = dict(content["config"])
+    classes, _ = config.pop("classes"), config.pop("tokenizer")
+    sampling = validate(SamplingConfig, config.pop("sampling"), str(path))
+    generator = build(validate(GeneratorArchitecture, config, str(path)), tokenizer, classes)
+    modelfile.fill(generator.network, content, str(path))
+    generator.network.eval().requires_grad_(False)
+    return LoadedGenerator(
+        generator, tokenizer, sampling, content["class_names"], content["digest"], content["provenance"]
+    )

@@ -1,0 +1,190 @@
+"""RDPM: recurrent token prediction (arXiv 2412.18390 §3.2, Alg. 2), and the options beyond the paper (DESIGN §2).
+
+Legend: B images, R rows (images × values of t), T steps, C code width, H W grid, L = H·W, K codes, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdpm_cli import noise
+from rdpm_cli.config import GeneratorArchitecture, NetworkConfig
+from rdpm_cli.errors import UsageError
+from rdpm_cli.generator.contract import CodeBatch, Known, SampleOptions
+from rdpm_cli.generator.guidance import guidance_at, guide
+from rdpm_cli.generator.transformer import Transformer
+from rdpm_cli.step import TrainStep
+from rdpm_cli.tokenizer.quantizer import Quantizer, diffuse
+from rdpm_cli.tokenizer.schedule import beta
+
+LOGIT_SCALE = 0.5  # s_t at the start
+
+
+def tokens(x_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, L, C)."""
+    return x_BCHW.flatten(2).transpose(1, 2)
+
+
+class RDPMNetwork(nn.Module):
+    """f(eps_t, y, t, z'_{t-1}): Linear(2C -> D), transformer, heads. Both heads start at zero."""
+
+    def __init__(self, cfg: NetworkConfig, grid: int, channels: int, codes: int, steps: int, classes: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(2 * channels, cfg.hidden)
+        self.trunk = Transformer(cfg, grid, channels, classes)
+        self.head = nn.Linear(cfg.hidden, codes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.latent_head: nn.Linear | None = None
+        if cfg.head == "geometric":
+            self.latent_head = nn.Linear(cfg.hidden, channels)
+            nn.init.zeros_(self.latent_head.weight)
+            nn.init.zeros_(self.latent_head.bias)
+            self.raw_scale = nn.Parameter(torch.full((steps,), LOGIT_SCALE).expm1().log())  # softplus gives 0.5
+
+    def forward(
+        self, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor, labels_R: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> logits of the linear head (R, L, K), zhat (R, L, C) or None."""
+        x = self.input(tokens(torch.cat([eps_RCHW, previous_RCHW], 1)))
+        hidden = self.trunk(x, t_R, labels_R)
+        return self.head(hidden), self.latent_head(hidden) if self.latent_head is not None else None
+
+
+class RDPM:
+    """The family: loss over stored codes, sampling over T recurrent steps."""
+
+    def __init__(self, cfg: GeneratorArchitecture, quantizer: Quantizer, grid: int, classes: int) -> None:
+        """quantizer: the frozen tokenizer's; it holds codebook, bias convolution and schedule."""
+        quant = quantizer.cfg
+        channels = quantizer.books.shape[-1]
+        self.cfg, self.quantizer, self.grid, self.classes = cfg, quantizer, grid, classes
+        self.network = RDPMNetwork(cfg.network, grid, channels, quant.codes, quant.steps, classes)
+
+    # ---- one prediction --------------------------------------------------------------------------------------
+
+    def predict(
+        self, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor, labels_R: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """logits over C_t (R, L, K), and zhat (R, L, C) fp32 with the geometric head."""
+        logits, zhat = self.network(eps_RCHW, previous_RCHW, t_R, labels_R)
+        if zhat is None:
+            return logits, None
+        with torch.autocast(zhat.device.type, enabled=False):
+            zhat = zhat.float()
+            return logits.float() + self.geometric_logits(zhat, eps_RCHW, previous_RCHW, t_R), zhat
+
+    def geometric_logits(self, zhat_RLC: Tensor, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor) -> Tensor:
+        """s_t (2 <mu, e_k> - |e_k|²), mu = alpha_t (zhat - z'_{t-1}) + beta_t eps_t: (R, L, K). Affine in zhat.
+
+        C_t is the code nearest to alpha_t (z - z'_{t-1}) + beta_t eps_t, where only z is unknown.
+        """
+        alpha = torch.tensor(self.quantizer.alphas, device=t_R.device)
+        beta_T = torch.tensor([beta(a) for a in self.quantizer.alphas], device=t_R.device)
+        alpha_R11, beta_R11 = alpha[t_R - 1].view(-1, 1, 1), beta_T[t_R - 1].view(-1, 1, 1)
+        mu = alpha_R11 * (zhat_RLC - tokens(previous_RCHW)) + beta_R11 * tokens(eps_RCHW)
+        books = self.quantizer.books
+        book = books[0] if len(books) == 1 else books[t_R - 1]  # (K, C) or (R, K, C)
+        scale_R11 = F.softplus(self.network.raw_scale)[t_R - 1].view(-1, 1, 1)
+        return scale_R11 * (2 * mu @ book.transpose(-1, -2) - book.pow(2).sum(-1).unsqueeze(-2))
+
+    # ---- training --------------------------------------------------------------------------------------------
+
+    def loss(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of C_t (Eq. 7) at S values of t an image, plus MSE(zhat, z) with the geometric head."""
+        with torch.no_grad():
+            codes, eps_BSCHW = self._noisy_codes(batch, step)
+            S = batch.t_BS.shape[1]
+            t_R, labels_R = batch.t_BS.flatten(), batch.labels_B.repeat_interleave(S)
+            rows = codes.repeat_interleave(S, 0)
+            previous = self.quantizer.prefix(rows, t_R - 1)
+            shake = step.normal(*previous.shape[1:]) * batch.spread_B.view(-1, 1, 1, 1)
+            previous = previous + shake.repeat_interleave(S, 0)
+            target_RL = rows[torch.arange(len(rows), device=rows.device), t_R - 1].flatten(1)
+            goal = batch.z_BCHW if batch.z_BCHW is not None else self.quantizer.decode(codes)
+        logits, zhat = self.predict(eps_BSCHW.flatten(0, 1), previous, t_R, labels_R)
+        ce = F.cross_entropy(logits.flatten(0, 1), target_RL.flatten())
+        logs = {"ce": ce.detach(), "accuracy": (logits.detach().argmax(-1) == target_RL).float().mean()}
+        if zhat is None:
+            return ce, logs
+        latent = F.mse_loss(zhat, tokens(goal).repeat_interleave(S, 0))
+        return ce + latent, {**logs, "latent_mse": latent.detach()}
+
+    def _noisy_codes(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, Tensor]:
+        """codes (B, T, H, W) and the noise of the batch's steps (B, S, C, H, W): cached, or drawn afresh from z."""
+        if batch.eps_BSCHW is not None:
+            return batch.codes_BTHW, batch.eps_BSCHW
+        assert batch.z_BCHW is not None, "fresh noise needs latents"
+        eps = step.normal(self.quantizer.steps, *batch.z_BCHW.shape[1:])
+        chosen = eps[torch.arange(len(eps), device=eps.device).unsqueeze(1), batch.t_BS - 1]
+        return self.quantizer.encode(batch.z_BCHW, eps), chosen
+
+    # ---- held-out measurement --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def accuracy(self, codes_BTHW: Tensor, labels_B: Tensor, eps_BTCHW: Tensor) -> dict[str, Tensor]:
+        """Per t, each (T,): cross-entropy, accuracy, the model-free guess's accuracy, mean norm of z'_t."""
+        found: dict[str, list[Tensor]] = {"ce": [], "accuracy": [], "baseline": [], "norm": []}
+        rows = torch.ones_like(labels_B)
+        for t in range(1, self.quantizer.steps + 1):
+            previous, eps = self.quantizer.prefix(codes_BTHW, rows * (t - 1)), eps_BTCHW[:, t - 1]
+            logits = self.predict(eps, previous, rows * t, labels_B)[0].float()
+            target_BL = codes_BTHW[:, t - 1].flatten(1)
+            found["ce"].append(F.cross_entropy(logits.flatten(0, 1), target_BL.flatten()))
+            found["accuracy"].append((logits.argmax(-1) == target_BL).float().mean())
+            found["baseline"].append((self.quantizer.guess(previous, eps, t).flatten(1) == target_BL).float().mean())
+            found["norm"].append(self.quantizer.prefix(codes_BTHW, rows * t).norm(dim=1).mean())
+        return {name: torch.stack(values) for name, values in found.items()}
+
+    # ---- sampling --------------------------------------------------------------------------------------------
+
+    def check(self, options: SampleOptions) -> None:
+        """Raise UsageError for options this tokenizer cannot use."""
+        T = self.quantizer.steps
+        if not 0 <= options.skip_steps < T:
+            raise UsageError(f"--skip-steps {options.skip_steps} is not in 0..{T - 1}", f"this checkpoint has T = {T}")
+        if options.skip_steps and self.quantizer.alphas[0] == 1.0 and T > 1:
+            raise UsageError("--skip-steps needs a noisy schedule; this tokenizer's is rvq", "leave it out")
+
+    @torch.no_grad()
+    def sample(
+        self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None
+    ) -> Tensor:
+        """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t = argmax(tau · logits + Gumbel), all noise addressed by index."""
+        self.check(options)
+        device, indices = labels_B.device, [int(i) for i in indices_B]
+        shape = (self.quantizer.books.shape[-1], self.grid, self.grid)
+        previous = torch.zeros(len(indices), *shape, device=device)
+        codes = []
+        for t in range(1, self.quantizer.steps + 1):
+            none, ts = [0] * len(indices), [t] * len(indices)
+            eps = torch.from_numpy(noise.normal_rows("sample", options.seed, indices, none, ts, shape)).to(device)
+            if t <= options.skip_steps:
+                codes_t = self.quantizer.guess(previous, eps, t)
+            else:
+                logits_BLK = self._guided(eps, previous, t, labels_B, options)
+                codes_t = self._draw(logits_BLK, indices, t, options).view(-1, self.grid, self.grid)
+            if known is not None:
+                codes_t = torch.where(known.keep_BTHW[:, t - 1], known.codes_BTHW[:, t - 1], codes_t)
+            previous = previous + self.quantizer.bias(self.quantizer.look_up(codes_t, t))
+            codes.append(codes_t)
+        return torch.stack(codes, 1)
+
+    def _guided(self, eps: Tensor, previous: Tensor, t: int, labels_B: Tensor, options: SampleOptions) -> Tensor:
+        """logits (B, L, K) fp32; one pass of 2B rows with guidance, of B rows where lambda_t = 0."""
+        lambda_t = guidance_at(t, self.quantizer.steps, options.cfg, options.cfg_schedule)
+        t_B = torch.full_like(labels_B, t)
+        if lambda_t == 0:
+            return self.predict(eps, previous, t_B, labels_B)[0].float()
+        both = torch.cat([labels_B, torch.full_like(labels_B, self.classes)])
+        logits = self.predict(eps.repeat(2, 1, 1, 1), previous.repeat(2, 1, 1, 1), t_B.repeat(2), both)[0].float()
+        return guide(*logits.chunk(2), lambda_t)
+
+    def _draw(self, logits_BLK: Tensor, indices: list[int], t: int, options: SampleOptions) -> Tensor:
+        """argmax(tau · logits + Gumbel): an exact draw from softmax(tau · logits). (B, L) int64."""
+        shape = tuple(logits_BLK.shape[1:])
+        drawn = [
+            (options.tau * row + torch.from_numpy(noise.gumbel(options.seed, index, t, shape)).to(row.device)).argmax(-1)
+            for row, index in zip(logits_BLK, indices, strict=True)
+        ]
+        return torch.stack(drawn)

@@ -1,0 +1,124 @@
+"""`rdpm inspect`: what a path or recipe is, its config, digests and provenance."""
+
+from pathlib import Path
+from typing import Any
+
+from rdpm_cli import config, files
+from rdpm_cli.errors import RecipeError, UsageError
+
+
+def describe(target: str) -> tuple[str, dict[str, Any]]:
+    """(kind, values) of a checkpoint, run, store, sample folder, image source or recipe. Raises RdpmError."""
+    path = Path(target)
+    if path.suffix == ".pt":
+        return _checkpoint(path)
+    if path.is_dir():
+        for name, found in FOLDERS.items():
+            if (path / name).is_file():
+                return found(path)
+    from rdpm_cli.images.sources import is_builtin
+
+    if path.is_dir() or path.suffix == ".zip" or is_builtin(target) and target not in config.recipe_names():
+        return _images(target)
+    try:
+        return _recipe(target)
+    except RecipeError as error:
+        if path.exists() or "/" in target:
+            raise
+        raise UsageError(f"'{target}' is neither a path nor a recipe", error.hint) from error
+
+
+def _recipe(target: str) -> tuple[str, dict[str, Any]]:
+    import torch
+
+    recipe = config.load_recipe(target)
+    values: dict[str, Any] = {"name": recipe.name, "digest": recipe.digest()}
+    with torch.device("meta"):
+        values |= _sizes(recipe)
+    return "recipe", {**values, "recipe": recipe.model_dump(mode="json", exclude_none=True)}
+
+
+def _sizes(recipe: config.Recipe) -> dict[str, Any]:
+    """parameters: of the generator where there is one, else of the tokenizer."""
+    from rdpm_cli.generator.rdpm import RDPMNetwork
+    from rdpm_cli.tokenizer.model import Tokenizer
+
+    sizes: dict[str, Any] = {}
+    if recipe.tokenizer:
+        tokenizer = Tokenizer(recipe.tokenizer)
+        sizes["tokenizer_parameters"] = sum(p.numel() for p in tokenizer.parameters())
+        sizes["parameters"] = sizes["tokenizer_parameters"]
+    if recipe.generator:
+        architecture = recipe.tokenizer or config.TokenizerArchitecture()
+        auto, quant = architecture.autoencoder, architecture.quantizer
+        classes = 1000 if recipe.tokenizer is None else 10
+        network = RDPMNetwork(recipe.generator.network, auto.grid, auto.channels, quant.codes, quant.steps, classes)
+        sizes["parameters"] = sum(p.numel() for p in network.parameters())
+        sizes["parameters_assume"] = {
+            "classes": classes, "positions": auto.grid**2, "codes": quant.codes, "channels": auto.channels
+        }  # fmt: skip
+    return sizes
+
+
+def _checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
+    from rdpm_cli import modelfile
+
+    content = modelfile.load(path)
+    kind = modelfile.FORMATS[content["format"]]
+    values = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "digest": content["digest"],
+        "config": content["config"],
+        "class_names": content["class_names"],
+        "provenance": content["provenance"],
+    }
+    if kind == "generator":
+        from rdpm_cli.generator import model
+
+        values["parameters"] = model.parameters(model.load(path).generator)
+        values["tokenizer"] = {"digest": content["tokenizer"]["digest"], "config": content["tokenizer"]["config"]}
+    elif kind == "tokenizer":
+        from rdpm_cli.tokenizer import model as tokenizer_file
+
+        values["parameters"] = sum(p.numel() for p in tokenizer_file.unpack(content, str(path)).parameters())
+    return kind, values
+
+
+def _store(path: Path) -> tuple[str, dict[str, Any]]:
+    from rdpm_cli.codes.store import Manifest
+
+    manifest = Manifest.load(path)
+    return "code store", {"digest": manifest.digest(), **manifest.model_dump(mode="json")}
+
+
+def _samples(path: Path) -> tuple[str, dict[str, Any]]:
+    record = files.read_json(path / "samples.json")
+    return "samples", {**record, "samples": len(record["samples"])}
+
+
+def _run(path: Path) -> tuple[str, dict[str, Any]]:
+    note = files.read_json(path / "run.json")
+    if "plan" in note:
+        return "unfinished code store", note
+    steps = sorted(p.name for p in (path / "checkpoints").glob("step-*.pt"))
+    outputs = sorted(p.name for p in path.glob("*.pt"))
+    return "run", {**note, "checkpoints": steps, "finished": outputs}
+
+
+def _images(target: str) -> tuple[str, dict[str, Any]]:
+    from rdpm_cli.images.sources import open_source
+
+    source = open_source(target)
+    return "images", {
+        "source": source.spec,
+        "images": len(source),
+        "classes": len(source.class_names),
+        "class_names": source.class_names[:20],
+        "first": source.names[0],
+        "first_size": list(source.image(0).size),
+        "digest": source.digest(),
+    }
+
+
+FOLDERS = {"manifest.json": _store, "samples.json": _samples, "run.json": _run}

@@ -1,0 +1,86 @@
+"""Model files: one plain dict that `torch.load(weights_only=True)` reads (DESIGN: checkpoints).
+
+{format, version, config, weights, class_names, provenance, ...}. A model's digest covers weights and config, never
+provenance: the same for the file, a store's copy of it and the one inside a generator.
+"""
+
+import hashlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from rdpm_cli import __version__, files
+from rdpm_cli.errors import CheckpointError
+
+VERSION = 1
+FORMATS = {"rdpm-tokenizer": "tokenizer", "rdpm-generator": "generator", "rdpm-judge": "judge"}
+MAKERS = {
+    "rdpm-tokenizer": "make one with `rdpm train-tokenizer IMAGES --recipe NAME`",
+    "rdpm-generator": "make one with `rdpm train-gen CODES --recipe NAME`",
+    "rdpm-judge": "`rdpm demo` makes one",
+}
+
+
+def model_digest(weights: dict[str, Tensor], config: dict[str, Any]) -> str:
+    """sha256 over the sorted (name, dtype, shape, bytes) and the canonical JSON of the config."""
+    total = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    total.update(files.canonical_json(config).encode())
+    return total.hexdigest()
+
+
+def pack(kind: str, config: dict[str, Any], model: nn.Module, **more: Any) -> dict[str, Any]:
+    """The plain dict of a model file. more: class_names, provenance, or what the kind needs."""
+    weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    head = {"format": kind, "version": VERSION, "rdpm": __version__, "torch": str(torch.__version__)}
+    return {**head, "config": config, "weights": weights, "digest": model_digest(weights, config), **more}
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write atomically, through an open file: a path would put its name into the zip and change the bytes."""
+
+    def write(file: BinaryIO) -> None:
+        torch.save(content, file)
+
+    files.write_atomic(path, write)
+
+
+def load(path: Path, kind: str = "") -> dict[str, Any]:
+    """The dict of a model file of the given kind. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist", MAKERS.get(kind, ""))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {first[:200]}", MAKERS.get(kind, "")) from error
+    check(content, str(path), kind)
+    return dict(content)
+
+
+def check(content: Any, where: str, kind: str = "") -> None:
+    """Raise CheckpointError unless content is one of our files, of the kind asked for, with an intact digest."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if found not in FORMATS:
+        raise CheckpointError(f"{where} is not an rdpm checkpoint", MAKERS.get(kind, ""))
+    if kind and found != kind:
+        raise CheckpointError(f"{where} is a {FORMATS[found]}, not a {FORMATS[kind]}", MAKERS[kind])
+    if content["version"] != VERSION:
+        raise CheckpointError(f"{where} has format version {content['version']}; this rdpm reads {VERSION}")
+    if content["digest"] != model_digest(content["weights"], content["config"]):
+        raise CheckpointError(f"{where} is damaged: its weights do not match its digest", "copy or make it again")
+
+
+def fill(model: nn.Module, content: dict[str, Any], where: str) -> None:
+    """Load the weights strictly."""
+    try:
+        model.load_state_dict(content["weights"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{where} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error

@@ -1,0 +1,139 @@
+"""What watches a training run: progress, held-out accuracy per t, preview pictures. Joined to the loop by the engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rdpm_cli.config import TrainConfig
+from rdpm_cli.generator import sampler
+from rdpm_cli.generator.model import LoadedGenerator
+from rdpm_cli.generator.task import CodeBatches, held_out_accuracy
+from rdpm_cli.images import writers
+from rdpm_cli.images.sources import ImageSource
+from rdpm_cli.images.transform import Pixels, chw, hwc, to_model, to_pixels
+from rdpm_cli.progress import Bar
+from rdpm_cli.step import world
+from rdpm_cli.tokenizer.model import Tokenizer
+from rdpm_cli.training.logging import read_metrics
+from rdpm_cli.training.loop import Run
+
+PREVIEWS = 8  # images, or samples a class
+
+
+def progress(bar: Bar, batch: int) -> Callable[[Run, dict[str, float] | None], None]:
+    """Advance a bar of steps, with loss and rate behind it."""
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if bar.done == 0 and run.step > 1:
+            bar.resume_at(run.step - 1)
+        note = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} images/s" if logs else ""
+        bar.advance(1, note)
+
+    return observe
+
+
+def due(run: Run, cfg: TrainConfig) -> bool:
+    """Is it time to evaluate? Always at the end; only in the first process."""
+    regular = bool(cfg.eval_every) and run.step % cfg.eval_every == 0
+    return (regular or run.done) and world()[0] == 0
+
+
+def tokenizer_preview(tokenizer: Tokenizer, source: ImageSource, cfg: TrainConfig) -> Callable[..., None]:
+    """RUN/previews/: inputs, reconstructions and the T partial decodes, under held-out noise."""
+    count = min(PREVIEWS, len(source))
+    chosen = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+    images = np.stack([source.pixels(i, tokenizer.cfg.autoencoder.resolution) for i in chosen])
+    eps = tokenizer.noise("heldout", 0, chosen, [0] * count)
+
+    @torch.no_grad()
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if not due(run, cfg):
+            return
+        model: Any = run.ema.model if run.ema else tokenizer
+        was_training = model.training
+        model.eval()
+        codes = model.encode(to_model(chw(images)).to(run.device), eps.to(run.device))
+        rows = [images, *decode_prefixes(model, codes)]
+        model.train(was_training)
+        labels = ["input", *(f"t = {t}" for t in range(1, len(rows)))]
+        sheet = writers.grid(np.concatenate(rows), count, labels, f"step {run.step}")
+        writers.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
+
+    return observe
+
+
+@torch.no_grad()
+def decode_prefixes(tokenizer: Tokenizer, codes: torch.Tensor) -> list[Pixels]:
+    """D(z'_1)..D(z'_T) as uint8 (B, H, W, 3)."""
+    frames = []
+    for t in range(1, tokenizer.quantizer.steps + 1):
+        z = tokenizer.quantizer.prefix(codes, torch.full((len(codes),), t, device=codes.device))
+        frames.append(hwc(to_pixels(tokenizer.decode_latents(z))))
+    return frames
+
+
+def generator_monitor(loaded: LoadedGenerator, batches: CodeBatches, cfg: TrainConfig) -> Callable[..., Any]:
+    """Held-out accuracy per t beside the model-free baseline, norms, and a grid of samples from fixed seeds."""
+
+    def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
+        if not due(run, cfg):
+            return None
+        generator, trained = loaded.generator, loaded.generator.network
+        generator.network = (run.ema.model if run.ema else trained).eval()
+        try:
+            found = held_out_accuracy(generator, batches, run.device)
+            norms = _preview(loaded, run)
+        finally:
+            generator.network = trained
+            trained.train()
+        return {f"heldout/{name}": values for name, values in found.items()} | {"sampled/norm": norms}
+
+    return observe
+
+
+def _preview(loaded: LoadedGenerator, run: Run) -> list[float]:
+    """Write a grid of samples; -> their mean norm of z'_t, (T,)."""
+    from rdpm_cli.generator.contract import SampleOptions
+
+    classes = list(range(min(10, len(loaded.class_names))))
+    labels = [c for c in classes for _ in range(PREVIEWS)]
+    options = SampleOptions(**loaded.sampling.model_dump(exclude={"micro_batch"}))
+    parts = list(sampler.sample(loaded, labels, options, loaded.sampling.micro_batch))
+    sheet = writers.grid(
+        np.concatenate([p.pixels_BHWC for p in parts]), PREVIEWS, [loaded.class_names[c] for c in classes]
+    )
+    writers.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
+    codes = torch.cat([p.codes_BTHW for p in parts]).to(run.device)
+    quantizer = loaded.tokenizer.quantizer
+    counts = [torch.full((len(codes),), t, device=run.device) for t in range(1, quantizer.steps + 1)]
+    return [float(quantizer.prefix(codes, n).norm(dim=1).mean()) for n in counts]
+
+
+def tokenizer_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
+    """Panels of a tokenizer run: losses; perplexity per t at the end."""
+    rows = read_metrics(folder)
+    steps = [float(r["step"]) for r in rows]
+    losses = {name: (steps, [r[name] for r in rows]) for name in ("recon", "quant") if rows and name in rows[-1]}
+    per_t = sorted(k for k in rows[-1] if k.startswith("perplexity/"))
+    health = {"perplexity": ([float(k[-2:]) for k in per_t], [rows[-1][k] for k in per_t])}
+    return {"tokenizer losses|step": losses, "codebook perplexity|t": health}
+
+
+def generator_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
+    """Panels of a generator run: loss; held-out accuracy per t beside the model-free baseline."""
+    rows = read_metrics(folder)
+    trained = [r for r in rows if "ce" in r]
+    loss = {"cross-entropy": ([float(r["step"]) for r in trained], [r["ce"] for r in trained])}
+    held = [r for r in rows if "heldout/accuracy" in r]
+    panels: dict[str, dict[str, writers.Curve]] = {"generator loss|step": loss}
+    if held:
+        last = held[-1]
+        t = [float(i) for i in range(1, len(last["heldout/accuracy"]) + 1)]
+        panels["held-out accuracy per t|t"] = {
+            "model": (t, last["heldout/accuracy"]),
+            "model-free baseline": (t, last["heldout/baseline"]),
+        }
+    return panels

@@ -1,0 +1,49 @@
+"""Stopping on a signal after saving. A plain helper of every long job."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from rdpm_cli.errors import Stopped
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGUSR1; a job asks between two whole pieces of work."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    @property
+    def asked(self) -> bool:
+        """Has a signal come?"""
+        return bool(self.name)
+
+    def leave(self, saved: str) -> None:
+        """Raise Stopped (exit 75) if a signal has come. saved: what is safe now."""
+        if self.asked:
+            raise Stopped(f"stopped by {self.name}; {saved}", "run the same command again to go on")
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn the first SIGTERM or SIGUSR1 into a request; a second one takes its usual course."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    watched = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in watched}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in watched:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

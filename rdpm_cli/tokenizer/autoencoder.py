@@ -1,0 +1,173 @@
+"""The VQGAN encoder and decoder, in VAR's layout and names so that public weights map onto them.
+
+Shapes: x (B,3,H,W) in [-1,1]; z (B,C,h,w) with H/h = f = 2^(levels-1).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdpm_cli.config import AutoencoderConfig
+
+
+def norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = norm(inputs, groups)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = norm(outputs, groups)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x), inplace=True))
+        y = self.conv2(F.silu(self.norm2(y), inplace=True))
+        shortcut: Tensor = self.nin_shortcut(x)
+        return shortcut + y
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the h·w positions, fused 1×1 qkv."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = norm(channels, groups)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(B, 3, 1, C, h * w).transpose(-1, -2).unbind(1)  # (B, 1, hw, C)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, C, h, w)
+        return x + self.proj_out(mixed)
+
+
+class Downsample(nn.Module):
+    """Halve h and w: pad one pixel right and below, 3×3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return y
+
+
+class Upsample(nn.Module):
+    """Double h and w: nearest neighbour, 3×3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return y
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention at the lowest resolution, then a resize."""
+
+    def __init__(self, widths: list[int], attention: bool, groups: int, resize: tuple[str, nn.Module] | None) -> None:
+        super().__init__()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.block = nn.ModuleList(ResnetBlock(i, o, groups) for i, o in pairs)
+        self.attn = nn.ModuleList(AttnBlock(o, groups) for _, o in pairs if attention)
+        self.resize = resize[0] if resize else ""
+        if resize:
+            self.add_module(*resize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return self.get_submodule(self.resize)(x) if self.resize else x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, attention: bool, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups) if attention else nn.Identity()
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return y
+
+
+class Encoder(nn.Module):
+    """x (B,3,H,W) -> features (B,C,h,w), before quant_conv."""
+
+    def __init__(self, cfg: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [cfg.width * m for m in cfg.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, cfg.width, 3, padding=1)
+        self.down = nn.ModuleList()
+        previous = cfg.width
+        for level, width in enumerate(widths):
+            resize = ("downsample", Downsample(width)) if level < last else None
+            blocks = [previous, *[width] * cfg.res_blocks]
+            self.down.append(Level(blocks, cfg.attention and level == last, cfg.groups, resize))
+            previous = width
+        self.mid = Middle(previous, cfg.attention, cfg.groups)
+        self.norm_out = norm(previous, cfg.groups)
+        self.conv_out = nn.Conv2d(previous, cfg.channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y = self.conv_in(x_BCHW)
+        for level in self.down:
+            y = level(y)
+        y = self.mid(y)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(y), inplace=True))
+        return out
+
+
+class Decoder(nn.Module):
+    """features (B,C,h,w), after post_quant_conv -> x' (B,3,H,W). `up[i]` is indexed from high to low resolution."""
+
+    def __init__(self, cfg: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [cfg.width * m for m in cfg.multipliers]
+        last = len(widths) - 1
+        previous = widths[-1]
+        self.conv_in = nn.Conv2d(cfg.channels, previous, 3, padding=1)
+        self.mid = Middle(previous, cfg.attention, cfg.groups)
+        levels = []
+        for level in reversed(range(len(widths))):
+            resize = ("upsample", Upsample(widths[level])) if level > 0 else None
+            blocks = [previous, *[widths[level]] * (cfg.res_blocks + 1)]
+            levels.append(Level(blocks, cfg.attention and level == last, cfg.groups, resize))
+            previous = widths[level]
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = norm(previous, cfg.groups)
+        self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
+
+    def forward(self, z_BCHW: Tensor) -> Tensor:
+        y = self.mid(self.conv_in(z_BCHW))
+        for level in reversed(list(self.up)):
+            y = level(y)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(y), inplace=True))
+        return out
+
+
+def layer_norm(z_BCHW: Tensor) -> Tensor:
+    """LayerNorm over channels at each position, no affine: z gets the scale of the noise."""
+    channels = z_BCHW.shape[1]
+    return F.layer_norm(z_BCHW.movedim(1, -1), (channels,)).movedim(-1, 1)
+
+
+def round_to_half(z_BCHW: Tensor) -> Tensor:
+    """z rounded to fp16 and back, straight-through: codes are then a function of the z that a store can keep."""
+    return z_BCHW + (z_BCHW.detach().to(torch.float16).to(z_BCHW.dtype) - z_BCHW.detach())

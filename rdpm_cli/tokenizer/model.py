@@ -1,0 +1,84 @@
+"""The tokenizer: images <-> latents <-> codes, and its file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rdpm_cli import modelfile, noise
+from rdpm_cli.config import TokenizerArchitecture, validate
+from rdpm_cli.tokenizer.autoencoder import Decoder, Encoder, layer_norm, round_to_half
+from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
+
+KIND = "rdpm-tokenizer"
+
+
+class Tokenizer(nn.Module):
+    """E, Q and D of arXiv 2412.18390 §3.1."""
+
+    def __init__(self, cfg: TokenizerArchitecture, weight: bool = True) -> None:
+        """weight: gamma_t = alpha_t in L_quant (training only)."""
+        super().__init__()
+        auto = cfg.autoencoder
+        self.cfg = cfg
+        self.encoder, self.decoder = Encoder(auto), Decoder(auto)
+        self.quant_conv = nn.Conv2d(auto.channels, auto.channels, auto.quant_kernel, padding=auto.quant_kernel // 2)
+        self.post_quant_conv = nn.Conv2d(auto.channels, auto.channels, auto.quant_kernel, padding=auto.quant_kernel // 2)
+        self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, auto.channels, weight)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return self.cfg.autoencoder.channels, self.cfg.autoencoder.grid, self.cfg.autoencoder.grid
+
+    def noise(self, purpose: str, seed: int, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        """The addressed noise eps_1..eps_T of images, (B, T, C, h, w), on the CPU."""
+        steps = self.cfg.quantizer.steps
+        return torch.from_numpy(noise.normal_steps(purpose, seed, indices, views, steps, self.latent_shape))
+
+    def latents(self, x_BCHW: Tensor) -> Tensor:
+        """z = LN(E(x)), rounded to fp16 values, fp32. x in [-1, 1]."""
+        features = self.quant_conv(self.encoder(x_BCHW)).float()
+        return round_to_half(layer_norm(features) if self.cfg.autoencoder.latent_norm == "layernorm" else features)
+
+    def decode_latents(self, z_BCHW: Tensor) -> Tensor:
+        """D(z'): (B, 3, H, W), about [-1, 1], not clamped."""
+        x: Tensor = self.decoder(self.post_quant_conv(z_BCHW))
+        return x
+
+    def forward(self, x_BCHW: Tensor, eps_BTCHW: Tensor) -> tuple[Tensor, Chain]:
+        """x -> (x', chain)."""
+        chain: Chain = self.quantizer(self.latents(x_BCHW), eps_BTCHW)
+        return self.decode_latents(chain.z_BCHW), chain
+
+    @torch.no_grad()
+    def encode(self, x_BCHW: Tensor, eps_BTCHW: Tensor) -> Tensor:
+        """codes (B, T, h, w) int64."""
+        return self.quantizer.encode(self.latents(x_BCHW), eps_BTCHW)
+
+    @torch.no_grad()
+    def decode(self, codes_BTHW: Tensor) -> Tensor:
+        """codes -> x' (B, 3, H, W)."""
+        return self.decode_latents(self.quantizer.decode(codes_BTHW))
+
+
+def pack(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
+    """The content of a tokenizer file. more: class_names, provenance."""
+    fields = TokenizerArchitecture.model_fields
+    config = TokenizerArchitecture(**{name: getattr(tokenizer.cfg, name) for name in fields}).model_dump(mode="json")
+    return modelfile.pack(KIND, config, tokenizer, **more)
+
+
+def unpack(content: dict[str, Any], where: str) -> Tokenizer:
+    """The frozen tokenizer of a file's content, in evaluation mode."""
+    tokenizer = Tokenizer(validate(TokenizerArchitecture, content["config"], where))
+    modelfile.fill(tokenizer, content, where)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer of a file, and the file's content. Raises CheckpointError."""
+    content = modelfile.load(path, KIND)
+    return unpack(content, str(path)), content

@@ -1,0 +1,46 @@
+"""Training state in RUN/checkpoints/: parameters, optimisers, EMA, step. Written atomically, the newest few kept.
+
+All randomness is a function of (seed, step), so the step alone places a resumed run in its data.
+"""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdpm_cli import files
+from rdpm_cli.errors import CheckpointError
+
+NAME = re.compile(r"step-(\d{9})\.pt")
+
+
+def found(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of the checkpoints in a folder, oldest first."""
+    matches = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*.pt")]
+    return sorted((int(match.group(1)), path) for match, path in matches if match)
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the state of a step, then drop all but the newest `keep`."""
+    path = folder / f"step-{step:09d}.pt"
+    files.write_atomic(path, lambda file: torch.save(state, file))
+    for _, old in found(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The newest state, or None. Raises CheckpointError when it cannot be read."""
+    there = found(folder)
+    if not there:
+        return None
+    path = there[-1][1]
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        hint = "delete this file to go on from the one before it"
+        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint) from error
+    return state

@@ -1,0 +1,94 @@
+"""Several processes, valid at world size 1, so that nothing else asks whether it is distributed."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rdpm_cli import noise
+from rdpm_cli.errors import UsageError
+from rdpm_cli.step import world
+
+BUCKET = 32 * 1024 * 1024  # elements averaged at once
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join torchrun's group if there is one. -> this process's device. device: auto, cpu, cuda or cuda:N."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: no CUDA device here", "leave it out, or give --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield chosen
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def own_rows(batch: int) -> range:
+    """This process's rows of a global batch: whole blocks of 16, equally many in every process."""
+    rank, size = world()
+    if size > 1 and batch % (size * noise.BLOCK):
+        raise UsageError(
+            f"train.batch={batch} cannot be shared by {size} processes", f"give a multiple of {size * noise.BLOCK}"
+        )
+    share = batch // size
+    return range(rank * share, (rank + 1) * share)
+
+
+def broadcast_model(model: nn.Module) -> None:
+    """Give every process the first one's weights and buffers."""
+    if dist.is_initialized():
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Mean of the gradients over processes, a bucket at a time."""
+    size = world()[1]
+    if size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    while gradients:
+        bucket: list[Tensor] = []
+        while gradients and (not bucket or sum(g.numel() for g in bucket) + gradients[0].numel() <= BUCKET):
+            bucket.append(gradients.pop(0))
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat)
+        for gradient, part in zip(bucket, (flat / size).split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def average_logs(logs: dict[str, Tensor]) -> dict[str, float]:
+    """Mean of scalar logs over processes, as floats."""
+    values = torch.stack([v.detach().float().reshape(()) for v in logs.values()])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= world()[1]
+    return dict(zip(logs, values.tolist(), strict=True))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Is the flag set in any process?"""
+    if not dist.is_initialized():
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
