@@ -67,7 +67,9 @@ class QuantizerConfig(Section):
     codebook: Literal["ema", "gradient"] = Field("ema", description="how the codebook learns")
     codebooks: Literal["shared", "per_step"] = Field("shared", description="one book for all t, or one a t")
     decay: float = Field(0.99, ge=0, lt=1, description="of the codebook's EMA")
-    restart_below: float = Field(0.03, ge=0, lt=1, description="a code used less than this × the mean restarts; 0 = off")
+    restart_below: float = Field(
+        0.03, ge=0, lt=1, description="a code used less than this × the mean restarts; 0 = off"
+    )
 
 
 class TokenizerLossConfig(Section):
@@ -215,7 +217,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise RecipeError(f"key '{twice[0]}' stands twice, line {node.start_mark.line + 1} on")
     return loader.construct_mapping(node, deep=True)
@@ -228,13 +230,13 @@ def parse_yaml(text: str, where: str) -> Any:
     """Plain YAML values. Raises RecipeError, which names `where`, on a syntax error or a key written twice."""
     loader = _StrictLoader(text)
     try:
-        return loader.get_single_data()  # type: ignore[no-untyped-call]
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not valid YAML: {error}") from error
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.message}") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def recipe_folder() -> Path:

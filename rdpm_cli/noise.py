@@ -75,8 +75,10 @@ def _permutation(seed: int, epoch: int, count: int) -> Ints:
 def epoch_rows(seed: int, step: int, batch: int, count: int) -> Ints:
     """Rows of the global batch of a step: every row once an epoch, in an order of (seed, epoch). (batch,) int64."""
     places = np.arange(step * batch, (step + 1) * batch)
-    rows = [_permutation(seed, int(epoch), count)[places[places // count == epoch] % count]
-            for epoch in np.unique(places // count)]
+    rows = [
+        _permutation(seed, int(epoch), count)[places[places // count == epoch] % count]
+        for epoch in np.unique(places // count)
+    ]
     return np.concatenate(rows)
 
 

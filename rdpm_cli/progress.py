@@ -28,7 +28,7 @@ class Bar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = ["{task.description}", BarColumn(), "{task.completed:.0f}/{task.total:.0f}", self.unit]
+        columns: list[Any] = ["{task.description}", BarColumn(), "{task.completed:.0f}/{task.total:.0f}", self.unit]
         self._rich = Progress(
             *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),

@@ -15,7 +15,8 @@ HELP = """Image generation by recurrent token prediction (RDPM, arXiv 2412.18390
 
 images -> train-tokenizer -> tokenize -> train-gen -> sample -> eval. Start with `rdpm demo`.
 
-Exit codes: 0 ok, 1 run failed, 2 usage or recipe, 3 data or checkpoint, 75 stopped by a signal after saving, 130 Ctrl-C.
+Exit codes: 0 ok, 1 run failed, 2 usage or recipe, 3 data or checkpoint, 75 stopped by a signal after saving,
+130 Ctrl-C.
 """
 
 app = typer.Typer(

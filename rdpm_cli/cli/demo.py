@@ -12,7 +12,9 @@ from rdpm_cli.cli.app import app
 @app.command()
 def demo(
     overrides: options.Overrides = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of pictures, checkpoints, codes and samples")] = Path("demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of pictures, checkpoints, codes and samples")] = Path(
+        "demo"
+    ),
     seed: options.Seed = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,

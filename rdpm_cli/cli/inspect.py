@@ -10,7 +10,9 @@ from rdpm_cli.cli.app import app
 
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="checkpoint, run, store, samples, images, recipe")],
+    target: Annotated[
+        str, typer.Argument(metavar="PATH|RECIPE", help="checkpoint, run, store, samples, images, recipe")
+    ],
     json: options.Json = False,
 ) -> None:
     """Say what a file, folder or recipe is: kind, config, parameters, provenance, digests.

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-Images = Annotated[str, typer.Argument(metavar="IMAGES", help="folder or .zip of class folders, flat folder, or digits")]
+Images = Annotated[
+    str, typer.Argument(metavar="IMAGES", help="folder or .zip of class folders, flat folder, or digits")
+]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or a YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides, e.g. train.steps=100")

@@ -25,7 +25,9 @@ def sample(
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the PNGs")] = Path("samples"),
     cfg: Annotated[float | None, typer.Option(min=0, help="guidance lambda; 0 = off")] = None,
     cfg_schedule: Annotated[CfgSchedule | None, typer.Option(help="linear: 0 at t = 1, lambda at t = T")] = None,
-    tau: Annotated[float | None, typer.Option(help="inverse temperature; 1 samples exactly, larger is greedier")] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="inverse temperature; 1 samples exactly, larger is greedier")
+    ] = None,
     skip_steps: Annotated[int | None, typer.Option(min=0, help="first steps without a network call")] = None,
     seed: options.Seed = 0,
     grid: Annotated[bool, typer.Option(help="labelled grid under previews/")] = True,

@@ -14,7 +14,8 @@ from rdpm_cli import files, noise
 from rdpm_cli.codes import store
 from rdpm_cli.codes.store import DataOrigin, Plan
 from rdpm_cli.images.sources import ImageSource
-from rdpm_cli.images.transform import TRANSFORM, chw, to_model
+from rdpm_cli.images.tensors import chw, to_model
+from rdpm_cli.images.transform import TRANSFORM
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
 

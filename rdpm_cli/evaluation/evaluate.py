@@ -11,7 +11,8 @@ from rdpm_cli.evaluation import metrics
 from rdpm_cli.evaluation.features import Extractor, Features, collect
 from rdpm_cli.evaluation.reference import ImageSet
 from rdpm_cli.images.sources import ImageSource
-from rdpm_cli.images.transform import Pixels, chw, hwc, to_model, to_pixels
+from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
+from rdpm_cli.images.transform import Pixels
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rdpm_cli import files
 from rdpm_cli.errors import CheckpointError
 from rdpm_cli.evaluation import judge as judge_file
-from rdpm_cli.images.transform import Pixels, chw, to_model
+from rdpm_cli.images.tensors import chw, to_model
+from rdpm_cli.images.transform import Pixels
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA = "6726825d"
@@ -62,7 +63,9 @@ def _inception_network(path: Path) -> nn.Module:
         )
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         first = str(error).strip().splitlines()[0][:200]
-        raise CheckpointError(f"{path} does not hold Inception weights: {first}", _where_to_put(INCEPTION_FILE)) from error
+        raise CheckpointError(
+            f"{path} does not hold Inception weights: {first}", _where_to_put(INCEPTION_FILE)
+        ) from error
     return network
 
 
@@ -84,7 +87,9 @@ class JudgeExtractor:
 
 
 def _where_to_put(name: str) -> str:
-    return f"give --weights FILE, or put {name} into the folder $RDPM_WEIGHTS or {_hub_folder()}; or --extractor judge.pt"
+    return (
+        f"give --weights FILE, or put {name} into the folder $RDPM_WEIGHTS or {_hub_folder()}; or --extractor judge.pt"
+    )
 
 
 def _hub_folder() -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rdpm_cli import modelfile, noise
 from rdpm_cli.config import JudgeConfig
 from rdpm_cli.images.sources import ImageSource
-from rdpm_cli.images.transform import chw, to_model
+from rdpm_cli.images.tensors import chw, to_model
 from rdpm_cli.step import TrainStep
 
 KIND = "rdpm-judge"
@@ -74,7 +74,9 @@ class JudgeBatches:
         shifts = (noise.block_uniform(self.seed, step, rows, 2) * (2 * self.reach + 1)).astype(int) - self.reach
         images = []
         for index, (dy, dx) in zip(own, shifts, strict=True):
-            padded = np.pad(self.source.pixels(int(index), self.resolution), ((self.reach,) * 2,) * 2 + ((0, 0),), "edge")
+            padded = np.pad(
+                self.source.pixels(int(index), self.resolution), ((self.reach,) * 2,) * 2 + ((0, 0),), "edge"
+            )
             y, x = self.reach + dy, self.reach + dx
             images.append(padded[y : y + self.resolution, x : x + self.resolution])
         labels = self.source.need_labels()

@@ -1,7 +1,7 @@
 """The whole contract between a generator family and everything else."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class CodeBatch:
 
     def to(self, device: torch.device) -> "CodeBatch":
         """The same batch on a device."""
-        moved = {k: v.to(device, non_blocking=True) if v is not None else None for k, v in vars(self).items()}
+        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
         return CodeBatch(**moved)
 
 
@@ -54,9 +54,10 @@ class Generator(Protocol):
     def loss(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and logs."""
 
-    def sample(
-        self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None
-    ) -> Tensor:
+    def check(self, options: SampleOptions) -> None:
+        """Raise UsageError for options that this family or its tokenizer cannot use."""
+
+    def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """codes (B, T, h, w) int64. Row i depends on (options, labels_B[i], indices_B[i]) alone."""
 
     def accuracy(self, codes_BTHW: Tensor, labels_B: Tensor, eps_BTCHW: Tensor) -> dict[str, Tensor]:

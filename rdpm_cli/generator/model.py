@@ -1,4 +1,4 @@
-"""Building generators, and their files. A generator's file carries its tokenizer, so that `rdpm sample` needs no more."""
+"""Building generators, and their files. A generator's file carries its tokenizer, so `rdpm sample` needs no more."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

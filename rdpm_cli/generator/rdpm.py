@@ -14,7 +14,7 @@ from rdpm_cli.generator.contract import CodeBatch, Known, SampleOptions
 from rdpm_cli.generator.guidance import guidance_at, guide
 from rdpm_cli.generator.transformer import Transformer
 from rdpm_cli.step import TrainStep
-from rdpm_cli.tokenizer.quantizer import Quantizer, diffuse
+from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.tokenizer.schedule import beta
 
 LOGIT_SCALE = 0.5  # s_t at the start
@@ -59,7 +59,7 @@ class RDPM:
         quant = quantizer.cfg
         channels = quantizer.books.shape[-1]
         self.cfg, self.quantizer, self.grid, self.classes = cfg, quantizer, grid, classes
-        self.network = RDPMNetwork(cfg.network, grid, channels, quant.codes, quant.steps, classes)
+        self.network: nn.Module = RDPMNetwork(cfg.network, grid, channels, quant.codes, quant.steps, classes)
 
     # ---- one prediction --------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class RDPM:
         mu = alpha_R11 * (zhat_RLC - tokens(previous_RCHW)) + beta_R11 * tokens(eps_RCHW)
         books = self.quantizer.books
         book = books[0] if len(books) == 1 else books[t_R - 1]  # (K, C) or (R, K, C)
-        scale_R11 = F.softplus(self.network.raw_scale)[t_R - 1].view(-1, 1, 1)
+        scale_R11 = F.softplus(self.network.get_parameter("raw_scale"))[t_R - 1].view(-1, 1, 1)
         return scale_R11 * (2 * mu @ book.transpose(-1, -2) - book.pow(2).sum(-1).unsqueeze(-2))
 
     # ---- training --------------------------------------------------------------------------------------------
@@ -147,10 +147,8 @@ class RDPM:
             raise UsageError("--skip-steps needs a noisy schedule; this tokenizer's is rvq", "leave it out")
 
     @torch.no_grad()
-    def sample(
-        self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None
-    ) -> Tensor:
-        """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t = argmax(tau · logits + Gumbel), all noise addressed by index."""
+    def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
+        """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t = argmax(tau · logits + Gumbel), noise addressed by index."""
         self.check(options)
         device, indices = labels_B.device, [int(i) for i in indices_B]
         shape = (self.quantizer.books.shape[-1], self.grid, self.grid)
@@ -178,13 +176,16 @@ class RDPM:
             return self.predict(eps, previous, t_B, labels_B)[0].float()
         both = torch.cat([labels_B, torch.full_like(labels_B, self.classes)])
         logits = self.predict(eps.repeat(2, 1, 1, 1), previous.repeat(2, 1, 1, 1), t_B.repeat(2), both)[0].float()
-        return guide(*logits.chunk(2), lambda_t)
+        cond, uncond = logits.chunk(2)
+        return guide(cond, uncond, lambda_t)
 
     def _draw(self, logits_BLK: Tensor, indices: list[int], t: int, options: SampleOptions) -> Tensor:
         """argmax(tau · logits + Gumbel): an exact draw from softmax(tau · logits). (B, L) int64."""
         shape = tuple(logits_BLK.shape[1:])
         drawn = [
-            (options.tau * row + torch.from_numpy(noise.gumbel(options.seed, index, t, shape)).to(row.device)).argmax(-1)
+            (options.tau * row + torch.from_numpy(noise.gumbel(options.seed, index, t, shape)).to(row.device)).argmax(
+                -1
+            )
             for row, index in zip(logits_BLK, indices, strict=True)
         ]
         return torch.stack(drawn)

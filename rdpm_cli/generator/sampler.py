@@ -10,7 +10,8 @@ from torch import Tensor
 from rdpm_cli import noise
 from rdpm_cli.generator.contract import SampleOptions
 from rdpm_cli.generator.model import LoadedGenerator
-from rdpm_cli.images.transform import Pixels, hwc, to_pixels
+from rdpm_cli.images.tensors import hwc, to_pixels
+from rdpm_cli.images.transform import Pixels
 from rdpm_cli.threads import one_thread
 
 

@@ -1,4 +1,4 @@
-"""Where images come from: folders, zips of folders, the built-in digits. One interface, opened by what the user wrote."""
+"""Where images come from: folders, zips of folders, the built-in digits. One interface for all."""
 
 import functools
 import io

@@ -3,6 +3,8 @@
 Shapes: x (B,3,H,W) in [-1,1]; z (B,C,h,w) with H/h = f = 2^(levels-1).
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,7 +79,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: list[int], attention: bool, groups: int, resize: tuple[str, nn.Module] | None) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResnetBlock(i, o, groups) for i, o in pairs)
         self.attn = nn.ModuleList(AttnBlock(o, groups) for _, o in pairs if attention)
         self.resize = resize[0] if resize else ""

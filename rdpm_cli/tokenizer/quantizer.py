@@ -157,7 +157,7 @@ class Quantizer(nn.Module):
         return Chain(codes_BTHW, total, loss, torch.stack(errors), usage)
 
     def _quant_loss(self, v_t: Tensor, chosen: Tensor, q_t: Tensor) -> Tensor:
-        """One term of Eq. 4: mean[|v_t - sg v'_t|² + |sg v_t - bias(e')|²]; e' = sg(e) where the book follows its EMA."""
+        """One term of Eq. 4: mean[|v_t - sg v'_t|² + |sg v_t - bias(e')|²]; e' = sg(e) for an EMA book."""
         learnt = self.bias(q_t if self.cfg.codebook == "gradient" else q_t.detach())
         return F.mse_loss(v_t, chosen.detach()) + F.mse_loss(learnt, v_t.detach())
 

@@ -1,7 +1,5 @@
 """Training a tokenizer, as the training loop sees it: batches, one player's loss, what follows a step."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from rdpm_cli import noise
 from rdpm_cli.config import TokenizerConfig
 from rdpm_cli.images.sources import ImageSource
-from rdpm_cli.images.transform import to_model
+from rdpm_cli.images.tensors import to_model
 from rdpm_cli.step import TrainStep
 from rdpm_cli.tokenizer.losses import TokenizerLoss
 from rdpm_cli.tokenizer.model import Tokenizer

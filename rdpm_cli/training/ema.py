@@ -18,7 +18,8 @@ class Ema:
         """Move the parameters towards the model's; copy its buffers."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        ours, theirs = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        ours = [p.detach() for p in self.model.parameters()]
+        theirs = [p.detach() for p in model.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for mine, other in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(other)

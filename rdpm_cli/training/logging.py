@@ -14,7 +14,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= resumed_at]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)  # type: ignore[no-untyped-call]
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line; numbers also go to TensorBoard."""
@@ -22,11 +22,11 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
-                self.board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush."""
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

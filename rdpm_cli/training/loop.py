@@ -163,7 +163,7 @@ def _advance(
     with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         loss, logs = player.loss(batch, step)
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     parameters = [p for p in player.model.parameters() if p.requires_grad]
     distributed.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)

@@ -1,4 +1,4 @@
-"""What watches a training run: progress, held-out accuracy per t, preview pictures. Joined to the loop by the engine."""
+"""What watches a training run: progress, held-out accuracy per t, preview pictures."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,8 @@ from rdpm_cli.generator.model import LoadedGenerator
 from rdpm_cli.generator.task import CodeBatches, held_out_accuracy
 from rdpm_cli.images import writers
 from rdpm_cli.images.sources import ImageSource
-from rdpm_cli.images.transform import Pixels, chw, hwc, to_model, to_pixels
+from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
+from rdpm_cli.images.transform import Pixels
 from rdpm_cli.progress import Bar
 from rdpm_cli.step import world
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -23,7 +24,7 @@ from rdpm_cli.training.loop import Run
 PREVIEWS = 8  # images, or samples a class
 
 
-def progress(bar: Bar, batch: int) -> Callable[[Run, dict[str, float] | None], None]:
+def progress(bar: Bar) -> Callable[..., None]:
     """Advance a bar of steps, with loss and rate behind it."""
 
     def observe(run: Run, logs: dict[str, float] | None) -> None:
@@ -116,9 +117,11 @@ def tokenizer_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
     """Panels of a tokenizer run: losses; perplexity per t at the end."""
     rows = read_metrics(folder)
     steps = [float(r["step"]) for r in rows]
-    losses = {name: (steps, [r[name] for r in rows]) for name in ("recon", "quant") if rows and name in rows[-1]}
+    losses: dict[str, writers.Curve] = {
+        name: (steps, [r[name] for r in rows]) for name in ("recon", "quant") if rows and name in rows[-1]
+    }
     per_t = sorted(k for k in rows[-1] if k.startswith("perplexity/"))
-    health = {"perplexity": ([float(k[-2:]) for k in per_t], [rows[-1][k] for k in per_t])}
+    health: dict[str, writers.Curve] = {"perplexity": ([float(k[-2:]) for k in per_t], [rows[-1][k] for k in per_t])}
     return {"tokenizer losses|step": losses, "codebook perplexity|t": health}
 
 
@@ -126,7 +129,9 @@ def generator_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
     """Panels of a generator run: loss; held-out accuracy per t beside the model-free baseline."""
     rows = read_metrics(folder)
     trained = [r for r in rows if "ce" in r]
-    loss = {"cross-entropy": ([float(r["step"]) for r in trained], [r["ce"] for r in trained])}
+    loss: dict[str, writers.Curve] = {
+        "cross-entropy": ([float(r["step"]) for r in trained], [r["ce"] for r in trained])
+    }
     held = [r for r in rows if "heldout/accuracy" in r]
     panels: dict[str, dict[str, writers.Curve]] = {"generator loss|step": loss}
     if held:

@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from rdpm_cli import config, files
+from rdpm_cli.engine.runs import Result
 from rdpm_cli.errors import RecipeError, UsageError
+
+
+def inspect(target: str) -> Result:
+    """What is this file, folder or recipe?"""
+    return Result(*describe(target))
 
 
 def describe(target: str) -> tuple[str, dict[str, Any]]:
@@ -18,7 +24,7 @@ def describe(target: str) -> tuple[str, dict[str, Any]]:
                 return found(path)
     from rdpm_cli.images.sources import is_builtin
 
-    if path.is_dir() or path.suffix == ".zip" or is_builtin(target) and target not in config.recipe_names():
+    if path.is_dir() or path.suffix == ".zip" or (is_builtin(target) and target not in config.recipe_names()):
         return _images(target)
     try:
         return _recipe(target)

@@ -1,0 +1,29 @@
+"""The shared core: one function a subcommand, joining rooms, training loop and observers.
+
+Every function checks what is cheap before what is slow, returns a `Result`, and prints nothing but progress.
+torch is imported inside the functions, so that a wrong path, recipe or option is answered at once.
+"""
+
+from rdpm_cli.engine.generating import parse_classes, sample, train_gen
+from rdpm_cli.engine.inspection import inspect
+from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
+from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
+from rdpm_cli.engine.tokenizing import find_tokenizer, reconstruct, tokenize, train_tokenizer
+
+__all__ = [
+    "Result",
+    "copy_file",
+    "eval_fid",
+    "eval_recon",
+    "find_tokenizer",
+    "inspect",
+    "parse_classes",
+    "reconstruct",
+    "sample",
+    "tokenize",
+    "train_gen",
+    "train_judge",
+    "train_tokenizer",
+    "training_curves",
+    "versions",
+]

@@ -1,0 +1,253 @@
+"""train-gen and sample."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpm_cli import config, files, progress
+from rdpm_cli.engine.runs import (
+    Result,
+    first_process,
+    last_metrics,
+    need_folder,
+    train,
+    training_curves,
+    training_run,
+    versions,
+)
+from rdpm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rdpm_cli.generator.model import LoadedGenerator
+
+
+def train_gen(
+    codes: Path, out: Path | None, recipe_name: str, overrides: Sequence[str] = (), device: str = "auto"
+) -> Result:
+    """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once."""
+    recipe = config.load_recipe(recipe_name, overrides, "generator")
+    cfg = recipe.generator
+    assert cfg is not None
+    out = out or Path("runs") / f"{recipe.name}-generator"
+    import torch
+
+    from rdpm_cli import modelfile
+    from rdpm_cli.codes.store import CodeStore
+    from rdpm_cli.engine import observers
+    from rdpm_cli.generator import model
+    from rdpm_cli.generator.task import CodeBatches, GeneratorTask
+    from rdpm_cli.tokenizer import model as tokenizer_file
+
+    tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt") if codes.is_dir() else (None, None)
+    store = CodeStore(codes, tokenizer_content["digest"] if tokenizer_content else None)
+    assert tokenizer is not None
+    assert tokenizer_content is not None
+    m = store.manifest
+    batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
+    settings = {
+        "command": "train-gen",
+        "recipe": {"seed": recipe.seed, "generator": cfg.model_dump(mode="json")},
+        "store": m.digest(),
+    }
+    final = out / "generator.pt"
+    with training_run(out, settings, device) as (chosen, stop):
+        if not final.exists():
+            torch.manual_seed(recipe.seed)
+            generator = model.build(cfg, tokenizer.to(chosen), len(m.class_names))
+            generator.network.to(chosen).train()
+            progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
+            loaded = model.LoadedGenerator(generator, tokenizer, cfg.sampling, list(m.class_names), "", {})
+            generator.network = train(
+                [GeneratorTask(generator)],
+                batches.batch_at,
+                cfg.train,
+                batches.images,
+                out=out,
+                seed=recipe.seed,
+                device=chosen,
+                stop=stop,
+                observers=[observers.generator_monitor(loaded, batches, cfg.train)],
+            )
+            if first_process():
+                provenance = {
+                    "recipe": recipe.model_dump(mode="json"),
+                    "store": {"path": str(codes.resolve()), "digest": m.digest()},
+                    "reference": {
+                        "source": m.data.source,
+                        "digest": m.data.digest,
+                        "resolution": m.resolution,
+                        "transform": m.transform,
+                    },
+                    **versions(),
+                }
+                content = model.pack(generator, cfg, tokenizer_content, list(m.class_names), provenance=provenance)
+                modelfile.save(final, content)
+                training_curves(out / "curves.png", generator_run=out)
+        elif first_process():
+            progress.say(f"{final} is finished already")
+    loaded = model.load(final)
+    values = {
+        "generator": str(final),
+        "digest": loaded.digest,
+        "parameters": model.parameters(loaded.generator),
+        **last_metrics(out, ["ce", "accuracy"]),
+        **last_metrics(out, ["heldout/accuracy", "heldout/baseline"]),
+    }
+    return Result("generator trained", values, f"rdpm sample --ckpt {final} --classes all")
+
+
+def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """`1,2,3`, `0-9`, `all`, `name:goldfish`, and mixtures, in order, each once. Raises UsageError."""
+    chosen: list[int] = []
+    for part in (p.strip() for p in text.split(",")):
+        low, dash, high = part.partition("-")
+        if part == "all":
+            chosen += range(len(class_names))
+        elif part.startswith("name:"):
+            chosen.append(_class_named(part.removeprefix("name:"), class_names))
+        elif part.isdigit():
+            chosen.append(int(part))
+        elif dash and low.isdigit() and high.isdigit() and int(low) <= int(high):
+            chosen += range(int(low), int(high) + 1)
+        else:
+            raise UsageError(f"--classes: '{part}' is not a class", "write 1,2,3 or 0-9 or all or name:goldfish")
+    if outside := [c for c in chosen if c >= len(class_names)]:
+        raise UsageError(f"--classes: there is no class {outside[0]}", f"this checkpoint has 0..{len(class_names) - 1}")
+    return list(dict.fromkeys(chosen))
+
+
+def _class_named(name: str, class_names: Sequence[str]) -> int:
+    if name in class_names:
+        return list(class_names).index(name)
+    near = difflib.get_close_matches(name, class_names, 3)
+    hint = f"did you mean {', '.join(near)}?" if near else "see the names with `rdpm inspect CKPT`"
+    raise UsageError(f"--classes: no class is named '{name}'", hint)
+
+
+def sample(
+    ckpt: Path,
+    classes: str = "all",
+    per_class: int = 8,
+    out: Path = Path("samples"),
+    *,
+    seed: int = 0,
+    cfg: float | None = None,
+    cfg_schedule: str | None = None,
+    tau: float | None = None,
+    skip_steps: int | None = None,
+    grid: bool = True,
+    gif: bool = False,
+    npz: bool = False,
+    device: str = "auto",
+) -> Result:
+    """Checkpoint -> PNGs, samples.json, previews. Options left out are the checkpoint's own."""
+    from rdpm_cli.generator import model, sampler
+    from rdpm_cli.generator.contract import SampleOptions
+
+    loaded = model.load(ckpt)
+    given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "tau": tau, "skip_steps": skip_steps}
+    asked = {name: value for name, value in given.items() if value is not None}
+    sampling = config.validate(config.SamplingConfig, {**loaded.sampling.model_dump(), **asked}, "sampling options")
+    options = SampleOptions(seed=seed, **sampling.model_dump(exclude={"micro_batch"}))
+    labels = sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
+    record: dict[str, Any] = {
+        "format": "rdpm-samples",
+        "version": 1,
+        "checkpoint": {"path": str(ckpt.resolve()), "digest": loaded.digest},
+        "options": {**sampling.model_dump(), "seed": seed},
+        "resolution": loaded.tokenizer.cfg.autoencoder.resolution,
+        "class_names": loaded.class_names,
+        "reference": loaded.provenance.get("reference"),
+        "versions": versions(),
+        "samples": [{"file": f"{i:06d}.png", "index": i, "label": label} for i, label in enumerate(labels)],
+    }
+    _claim_samples(out, record)
+    loaded.generator.check(options)
+    with files.only_writer(out):
+        preview = _write_samples(loaded, labels, options, sampling.micro_batch, out, device)
+        files.write_json(out / "samples.json", record)
+        if npz:
+            _write_npz(out, record)
+        pictures = _write_previews(loaded, preview, out, grid, gif)
+    values = {"folder": str(out), "samples": len(labels), "classes": len(set(labels)), "checkpoint": loaded.digest}
+    return Result("samples written", {**values, **record["options"], **pictures}, f"rdpm eval fid {out}")
+
+
+def _claim_samples(out: Path, record: dict[str, Any]) -> None:
+    """Refuse a folder that holds something else, before any work."""
+    need_folder(out)
+    if (out / "samples.json").is_file():
+        before = files.read_json(out / "samples.json")
+        same = {k: before.get(k) for k in ("checkpoint", "options", "samples")}
+        if same != {k: record[k] for k in same}:
+            raise UsageError(f"{out} holds other samples", "choose another --out, or remove it")
+    elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no samples.json", "choose another --out")
+
+
+PREVIEWED = 8  # samples a class in the preview grid
+
+
+def _write_samples(
+    loaded: LoadedGenerator, labels: list[int], options: Any, micro_batch: int, out: Path, device: str
+) -> list[tuple[int, Any, Any]]:
+    """Write the PNGs. -> (label, pixels, codes) of the first few of each of the first 16 classes, by label."""
+    from rdpm_cli.generator import sampler
+    from rdpm_cli.images import writers
+    from rdpm_cli.signals import stop_on_signal
+    from rdpm_cli.training.distributed import process_group
+
+    preview: list[tuple[int, Any, Any]] = []
+    shown = dict.fromkeys(sorted(set(labels))[:16], 0)
+    with (
+        process_group(device) as chosen,
+        stop_on_signal() as stop,
+        progress.Bar("sample", len(labels), "images") as bar,
+    ):
+        for part in sampler.sample(loaded.to(chosen), labels, options, micro_batch):
+            for place, (index, label) in enumerate(zip(part.indices, part.labels, strict=True)):
+                writers.save_png(out / f"{index:06d}.png", part.pixels_BHWC[place])
+                if shown.get(label, PREVIEWED) < PREVIEWED:
+                    shown[label] += 1
+                    preview.append((label, part.pixels_BHWC[place], part.codes_BTHW[place]))
+            bar.advance(len(part.indices))
+            if bar.done < len(labels):
+                stop.leave(f"{bar.done} of {len(labels)} samples are in {out}")
+    return sorted(preview, key=lambda row: row[0])
+
+
+def _write_npz(out: Path, record: dict[str, Any]) -> None:
+    from rdpm_cli.evaluation.reference import open_samples
+    from rdpm_cli.images import writers
+
+    images, size = open_samples(out), record["resolution"]
+    assert images.labels is not None
+    writers.save_npz(out / "samples.npz", (images.count, size, size, 3), images.batches, images.labels)
+
+
+def _write_previews(
+    loaded: LoadedGenerator, preview: list[tuple[int, Any, Any]], out: Path, grid: bool, gif: bool
+) -> dict[str, str]:
+    import numpy as np
+    import torch
+
+    from rdpm_cli.engine import observers
+    from rdpm_cli.images import writers
+
+    names = [loaded.class_names[label] for label in dict.fromkeys(row[0] for row in preview)]
+    columns = -(-len(preview) // len(names))
+    written = {}
+    if grid:
+        sheet = writers.grid(np.stack([row[1] for row in preview]), columns, names)
+        writers.save_png(out / "previews" / "grid.png", sheet)
+        written["grid"] = str(out / "previews" / "grid.png")
+    if gif:
+        device = next(loaded.tokenizer.parameters()).device
+        frames = observers.decode_prefixes(loaded.tokenizer, torch.stack([row[2] for row in preview]).to(device))
+        titled = [writers.grid(f, columns, names, f"t = {t} of {len(frames)}") for t, f in enumerate(frames, 1)]
+        writers.save_gif(out / "previews" / "steps.gif", titled)
+        written["gif"] = str(out / "previews" / "steps.gif")
+    return written

@@ -1,0 +1,111 @@
+"""eval fid, eval recon, and the judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rdpm_cli import progress
+from rdpm_cli.config import Recipe
+from rdpm_cli.engine.runs import Result, train, training_run, versions
+from rdpm_cli.engine.tokenizing import find_tokenizer
+
+
+def eval_fid(
+    target: str,
+    ref: str | None = None,
+    *,
+    extractor: Path | None = None,
+    weights: Path | None = None,
+    subset: int | None = None,
+    resolution: int | None = None,
+    device: str = "auto",
+) -> Result:
+    """Fréchet distance of samples, or of any images, to a reference."""
+    from rdpm_cli.evaluation import evaluate, features
+    from rdpm_cli.evaluation.reference import open_reference, open_target
+    from rdpm_cli.training.distributed import process_group
+
+    with process_group(device) as chosen:
+        judge = features.make_extractor(extractor, weights, chosen)
+        images = open_target(target, resolution)
+        values = evaluate.frechet(judge, images, open_reference(ref, images), subset)
+    return Result("score", {**values, "options": images.origin.get("options"), "versions": versions()})
+
+
+def eval_recon(
+    images: str,
+    tokenizer: Path | None = None,
+    *,
+    seed: int = 0,
+    seeds: int = 1,
+    limit: int | None = None,
+    device: str = "auto",
+) -> Result:
+    """MSE, PSNR and SSIM of reconstructions: mean over noise seeds seed..seed+seeds-1, and their spread."""
+    path = find_tokenizer(tokenizer)
+    from rdpm_cli.images.sources import open_source
+
+    source = open_source(images)
+    import numpy as np
+
+    from rdpm_cli.evaluation import evaluate
+    from rdpm_cli.tokenizer import model
+    from rdpm_cli.training.distributed import process_group
+
+    loaded, content = model.load(path)
+    count = min(len(source), limit or len(source))
+    scores = []
+    with process_group(device) as chosen, progress.Bar("reconstruct", seeds * count, "images") as bar:
+        for one in range(seed, seed + seeds):
+            pairs = []
+            for indices, originals, recon in evaluate.reconstructions(source, loaded.to(chosen), one, chosen, limit):
+                pairs.append((originals, recon))
+                bar.advance(len(indices))
+            scores.append(evaluate.reconstruction_scores(pairs))
+    values: dict[str, Any] = {"metric": "reconstruction", "n": count, "seeds": list(range(seed, seed + seeds))}
+    for name in scores[0]:
+        values[name] = float(np.mean([s[name] for s in scores]))
+    values["spread_over_seeds"] = {n: float(np.std([s[n] for s in scores])) for n in scores[0]} if seeds > 1 else None
+    values |= {"target": {"name": source.spec, "sha256": source.digest()}, "tokenizer": content["digest"]}
+    return Result("score", {**values, "versions": versions()})
+
+
+def train_judge(images: str, heldout: str, out: Path, recipe: Recipe, device: str = "auto") -> Result:
+    """A classifier of real images -> RUN/judge.pt, with its accuracy on held-out images."""
+    cfg = recipe.judge
+    assert cfg is not None
+    assert recipe.tokenizer is not None
+    size = recipe.tokenizer.autoencoder.resolution
+    import numpy as np
+    import torch
+
+    from rdpm_cli import modelfile
+    from rdpm_cli.evaluation import judge
+    from rdpm_cli.evaluation.reference import read_batches
+    from rdpm_cli.images.sources import open_source
+    from rdpm_cli.images.tensors import chw, to_model
+
+    source, unseen = open_source(images), open_source(heldout)
+    settings = {"command": "train-judge", "recipe": {"seed": recipe.seed, "judge": cfg.model_dump(mode="json")}}
+    final = out / "judge.pt"
+    with training_run(out, settings, device) as (chosen, stop):
+        if not final.exists():
+            torch.manual_seed(recipe.seed)
+            network = judge.Judge(size, cfg.width, cfg.features, len(source.class_names)).to(chosen).train()
+            batches = judge.JudgeBatches(source, cfg, size, recipe.seed)
+            kept = train(
+                [judge.JudgeTask(network)], batches.batch_at, cfg.train, len(source),
+                out=out, seed=recipe.seed, device=chosen, stop=stop,
+            )  # fmt: skip
+            assert isinstance(kept, judge.Judge)
+            with torch.no_grad():
+                logits = [
+                    kept.eval()(to_model(chw(x)).to(chosen))[1].argmax(1).cpu() for x in read_batches(unseen, size)
+                ]
+            accuracy = float(np.mean(torch.cat(logits).numpy() == np.array(unseen.need_labels())))
+            provenance = {"data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy, **versions()}
+            modelfile.save(final, judge.pack(kept, source.class_names, provenance=provenance))
+    _, content = judge.load(final)
+    values = {"judge": str(final), "heldout_accuracy": content["provenance"]["heldout_accuracy"]}
+    return Result("judge trained", values)

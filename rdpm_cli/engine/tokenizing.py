@@ -1,0 +1,221 @@
+"""train-tokenizer, tokenize, reconstruct."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rdpm_cli import config, files, progress
+from rdpm_cli.engine.runs import (
+    Result,
+    first_process,
+    last_metrics,
+    need_folder,
+    train,
+    training_curves,
+    training_run,
+    versions,
+)
+from rdpm_cli.errors import CheckpointError
+
+SHARD_IMAGES = 4096
+
+
+def train_tokenizer(
+    images: str, out: Path | None, recipe_name: str, overrides: Sequence[str] = (), device: str = "auto"
+) -> Result:
+    """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once."""
+    recipe = config.load_recipe(recipe_name, overrides, "tokenizer")
+    cfg = recipe.tokenizer
+    assert cfg is not None
+    from rdpm_cli.images.sources import open_source
+
+    source = open_source(images)
+    out = out or Path("runs") / f"{recipe.name}-tokenizer"
+    import torch
+
+    from rdpm_cli import modelfile
+    from rdpm_cli.engine import observers
+    from rdpm_cli.tokenizer import model
+    from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
+
+    settings = {
+        "command": "train-tokenizer",
+        "recipe": {"seed": recipe.seed, "tokenizer": cfg.model_dump(mode="json")},
+        "data": {"source": source.spec, "digest": source.digest()},
+    }
+    final = out / "tokenizer.pt"
+    with training_run(out, settings, device) as (chosen, stop):
+        if not final.exists():
+            torch.manual_seed(recipe.seed)
+            tokenizer = model.Tokenizer(cfg, cfg.loss.weight).to(chosen).train()
+            kept = train(
+                [TokenizerTask(tokenizer, cfg)],
+                ImageBatches(source, cfg, recipe.seed).batch_at,
+                cfg.train,
+                len(source),
+                out=out,
+                seed=recipe.seed,
+                device=chosen,
+                stop=stop,
+                observers=[observers.tokenizer_preview(tokenizer, source, cfg.train)],
+            )
+            assert isinstance(kept, model.Tokenizer)
+            if first_process():
+                provenance = {"recipe": recipe.model_dump(mode="json"), "data": settings["data"], **versions()}
+                modelfile.save(final, model.pack(kept, class_names=source.class_names, provenance=provenance))
+                training_curves(out / "curves.png", tokenizer_run=out)
+        elif first_process():
+            progress.say(f"{final} is finished already")
+    tokenizer, content = model.load(final)
+    values = {"tokenizer": str(final), "digest": content["digest"], **last_metrics(out, ["loss", "recon", "quant"])}
+    values["parameters"] = sum(p.numel() for p in tokenizer.parameters())
+    return Result("tokenizer trained", values, f"rdpm tokenize {images} out/codes --tokenizer {final}")
+
+
+def find_tokenizer(given: Path | None) -> Path:
+    """--tokenizer, else $RDPM_TOKENIZER, else ./tokenizer.pt. Raises CheckpointError saying how to make one."""
+    if given is not None:
+        return given
+    if named := os.environ.get("RDPM_TOKENIZER"):
+        return Path(named)
+    if Path("tokenizer.pt").is_file():
+        return Path("tokenizer.pt")
+    raise CheckpointError(
+        "no tokenizer: --tokenizer is not given, $RDPM_TOKENIZER is not set, and there is no ./tokenizer.pt",
+        "make one with `rdpm train-tokenizer IMAGES --recipe NAME`, then pass its tokenizer.pt",
+    )
+
+
+def tokenize(
+    images: str,
+    out: Path,
+    tokenizer: Path | None = None,
+    *,
+    views: int = 1,
+    flip: bool = False,
+    keep_latents: bool = False,
+    seed: int = 0,
+    shard_images: int = SHARD_IMAGES,
+    device: str = "auto",
+) -> Result:
+    """Images -> code store. Resumes at the first missing shard."""
+    path = find_tokenizer(tokenizer)
+    from rdpm_cli.images.sources import open_source
+
+    source = open_source(images)
+    from rdpm_cli.codes import encode
+    from rdpm_cli.codes.store import Manifest
+    from rdpm_cli.signals import stop_on_signal
+    from rdpm_cli.tokenizer import model
+    from rdpm_cli.training.distributed import process_group
+
+    loaded, content = model.load(path)
+    with process_group(device) as chosen, stop_on_signal() as stop:
+        plan = encode.make_plan(
+            source,
+            loaded.to(chosen),
+            content["digest"],
+            views=views,
+            flip=flip,
+            latents=keep_latents,
+            seed=seed,
+            shard_images=shard_images,
+            device=chosen,
+        )
+        record = {"argv": sys.argv, "versions": versions()}
+        with progress.Bar("tokenize", len(source), "images") as bar:
+            for done in encode.write_store(out, source, loaded, path.read_bytes(), plan, record):
+                bar.advance(done)
+                if bar.done < len(source):
+                    stop.leave(f"finished shards are kept in {out}")
+    m = Manifest.load(out)
+    size = sum((out / name).stat().st_size for shard in m.shards for name in shard.sha256)
+    values = {
+        "store": str(out),
+        "digest": m.digest(),
+        "tokenizer": m.tokenizer,
+        "images": m.images,
+        "views": m.views,
+        "shape": [m.steps, *m.grid],
+        "bytes": size,
+    }
+    return Result("codes written", values, f"rdpm train-gen {out} --recipe NAME")
+
+
+def reconstruct(
+    target: str,
+    out: Path,
+    tokenizer: Path | None = None,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    device: str = "auto",
+) -> Result:
+    """Images, or a code store, -> PNGs; with images also a side-by-side grid and PSNR, SSIM."""
+    from rdpm_cli.images.sources import is_builtin
+
+    need_folder(out)
+    if not is_builtin(target) and (Path(target) / "manifest.json").is_file():
+        return _decode_store(Path(target), out, tokenizer, limit, device)
+    path = find_tokenizer(tokenizer)
+    from rdpm_cli.images.sources import open_source
+
+    source = open_source(target)
+    import numpy as np
+
+    from rdpm_cli.evaluation import evaluate
+    from rdpm_cli.images import writers
+    from rdpm_cli.tokenizer import model
+    from rdpm_cli.training.distributed import process_group
+
+    loaded, content = model.load(path)
+    pairs, rows = [], []
+    with process_group(device) as chosen, progress.Bar("reconstruct", limit or len(source), "images") as bar:
+        for indices, originals, recon in evaluate.reconstructions(source, loaded.to(chosen), seed, chosen, limit):
+            for index, pixels in zip(indices, recon, strict=True):
+                writers.save_png(out / f"{index:06d}.png", pixels)
+                rows.append({"file": f"{index:06d}.png", "source": source.names[index]})
+            pairs.append((originals, recon))
+            bar.advance(len(indices))
+    shown = 16
+    both = [np.concatenate(side)[:shown] for side in zip(*pairs, strict=True)]
+    sheet = writers.grid(np.concatenate(both), min(shown, len(rows)), ["real", "recon"])
+    writers.save_png(out / "previews" / "grid.png", sheet)
+    scores = {"n": len(rows), "seed": seed, **evaluate.reconstruction_scores(pairs)}
+    files.write_json(out / "reconstructions.json", {"tokenizer": content["digest"], **scores, "images": rows})
+    values = {"folder": str(out), "grid": str(out / "previews" / "grid.png"), "tokenizer": content["digest"], **scores}
+    return Result("images reconstructed", values)
+
+
+def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | None, device: str) -> Result:
+    import numpy as np
+    import torch
+
+    from rdpm_cli.codes.store import CodeStore
+    from rdpm_cli.images import writers
+    from rdpm_cli.images.tensors import hwc, to_pixels
+    from rdpm_cli.threads import one_thread
+    from rdpm_cli.tokenizer import model
+    from rdpm_cli.training.distributed import process_group
+
+    loaded, content = model.load(tokenizer or root / "tokenizer.pt")
+    store = CodeStore(root, content["digest"])
+    chosen_rows = np.arange(0, len(store), store.manifest.views)[:limit]
+    first = []
+    with process_group(device) as chosen, progress.Bar("decode", len(chosen_rows), "images") as bar, one_thread():
+        loaded.to(chosen)
+        for start in range(0, len(chosen_rows), store.manifest.micro_batch):
+            rows = chosen_rows[start : start + store.manifest.micro_batch]
+            codes = torch.from_numpy(store.codes(rows).astype(np.int64)).to(chosen)
+            pixels = hwc(to_pixels(loaded.decode(codes)))
+            for index, picture in zip(store.index[rows], pixels, strict=True):
+                writers.save_png(out / f"{index:06d}.png", picture)
+            first.append(pixels)
+            bar.advance(len(rows))
+    shown = np.concatenate(first)[:64]
+    writers.save_png(out / "previews" / "grid.png", writers.grid(shown, 8))
+    values = {"folder": str(out), "grid": str(out / "previews" / "grid.png"), "images": len(chosen_rows)}
+    return Result("codes decoded", {**values, "tokenizer": content["digest"], "store": store.manifest.digest()})
