@@ -81,6 +81,7 @@ class TrainConfig(Section):
     """What the one training loop needs, the same for every task."""
 
     batch: int = Field(128, gt=0, description="images a step, over all processes")
+    micro_batch: int | None = Field(None, gt=0, multiple_of=16, description="images at once; gradients accumulate")
     steps: int | None = Field(None, gt=0, description="optimiser steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the images; or give steps")
     lr: float = Field(4e-5, gt=0, description="learning rate after warm-up")
@@ -202,6 +203,7 @@ class Recipe(Section):
 
     name: str = Field("", description="filled in with the file's name")
     seed: int = Field(0, ge=0, description="of training and of the store's noise")
+    classes: int = Field(1000, gt=0, description="for `rdpm inspect` alone; training counts the store's own")
     views: int = Field(1, ge=1, description="noise draws an image that the demo keeps in its store")
     tokenizer: TokenizerConfig | None = Field(None, description="for train-tokenizer")
     generator: GeneratorConfig | None = Field(None, description="for train-gen")

@@ -57,11 +57,12 @@ def _sizes(recipe: config.Recipe) -> dict[str, Any]:
     if recipe.generator:
         architecture = recipe.tokenizer or config.TokenizerArchitecture()
         auto, quant = architecture.autoencoder, architecture.quantizer
-        classes = 1000 if recipe.tokenizer is None else 10
-        network = RDPMNetwork(recipe.generator.network, auto.grid, auto.channels, quant.codes, quant.steps, classes)
+        network = RDPMNetwork(
+            recipe.generator.network, auto.grid, auto.channels, quant.codes, quant.steps, recipe.classes
+        )
         sizes["parameters"] = sum(p.numel() for p in network.parameters())
         sizes["parameters_assume"] = {
-            "classes": classes, "positions": auto.grid**2, "codes": quant.codes, "channels": auto.channels
+            "classes": recipe.classes, "positions": auto.grid**2, "codes": quant.codes, "channels": auto.channels
         }  # fmt: skip
     return sizes
 

@@ -57,6 +57,15 @@ class Usage:
     used_TK: Tensor  # plain number of vectors a step and code
     vectors_TBNC: Tensor  # the v_t, from which dead codes restart; N positions
 
+    def merged(self, other: "Usage") -> "Usage":
+        """This and the next micro-batch's."""
+        return Usage(
+            self.counts_SK + other.counts_SK,
+            self.sums_SKC + other.sums_SKC,
+            self.used_TK + other.used_TK,
+            torch.cat([self.vectors_TBNC, other.vectors_TBNC], 1),
+        )
+
 
 @dataclass
 class Chain:

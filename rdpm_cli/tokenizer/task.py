@@ -46,15 +46,17 @@ class TokenizerTask:
         eps = step.normal(self.model.cfg.quantizer.steps, *self.model.latent_shape)
         recon, chain = self.model(x, eps)
         total, terms = self.loss_terms(x, recon, chain.loss)
-        self.usage = chain.usage
+        assert chain.usage is not None, "the tokenizer is in training mode"
+        self.usage = self.usage.merged(chain.usage) if self.usage else chain.usage
         latent = {f"latent_error/t{t:02d}": e for t, e in enumerate(chain.error_T, 1)}
         return total, {**terms, **latent}
 
     def after_step(self, step: TrainStep) -> dict[str, Tensor]:
         """Move the codebook and report its health per t."""
         assert self.usage is not None, "after_step follows loss"
-        restarted = self.model.quantizer.follow(self.usage, step)
-        return {"restarted": torch.tensor(float(restarted)), **codebook_health(self.usage.used_TK)}
+        usage, self.usage = self.usage, None
+        restarted = self.model.quantizer.follow(usage, step)
+        return {"restarted": torch.tensor(float(restarted)), **codebook_health(usage.used_TK)}
 
 
 def codebook_health(used_TK: Tensor) -> dict[str, Tensor]:

@@ -32,10 +32,10 @@ class Player(Protocol):
         """What is trained."""
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and scalar logs of this process's rows."""
+        """Scalar loss and scalar logs of a micro-batch; step: its rows."""
 
     def after_step(self, step: TrainStep) -> dict[str, Tensor]:
-        """What follows the optimiser, such as a codebook's move. -> logs, equal in every process."""
+        """What follows the optimiser, such as a codebook's move; step: all rows of this process. -> logs."""
 
 
 class Observer(Protocol):
@@ -65,13 +65,19 @@ class Run:
 
 
 class _Steps(Dataset[Any]):
-    """Batches by step number, for DataLoader's worker processes."""
+    """A step's micro-batches by step number, also for DataLoader's worker processes."""
 
-    def __init__(self, batch_at: BatchAt, rows: range) -> None:
-        self.batch_at, self.rows = batch_at, rows
+    def __init__(self, batch_at: BatchAt, parts: list[range]) -> None:
+        self.batch_at, self.parts = batch_at, parts
 
-    def __getitem__(self, step: int) -> Any:
-        return self.batch_at(step, self.rows)
+    def __getitem__(self, step: int) -> list[Any]:
+        return [self.batch_at(step, rows) for rows in self.parts]
+
+
+def micro_rows(rows: range, micro_batch: int | None) -> list[range]:
+    """A process's rows in parts of at most micro_batch (a multiple of 16, so parts are whole blocks)."""
+    size = micro_batch or len(rows)
+    return [range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
 def lr_at(step: int, cfg: TrainConfig, steps: int, warmup: int) -> float:
@@ -101,6 +107,7 @@ def fit(
     The step s is a function of (seed, s) alone, so a resumed run repeats what an uninterrupted one does.
     """
     rows = distributed.own_rows(cfg.batch)
+    parts = micro_rows(rows, cfg.micro_batch)
     optimizers = [make_optimizer(player.model, cfg) for player in players]
     for player in players:
         distributed.broadcast_model(player.model)
@@ -108,11 +115,12 @@ def fit(
     _resume(players, optimizers, run)
     log = MetricsLog(run.folder, run.step) if world()[0] == 0 else None
     started, first = time.monotonic(), run.step
-    for batch in _batches(batch_at, cfg, run, rows):
-        step = TrainStep(run.seed, run.step, rows, cfg.batch, run.device)
+    for batches in _batches(batch_at, cfg, run, parts):
+        steps = [TrainStep(run.seed, run.step, part, cfg.batch, run.device) for part in parts]
+        whole = TrainStep(run.seed, run.step, rows, cfg.batch, run.device)
         logs: dict[str, Tensor] = {}
         for player, optimizer in zip(players, optimizers, strict=True):
-            logs |= _advance(player, optimizer, batch, step, cfg, run)
+            logs |= _advance(player, optimizer, batches, steps, cfg, run) | player.after_step(whole)
         if run.ema:
             run.ema.update(players[0].model)
         run.step += 1
@@ -137,44 +145,52 @@ def fit(
         log.close()
 
 
-def _batches(batch_at: BatchAt, cfg: TrainConfig, run: Run, rows: range) -> Iterator[Any]:
+def _batches(batch_at: BatchAt, cfg: TrainConfig, run: Run, parts: list[range]) -> Iterator[list[Any]]:
+    """The micro-batches of each step that is left."""
+    data = _Steps(batch_at, parts)
     if cfg.workers == 0:
-        return (_move(batch_at(step, rows), run.device) for step in range(run.step, run.steps))
+        return (data[step] for step in range(run.step, run.steps))
     loader = DataLoader(
-        _Steps(batch_at, rows),
+        data,
         batch_size=None,
         sampler=range(run.step, run.steps),
         num_workers=cfg.workers,
         prefetch_factor=4,
     )
-    return (_move(batch, run.device) for batch in loader)
-
-
-def _move(batch: Any, device: torch.device) -> Any:
-    return batch.to(device)
+    return iter(loader)
 
 
 def _advance(
-    player: Player, optimizer: torch.optim.Optimizer, batch: Any, step: TrainStep, cfg: TrainConfig, run: Run
+    player: Player,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Any],
+    steps: list[TrainStep],
+    cfg: TrainConfig,
+    run: Run,
 ) -> dict[str, Tensor]:
-    """One player's loss, gradients, check, update."""
+    """One player's losses over the micro-batches, gradients, check, update."""
     for group in optimizer.param_groups:
         group["lr"] = lr_at(run.step, cfg, run.steps, run.warmup)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-        loss, logs = player.loss(batch, step)
     optimizer.zero_grad()
-    loss.backward()
+    loss, logs = torch.zeros((), device=run.device), dict[str, Tensor]()
+    for batch, step in zip(batches, steps, strict=True):
+        share = len(step.rows) / sum(len(s.rows) for s in steps)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            part, found = player.loss(batch.to(run.device), step)
+        (share * part).backward()
+        loss = loss + share * part.detach()
+        logs = {name: logs.get(name, 0.0) + share * value for name, value in found.items()}
     parameters = [p for p in player.model.parameters() if p.requires_grad]
     distributed.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-    if distributed.any_process(not bool(torch.isfinite(loss.detach() + norm)), run.device):
+    if distributed.any_process(not bool(torch.isfinite(loss + norm)), run.device):
         raise RunError(
-            f"{player.name}: loss or gradient is not finite at step {run.step} (loss {float(loss.detach()):.4g}); "
+            f"{player.name}: loss or gradient is not finite at step {run.step} (loss {float(loss):.4g}); "
             "nothing was changed by this step",
             f"lower train.lr, or look at the batch; the last good checkpoint is in {run.folder / 'checkpoints'}",
         )
     optimizer.step()
-    return {"loss": loss.detach(), "grad_norm": norm, **logs, **player.after_step(step)}
+    return {"loss": loss, "grad_norm": norm, **logs}
 
 
 def _save(players: Sequence[Player], optimizers: Sequence[torch.optim.Optimizer], run: Run, cfg: TrainConfig) -> None:
