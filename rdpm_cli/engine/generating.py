@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import config, files, progress
+from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
     first_process,
     last_metrics,
-    need_folder,
     train,
     training_curves,
     training_run,
@@ -75,12 +75,7 @@ def train_gen(
                 provenance = {
                     "recipe": recipe.model_dump(mode="json"),
                     "store": {"path": str(codes.resolve()), "digest": m.digest()},
-                    "reference": {
-                        "source": m.data.source,
-                        "digest": m.data.digest,
-                        "resolution": m.resolution,
-                        "transform": m.transform,
-                    },
+                    "reference": pictures.store_reference(m),
                     **versions(),
                 }
                 content = model.pack(generator, cfg, tokenizer_content, list(m.class_names), provenance=provenance)
@@ -153,39 +148,25 @@ def sample(
     sampling = config.validate(config.SamplingConfig, {**loaded.sampling.model_dump(), **asked}, "sampling options")
     options = SampleOptions(seed=seed, **sampling.model_dump(exclude={"micro_batch"}))
     labels = sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
-    record: dict[str, Any] = {
-        "format": "rdpm-samples",
-        "version": 1,
-        "checkpoint": {"path": str(ckpt.resolve()), "digest": loaded.digest},
-        "options": {**sampling.model_dump(), "seed": seed},
-        "resolution": loaded.tokenizer.cfg.autoencoder.resolution,
-        "class_names": loaded.class_names,
-        "reference": loaded.provenance.get("reference"),
-        "versions": versions(),
-        "samples": [{"file": f"{i:06d}.png", "index": i, "label": label} for i, label in enumerate(labels)],
-    }
-    _claim_samples(out, record)
     loaded.generator.check(options)
+    record = pictures.picture_record(
+        "rdpm-samples",
+        {"checkpoint": loaded.digest},
+        {**sampling.model_dump(), "seed": seed},
+        resolution=loaded.tokenizer.cfg.autoencoder.resolution,
+        class_names=loaded.class_names,
+        reference=loaded.provenance.get("reference"),
+        rows=[{"file": f"{i:06d}.png", "index": i, "label": label} for i, label in enumerate(labels)],
+    )
+    pictures.claim(out, record)
     with files.only_writer(out):
         preview = _write_samples(loaded, labels, options, sampling.micro_batch, out, device)
-        files.write_json(out / "samples.json", record)
+        pictures.finish(out, {**record, "checkpoint": str(ckpt.resolve())})
         if npz:
             _write_npz(out, record)
-        pictures = _write_previews(loaded, preview, out, grid, gif)
+        previews = _write_previews(loaded, preview, out, grid, gif)
     values = {"folder": str(out), "samples": len(labels), "classes": len(set(labels)), "checkpoint": loaded.digest}
-    return Result("samples written", {**values, **record["options"], **pictures}, f"rdpm eval fid {out}")
-
-
-def _claim_samples(out: Path, record: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else, before any work."""
-    need_folder(out)
-    if (out / "samples.json").is_file():
-        before = files.read_json(out / "samples.json")
-        same = {k: before.get(k) for k in ("checkpoint", "options", "samples")}
-        if same != {k: record[k] for k in same}:
-            raise UsageError(f"{out} holds other samples", "choose another --out, or remove it")
-    elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
-        raise UsageError(f"{out} is not empty and holds no samples.json", "choose another --out")
+    return Result("samples written", {**values, **record["options"], **previews}, f"rdpm eval fid {out}")
 
 
 PREVIEWED = 8  # samples a class in the preview grid

@@ -113,12 +113,6 @@ def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run
     writers.save_curves(path, panels, log_panels=[title for title in panels if "loss" in title])
 
 
-def need_folder(out: Path) -> None:
-    """Raise UsageError when `out` is a file."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file", "name a folder")
-
-
 def copy_file(source: Path, target: Path) -> None:
     """Copy a finished file, atomically."""
     with source.open("rb") as opened:

@@ -58,11 +58,11 @@ def eval_recon(
     scores = []
     with process_group(device) as chosen, progress.Bar("reconstruct", seeds * count, "images") as bar:
         for one in range(seed, seed + seeds):
-            pairs = []
+            sums = evaluate.ReconstructionScores()
             for indices, originals, recon in evaluate.reconstructions(source, loaded.to(chosen), one, chosen, limit):
-                pairs.append((originals, recon))
+                sums.add(originals, recon)
                 bar.advance(len(indices))
-            scores.append(evaluate.reconstruction_scores(pairs))
+            scores.append(sums.means())
     values: dict[str, Any] = {"metric": "reconstruction", "n": count, "seeds": list(range(seed, seed + seeds))}
     for name in scores[0]:
         values[name] = float(np.mean([s[name] for s in scores]))

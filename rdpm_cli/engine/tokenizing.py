@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import config, files, progress
+from rdpm_cli import config, progress
+from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
     first_process,
     last_metrics,
-    need_folder,
     train,
     training_curves,
     training_run,
     versions,
 )
 from rdpm_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rdpm_cli.images.transform import Pixels
 
 SHARD_IMAGES = 4096
 
@@ -157,45 +161,72 @@ def reconstruct(
     """Images, or a code store, -> PNGs; with images also a side-by-side grid and PSNR, SSIM."""
     from rdpm_cli.images.sources import is_builtin
 
-    need_folder(out)
     if not is_builtin(target) and (Path(target) / "manifest.json").is_file():
         return _decode_store(Path(target), out, tokenizer, limit, device)
     path = find_tokenizer(tokenizer)
     from rdpm_cli.images.sources import open_source
 
     source = open_source(target)
-    import numpy as np
-
     from rdpm_cli.evaluation import evaluate
-    from rdpm_cli.images import writers
     from rdpm_cli.tokenizer import model
     from rdpm_cli.training.distributed import process_group
 
     loaded, content = model.load(path)
-    pairs, rows = [], []
-    with process_group(device) as chosen, progress.Bar("reconstruct", limit or len(source), "images") as bar:
+    count, size = min(len(source), limit or len(source)), loaded.cfg.autoencoder.resolution
+    record = pictures.picture_record(
+        "rdpm-reconstructions",
+        {"tokenizer": content["digest"]},
+        {"seed": seed},
+        resolution=size,
+        class_names=source.class_names,
+        reference=pictures.source_reference(source, size),
+        rows=[_row(i, source.names[i], source.labels[i] if source.labels else None) for i in range(count)],
+    )
+    pictures.claim(out, record)
+    sums = evaluate.ReconstructionScores()
+    shown: list[Pixels] = []
+    with process_group(device) as chosen, progress.Bar("reconstruct", count, "images") as bar:
         for indices, originals, recon in evaluate.reconstructions(source, loaded.to(chosen), seed, chosen, limit):
-            for index, pixels in zip(indices, recon, strict=True):
-                writers.save_png(out / f"{index:06d}.png", pixels)
-                rows.append({"file": f"{index:06d}.png", "source": source.names[index]})
-            pairs.append((originals, recon))
+            _save_all(out, indices, recon)
+            sums.add(originals, recon)
+            if not shown:
+                shown = [originals, recon]
             bar.advance(len(indices))
-    shown = 16
-    both = [np.concatenate(side)[:shown] for side in zip(*pairs, strict=True)]
-    sheet = writers.grid(np.concatenate(both), min(shown, len(rows)), ["real", "recon"])
-    writers.save_png(out / "previews" / "grid.png", sheet)
-    scores = {"n": len(rows), "seed": seed, **evaluate.reconstruction_scores(pairs)}
-    files.write_json(out / "reconstructions.json", {"tokenizer": content["digest"], **scores, "images": rows})
-    values = {"folder": str(out), "grid": str(out / "previews" / "grid.png"), "tokenizer": content["digest"], **scores}
-    return Result("images reconstructed", values)
+    grid = _save_grid(out, shown, ["real", "recon"])
+    scores = {"n": count, "seed": seed, **sums.means()}
+    pictures.finish(out, {**record, "scores": scores})
+    values = {"folder": str(out), "grid": grid, "tokenizer": content["digest"], **scores}
+    return Result("images reconstructed", values, f"rdpm eval fid {out}")
+
+
+def _row(index: int, name: str, label: int | None) -> dict[str, Any]:
+    return {"file": f"{index:06d}.png", "index": index, "label": None if label is None else int(label), "source": name}
+
+
+def _save_all(out: Path, indices: Iterable[int], images: Iterable[Pixels]) -> None:
+    from rdpm_cli.images import writers
+
+    for index, pixels in zip(indices, images, strict=True):
+        writers.save_png(out / f"{index:06d}.png", pixels)
+
+
+def _save_grid(out: Path, rows: list[Pixels], labels: Sequence[str] = ()) -> str:
+    """Rows of images under one another -> the file's name."""
+    import numpy as np
+
+    from rdpm_cli.images import writers
+
+    path = out / "previews" / "grid.png"
+    writers.save_png(path, writers.grid(np.concatenate(rows), len(rows[0]), labels))
+    return str(path)
 
 
 def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | None, device: str) -> Result:
+    """The first view of every image in a store, decoded."""
     import numpy as np
     import torch
 
     from rdpm_cli.codes.store import CodeStore
-    from rdpm_cli.images import writers
     from rdpm_cli.images.tensors import hwc, to_pixels
     from rdpm_cli.threads import one_thread
     from rdpm_cli.tokenizer import model
@@ -203,19 +234,29 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
 
     loaded, content = model.load(tokenizer or root / "tokenizer.pt")
     store = CodeStore(root, content["digest"])
-    chosen_rows = np.arange(0, len(store), store.manifest.views)[:limit]
-    first = []
-    with process_group(device) as chosen, progress.Bar("decode", len(chosen_rows), "images") as bar, one_thread():
+    m = store.manifest
+    rows = np.arange(0, len(store), m.views)[:limit]
+    record = pictures.picture_record(
+        "rdpm-reconstructions",
+        {"tokenizer": content["digest"], "store": m.digest()},
+        {"view": 0},
+        resolution=m.resolution,
+        class_names=list(m.class_names),
+        reference=pictures.store_reference(m),
+        rows=[_row(int(store.index[r]), "", int(store.labels[r])) for r in rows],
+    )
+    pictures.claim(out, record)
+    shown: list[Pixels] = []
+    with process_group(device) as chosen, progress.Bar("decode", len(rows), "images") as bar, one_thread():
         loaded.to(chosen)
-        for start in range(0, len(chosen_rows), store.manifest.micro_batch):
-            rows = chosen_rows[start : start + store.manifest.micro_batch]
-            codes = torch.from_numpy(store.codes(rows).astype(np.int64)).to(chosen)
+        for start in range(0, len(rows), m.micro_batch):
+            part = rows[start : start + m.micro_batch]
+            codes = torch.from_numpy(store.codes(part).astype(np.int64)).to(chosen)
             pixels = hwc(to_pixels(loaded.decode(codes)))
-            for index, picture in zip(store.index[rows], pixels, strict=True):
-                writers.save_png(out / f"{index:06d}.png", picture)
-            first.append(pixels)
-            bar.advance(len(rows))
-    shown = np.concatenate(first)[:64]
-    writers.save_png(out / "previews" / "grid.png", writers.grid(shown, 8))
-    values = {"folder": str(out), "grid": str(out / "previews" / "grid.png"), "images": len(chosen_rows)}
-    return Result("codes decoded", {**values, "tokenizer": content["digest"], "store": store.manifest.digest()})
+            _save_all(out, store.index[part].tolist(), pixels)
+            shown = shown or [pixels[:16]]
+            bar.advance(len(part))
+    grid = _save_grid(out, shown)
+    pictures.finish(out, record)
+    values = {"folder": str(out), "grid": grid, "images": len(rows), **record["made_from"]}
+    return Result("codes decoded", values, f"rdpm eval fid {out}")

@@ -34,7 +34,8 @@ def open_samples(folder: Path) -> ImageSet:
     record = files.read_json(folder / "samples.json")
     try:
         rows, resolution = record["samples"], int(record["resolution"])
-        paths, labels = [folder / row["file"] for row in rows], [int(row["label"]) for row in rows]
+        paths, given = [folder / row["file"] for row in rows], [row["label"] for row in rows]
+        labels = None if None in given else [int(label) for label in given]
         class_names = list(record["class_names"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'samples.json'} lacks {error}", "sample again with `rdpm sample`") from error

@@ -1,0 +1,78 @@
+"""Folders of PNGs with a record of what they are: samples and reconstructions share one form, so `eval` reads both."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpm_cli import files
+from rdpm_cli.engine.runs import versions
+from rdpm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rdpm_cli.codes.store import Manifest
+    from rdpm_cli.images.sources import ImageSource
+
+RECORD = "samples.json"
+
+
+def picture_record(
+    kind: str,
+    made_from: dict[str, str],
+    options: dict[str, Any],
+    *,
+    resolution: int,
+    class_names: list[str],
+    reference: dict[str, Any] | None,
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of samples.json. made_from: digests; rows: file, index, label and what else is known of each."""
+    return {
+        "format": kind,
+        "version": 1,
+        "made_from": made_from,
+        "options": options,
+        "resolution": resolution,
+        "class_names": class_names,
+        "reference": reference,
+        "versions": versions(),
+        "samples": rows,
+    }
+
+
+def claim(out: Path, record: dict[str, Any]) -> None:
+    """Begin or repeat writing `record`'s pictures into `out`. Raises UsageError when it holds something else."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "name a folder")
+    wanted = {key: record[key] for key in ("format", "made_from", "options", "samples")}
+    if (out / "run.json").is_file():
+        before = files.read_json(out / "run.json").get("pictures", {})
+        if changed := files.differences(before, {**wanted, "samples": files.digest(wanted["samples"])}):
+            raise UsageError(f"{out} holds other pictures: {'; '.join(changed[:4])}", "choose another folder")
+    elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+        raise UsageError(f"{out} is not empty and not a folder of samples", "choose another folder")
+    identity = {**wanted, "samples": files.digest(wanted["samples"])}
+    files.write_json(out / "run.json", {"pictures": identity, "argv": sys.argv, "versions": versions()})
+
+
+def finish(out: Path, record: dict[str, Any]) -> None:
+    """Write samples.json: the pictures are all there."""
+    files.write_json(out / RECORD, record)
+
+
+def source_reference(source: ImageSource, resolution: int) -> dict[str, Any]:
+    """What later scores compare with: the same images after the same crop."""
+    from rdpm_cli.images.transform import TRANSFORM
+
+    return {"source": source.spec, "digest": source.digest(), "resolution": resolution, "transform": TRANSFORM}
+
+
+def store_reference(manifest: Manifest) -> dict[str, Any]:
+    """The images a store was made from."""
+    return {
+        "source": manifest.data.source,
+        "digest": manifest.data.digest,
+        "resolution": manifest.resolution,
+        "transform": manifest.transform,
+    }
