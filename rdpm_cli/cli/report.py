@@ -1,6 +1,7 @@
 """Printing a result: text for people, JSON for scripts. stdout is the answer and nothing else."""
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import progress
@@ -10,12 +11,14 @@ if TYPE_CHECKING:
 
 
 def begin(quiet: bool) -> None:
-    """Set how much is said on stderr."""
-    progress.quiet = quiet
+    """Set how much is said on stderr. Under torchrun only the first process speaks."""
+    progress.quiet = quiet or not _first_process()
 
 
 def show(result: "Result", as_json: bool) -> None:
     """Print a result on stdout."""
+    if not _first_process():
+        return
     if as_json:
         print(json.dumps(result.values, indent=2, allow_nan=False))
         return
@@ -26,6 +29,10 @@ def show(result: "Result", as_json: bool) -> None:
         print(f"  {name:<{width}}  {value}")
     if result.next:
         print(f"next: {result.next}")
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

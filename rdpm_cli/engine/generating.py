@@ -40,6 +40,7 @@ def train_gen(
     from rdpm_cli.generator import model
     from rdpm_cli.generator.task import CodeBatches, GeneratorTask
     from rdpm_cli.tokenizer import model as tokenizer_file
+    from rdpm_cli.training.distributed import barrier
 
     tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt") if codes.is_dir() else (None, None)
     store = CodeStore(codes, tokenizer_content["digest"] if tokenizer_content else None)
@@ -81,6 +82,7 @@ def train_gen(
                 content = model.pack(generator, cfg, tokenizer_content, list(m.class_names), provenance=provenance)
                 modelfile.save(final, content)
                 training_curves(out / "curves.png", generator_run=out)
+            barrier()
         elif first_process():
             progress.say(f"{final} is finished already")
     loaded = model.load(final)

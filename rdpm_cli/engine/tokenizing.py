@@ -44,6 +44,7 @@ def train_tokenizer(
     from rdpm_cli.engine import observers
     from rdpm_cli.tokenizer import model
     from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
+    from rdpm_cli.training.distributed import barrier
 
     settings = {
         "command": "train-tokenizer",
@@ -71,6 +72,7 @@ def train_tokenizer(
                 provenance = {"recipe": recipe.model_dump(mode="json"), "data": settings["data"], **versions()}
                 modelfile.save(final, model.pack(kept, class_names=source.class_names, provenance=provenance))
                 training_curves(out / "curves.png", tokenizer_run=out)
+            barrier()
         elif first_process():
             progress.say(f"{final} is finished already")
     tokenizer, content = model.load(final)
