@@ -81,9 +81,9 @@ class Manifest(Plan):
 
     @classmethod
     def load(cls, root: Path) -> "Manifest":
-        """Read and check root/manifest.json. Raises DataError."""
+        """Read and check root/manifest.json. Raises UsageError where there is no folder, DataError."""
         if not root.is_dir():
-            raise DataError(f"{root} is not a code store: no such folder", "make one with `rdpm tokenize IMAGES OUT`")
+            raise UsageError(f"there is no code store {root}", "make one with `rdpm tokenize IMAGES OUT`")
         path = root / "manifest.json"
         if not path.is_file():
             started = (root / "run.json").is_file()

@@ -35,18 +35,16 @@ def train_gen(
     import torch
 
     from rdpm_cli import modelfile
-    from rdpm_cli.codes.store import CodeStore
+    from rdpm_cli.codes.store import CodeStore, Manifest
     from rdpm_cli.engine import observers
     from rdpm_cli.generator import model
     from rdpm_cli.generator.task import CodeBatches, GeneratorTask
     from rdpm_cli.tokenizer import model as tokenizer_file
     from rdpm_cli.training.distributed import barrier
 
-    tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt") if codes.is_dir() else (None, None)
-    store = CodeStore(codes, tokenizer_content["digest"] if tokenizer_content else None)
-    assert tokenizer is not None
-    assert tokenizer_content is not None
-    m = store.manifest
+    m = Manifest.load(codes)
+    tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt")
+    store = CodeStore(codes, tokenizer_content["digest"])
     batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
     settings = {
         "command": "train-gen",

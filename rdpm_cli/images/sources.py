@@ -6,7 +6,7 @@ import os
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -78,15 +78,23 @@ class FolderSource(ImageSource):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.spec = str(root.resolve())
-        found = [
-            (Path(folder) / name).relative_to(root).as_posix()
-            for folder, _, names in os.walk(root, followlinks=True)
-            for name in names
-        ]
+        found = [path.relative_to(root).as_posix() for path in _walk(root)]
         self.names, self.labels, self.class_names = arrange(found, self.spec)
 
     def open(self, index: int) -> Image.Image:
         return Image.open(self.root / self.names[index])
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file below root, through symbolic links, each folder once (a link may lead back up)."""
+    seen = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder) / name for name in names)
 
 
 class ZipSource(ImageSource):
