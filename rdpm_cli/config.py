@@ -289,29 +289,49 @@ def _nearest(key: str, section: str) -> str:
     near = difflib.get_close_matches(key, keys, 1, cutoff=0.5)
     if not near:  # right name in the wrong place: compare last words
         word = key.rsplit(".", 1)[-1]
-        words = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+        words = {k.rsplit(".", 1)[-1]: k for k in (keys if section else reversed(keys))}
         near = [words[w] for w in difflib.get_close_matches(word, list(words), 1)]
     return f"did you mean '{near[0]}'?" if near else "see the recipe's own keys with `rdpm inspect RECIPE`"
 
 
-def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+RIVALS = {"steps": "epochs", "epochs": "steps"}  # two ways to give a length: the later one replaces the other
+
+
+def _set(section: dict[str, Any], path: str, key: str, value: Any) -> None:
+    """section[key] = value; in a train section a length also drops the other way to give it."""
+    section[key] = value
+    if path.endswith("train") and key in RIVALS and value is not None:
+        section.pop(RIVALS[key], None)
+
+
+def _merge(base: dict[str, Any], change: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both and isinstance(old, dict) else value
+        deeper = isinstance(old, dict) and isinstance(value, Mapping)
+        _set(merged, path, key, _merge(old, value, f"{path}.{key}") if deeper and isinstance(old, dict) else value)
     return merged
+
+
+def _parent(path: Path, name_or_file: str) -> Path:
+    """What a recipe extends: a file beside it, else as on the command line."""
+    beside = path.parent / name_or_file
+    return beside if beside.is_file() else find_recipe(name_or_file)
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The recipe's plain dict, after the recipe it extends."""
     if path in seen:
         raise RecipeError(f"{path} extends itself")
-    raw = parse_yaml(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds no keys", "start from a shipped recipe")
     parent = raw.pop("extends", None)
-    return raw if parent is None else _merge(_read(find_recipe(str(parent)), (*seen, path)), raw)
+    return raw if parent is None else _merge(_read(_parent(path, str(parent)), (*seen, path)), raw)
 
 
 def _override(raw: dict[str, Any], text: str, section: str) -> None:
@@ -325,11 +345,12 @@ def _override(raw: dict[str, Any], text: str, section: str) -> None:
     *parents, leaf = full.split(".")
     here = raw
     for parent in parents:
-        here = here.setdefault(parent, {})
-    here[leaf] = parse_yaml(value, f"override '{text}'") if value else ""
-    rival = {"steps": "epochs", "epochs": "steps"}.get(leaf)  # the two ways to give a length replace each other
-    if rival and parents and parents[-1] == "train" and not isinstance(here[leaf], type(None)):
-        here.pop(rival, None)
+        if here.get(parent) is None:
+            here[parent] = {}
+        here = here[parent]
+        if not isinstance(here, dict):
+            raise RecipeError(f"override '{text}': {parent} is not a section", "mend the recipe file")
+    _set(here, ".".join(parents), leaf, parse_yaml(value, f"override '{text}'") if value else "")
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str = "") -> Recipe:
@@ -340,10 +361,11 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str =
     path = find_recipe(name_or_file)
     raw = _read(path)
     raw["name"] = path.stem
+    lacks = section != "" and section not in raw
     for text in overrides:
         _override(raw, text, section)
     recipe = validate(Recipe, raw, str(path), section)
-    if section and getattr(recipe, section) is None:
+    if lacks or (section and getattr(recipe, section) is None):
         able = [name for name in recipe_names() if section in _read(recipe_folder() / f"{name}.yaml")]
         raise RecipeError(f"recipe '{recipe.name}' has no {section} section", f"recipes that do: {', '.join(able)}")
     return recipe
