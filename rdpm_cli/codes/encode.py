@@ -70,6 +70,8 @@ def write_store(
         if (root / "manifest.json").exists():
             yield plan.data.count
             return
+        for left in root.glob(".*.tmp"):  # of a process that was killed; we hold the lock
+            left.unlink()
         store.need_space(root, plan)
         files.write_atomic(root / "tokenizer.pt", lambda file: file.write(tokenizer_file))
         files.write_atomic(root / "names.jsonl", lambda file: file.write(_names(source)))

@@ -8,7 +8,7 @@ latents-s.npy fp16 (n·F, C, h, w) where kept, F = 2 with flips else 1.
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from rdpm_cli import files, noise
 from rdpm_cli.config import Section
 from rdpm_cli.errors import DataError, RunError, UsageError
 
-VERSION = 1
+VERSION: Literal[1] = 1
 HELD_OUT_PERCENT = 2
 
 
@@ -33,8 +33,8 @@ class DataOrigin(Section):
 class Plan(Section):
     """Everything that fixes a store's bytes before the first image is read."""
 
-    format: str = "rdpm-codes"
-    version: int = VERSION
+    format: Literal["rdpm-codes"] = "rdpm-codes"
+    version: Literal[1] = VERSION
     tokenizer: str
     steps: int
     grid: tuple[int, int]
@@ -156,11 +156,12 @@ def finish(root: Path, plan: Plan) -> Manifest:
 
 
 def need_space(root: Path, plan: Plan) -> None:
-    """Raise RunError when the disk cannot hold the store."""
+    """Raise RunError when the disk cannot hold what is missing of the store."""
     h, w = plan.grid
     flips = 2 if plan.flip else 1
     row = 2 * plan.steps * h * w + 12
-    need = plan.data.count * (plan.views * row + (flips * 2 * plan.channels * h * w if plan.latents else 0))
+    images = sum(len(plan.shard_range(shard)) for shard in missing_shards(root, plan))
+    need = images * (plan.views * row + (flips * 2 * plan.channels * h * w if plan.latents else 0))
     status = os.statvfs(root)
     have = status.f_bavail * status.f_frsize
     if need > have:
@@ -235,8 +236,8 @@ class CodeStore:
         """(training rows, held-out rows): 2% of the images, by a hash of the source index."""
         held = held_out(self.index)
         rows = np.arange(len(self), dtype=np.int64)
-        if held.all() or not held.any():  # fewer images than the hash can split: hold out every 10th
-            held = self.index % 10 == 9
+        if held.all() or not held.any():  # too few images for the hash: hold out the last
+            held = self.index == self.index.max()
         return rows[~held], rows[held]
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rdpm_cli import files
-from rdpm_cli.errors import CheckpointError
+from rdpm_cli.errors import CheckpointError, DataError
 from rdpm_cli.evaluation import judge as judge_file
 from rdpm_cli.images.tensors import chw, to_model
 from rdpm_cli.images.transform import Pixels
@@ -61,8 +61,16 @@ def _inception_network(path: Path) -> nn.Module:
         network: nn.Module = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
         )
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        first = str(error).strip().splitlines()[0][:200]
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"{path} does not hold Inception weights: {first}", _where_to_put(INCEPTION_FILE)
         ) from error
@@ -132,9 +140,12 @@ def collect(extractor: Extractor, batches: Iterable[Pixels]) -> Features:
     predicted: list[NDArray[np.int64]] = []
     digest = hashlib.sha256()
     for pixels in batches:
-        digest.update(str(pixels.shape[1:]).encode() + np.ascontiguousarray(pixels).tobytes())
+        for image in pixels:
+            digest.update(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
         found, logits = extractor(chw(pixels))
         features.append(found.float().cpu().numpy())
         if logits is not None:
             predicted.append(logits.argmax(1).cpu().numpy())
+    if not features:
+        raise DataError("there are no images to score", "sample again, or name another folder")
     return Features(np.concatenate(features), np.concatenate(predicted) if predicted else None, digest.hexdigest())

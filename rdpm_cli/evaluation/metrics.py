@@ -77,7 +77,10 @@ def psnr(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
 
 
 def ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """Per image, uint8/255 with data range 1.0, Gaussian window 11 with sigma 1.5: (B,)."""
+    """Per image, uint8/255 with data range 1.0, Gaussian window 11 with sigma 1.5: (B,).
+
+    torchmetrics averages over mirrored borders too, Wang et al. over whole windows alone.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     a, b = a_BCHW.float() / 255, b_BCHW.float() / 255

@@ -18,6 +18,8 @@ from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.tokenizer.schedule import beta
 
 LOGIT_SCALE = 0.5  # s_t at the start
+SCALE_GAIN = 20.0  # of the learnt number under the softplus: s_t must reach about 1 / (2 var(mu)), 5 to 50, and Adam
+# moves a number by about its learning rate a step; without the gain s_t was still climbing when training ended
 
 
 def tokens(x_BCHW: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ class RDPMNetwork(nn.Module):
             self.latent_head = nn.Linear(cfg.hidden, channels)
             nn.init.zeros_(self.latent_head.weight)
             nn.init.zeros_(self.latent_head.bias)
-            self.raw_scale = nn.Parameter(torch.full((steps,), LOGIT_SCALE).expm1().log())  # softplus gives 0.5
+            self.raw_scale = nn.Parameter(torch.full((steps,), LOGIT_SCALE).expm1().log() / SCALE_GAIN)
 
     def forward(
         self, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor, labels_R: Tensor
@@ -85,7 +87,7 @@ class RDPM:
         mu = alpha_R11 * (zhat_RLC - tokens(previous_RCHW)) + beta_R11 * tokens(eps_RCHW)
         books = self.quantizer.books
         book = books[0] if len(books) == 1 else books[t_R - 1]  # (K, C) or (R, K, C)
-        scale_R11 = F.softplus(self.network.get_parameter("raw_scale"))[t_R - 1].view(-1, 1, 1)
+        scale_R11 = F.softplus(SCALE_GAIN * self.network.get_parameter("raw_scale"))[t_R - 1].view(-1, 1, 1)
         return scale_R11 * (2 * mu @ book.transpose(-1, -2) - book.pow(2).sum(-1).unsqueeze(-2))
 
     # ---- training --------------------------------------------------------------------------------------------

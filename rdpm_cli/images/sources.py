@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -44,13 +45,15 @@ class ImageSource(ABC):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return self.open(index).convert("RGB")
+                return _rgb(self.open(index))
         except (
             OSError,
             SyntaxError,
             ValueError,
             UnidentifiedImageError,
+            RuntimeError,  # an encrypted member, or (NotImplementedError) packed by an unknown method
             zipfile.BadZipFile,
+            zlib.error,
             Image.DecompressionBombError,
             Image.DecompressionBombWarning,
         ) as error:
@@ -70,6 +73,13 @@ class ImageSource(ABC):
     def digest(self) -> str:
         """sha256 over names and labels: the identity of the list, not of the pixels."""
         return files.digest({"names": list(self.names), "labels": self.labels and list(map(int, self.labels))})
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. 16-bit grey is scaled: Pillow's own conversion clips it to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 class FolderSource(ImageSource):
