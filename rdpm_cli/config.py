@@ -337,7 +337,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _override(raw: dict[str, Any], text: str, section: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
-        raise RecipeError(f"override '{text}' is not key=value")
+        raise RecipeError(f"override '{text}' is not key=value", "write it as train.steps=100")
     known = set(leaf_keys())
     full = next((k for k in (key, f"{section}.{key}") if k in known), None)
     if full is None:

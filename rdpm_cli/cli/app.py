@@ -56,7 +56,9 @@ def run(args: list[str] | None = None) -> int:
     """Run a command. -> exit code."""
     debug = os.environ.get("RDPM_DEBUG") == "1"
     try:
-        code = app(args=args, standalone_mode=False)
+        code = app(args=args, prog_name="rdpm", standalone_mode=False)
+        if code == EXIT_INTERRUPT:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
         return int(code or 0)
     except RdpmError as error:
@@ -65,6 +67,9 @@ def run(args: list[str] | None = None) -> int:
         fail(error.message, error.hint)
         return error.exit_code
     except typer.TyperException as error:
+        if error.format_message().startswith("Usage:"):  # a command group without a command: its help
+            print(error.format_message(), file=sys.stderr)
+            return EXIT_USAGE
         fail(error.format_message(), "see `rdpm --help`, or `rdpm COMMAND --help`")
         return EXIT_USAGE
     except (KeyboardInterrupt, typer.Abort):

@@ -103,9 +103,9 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
             chosen += range(len(class_names))
         elif part.startswith("name:"):
             chosen.append(_class_named(part.removeprefix("name:"), class_names))
-        elif part.isdigit():
+        elif part.isdecimal():
             chosen.append(int(part))
-        elif dash and low.isdigit() and high.isdigit() and int(low) <= int(high):
+        elif dash and low.isdecimal() and high.isdecimal() and int(low) <= int(high):
             chosen += range(int(low), int(high) + 1)
         else:
             raise UsageError(f"--classes: '{part}' is not a class", "write 1,2,3 or 0-9 or all or name:goldfish")

@@ -10,7 +10,8 @@ from rdpm_cli.errors import RecipeError, UsageError
 
 def inspect(target: str) -> Result:
     """What is this file, folder or recipe?"""
-    return Result(*describe(target))
+    kind, values = describe(target)
+    return Result(kind, {"kind": kind, **values})
 
 
 def describe(target: str) -> tuple[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 
 from rdpm_cli import modelfile
 from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig, validate
+from rdpm_cli.errors import CheckpointError
 from rdpm_cli.generator.contract import Generator
 from rdpm_cli.generator.rdpm import RDPM
 from rdpm_cli.tokenizer import model as tokenizer_file
@@ -67,7 +68,9 @@ def load(path: Path) -> LoadedGenerator:
     modelfile.check(content["tokenizer"], f"the tokenizer inside {path}", tokenizer_file.KIND)
     tokenizer = tokenizer_file.unpack(content["tokenizer"], f"the tokenizer inside {path}")
     config = dict(content["config"])
-    classes, _ = config.pop("classes"), config.pop("tokenizer")
+    classes = config.pop("classes")
+    if config.pop("tokenizer") != content["tokenizer"]["digest"]:
+        raise CheckpointError(f"{path} carries another tokenizer than it was trained with", "copy or make it again")
     sampling = validate(SamplingConfig, config.pop("sampling"), str(path))
     generator = build(validate(GeneratorArchitecture, config, str(path)), tokenizer, classes)
     modelfile.fill(generator.network, content, str(path))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from rdpm_cli import progress
 from rdpm_cli.config import TrainConfig
 from rdpm_cli.errors import RunError
 from rdpm_cli.signals import StopRequest
@@ -92,6 +93,7 @@ def lr_at(step: int, cfg: TrainConfig, steps: int, warmup: int) -> float:
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Adam where weight_decay is 0), fused; no decay on embeddings, norms and biases."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings |= {id(p) for name, p in model.named_parameters() if name.endswith("books")}  # codebooks
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     plain = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
@@ -219,3 +221,5 @@ def _resume(players: Sequence[Player], optimizers: Sequence[torch.optim.Optimize
         run.ema.model.load_state_dict(state["ema"]["model"])
         run.ema.updates = state["ema"]["updates"]
     run.step = state["step"]
+    if state["threads"] != torch.get_num_threads():
+        progress.say(f"{state['threads']} threads then, {torch.get_num_threads()} now: not bitwise the same run")

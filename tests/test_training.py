@@ -1,0 +1,646 @@
+"""The one training loop: what a step is, what a resumed run repeats, what several processes share."""
+
+import functools
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdpm_cli import noise
+from rdpm_cli.cli.app import run as run_cli
+from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.config import (
+    AutoencoderConfig,
+    GeneratorConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    QuantizerConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from rdpm_cli.errors import CheckpointError, RunError, Stopped, UsageError
+from rdpm_cli.generator import model as generator_model
+from rdpm_cli.generator.task import CodeBatches, GeneratorTask
+from rdpm_cli.images.sources import open_source
+from rdpm_cli.signals import StopRequest, stop_on_signal
+from rdpm_cli.step import TrainStep, world
+from rdpm_cli.threads import one_thread
+from rdpm_cli.tokenizer import model as tokenizer_model
+from rdpm_cli.tokenizer.quantizer import Quantizer
+from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
+from rdpm_cli.training import checkpoint, distributed
+from rdpm_cli.training.ema import Ema
+from rdpm_cli.training.logging import read_metrics
+from rdpm_cli.training.loop import Player, Run, fit, lr_at, make_optimizer
+
+CPU = torch.device("cpu")
+BatchAt = Callable[[int, range], Any]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    with torch.random.fork_rng(), one_thread():  # networks this small lose time to threads
+        torch.manual_seed(0)
+        yield
+
+
+# ---- the tasks -----------------------------------------------------------------------------------------------------
+
+
+class Toy:
+    """Fit the sum of three numbers, with noise from the step and a buffer that counts."""
+
+    name = "toy"
+
+    def __init__(self) -> None:
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.model.register_buffer("seen", torch.zeros(()))
+        self.batches: list[Tensor] = []
+
+    def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        self.batches.append(batch)
+        predicted = self.model(batch + 0.1 * step.normal(3))
+        return F.mse_loss(predicted[:, 0], batch.sum(1)), {"mean": predicted.detach().mean()}
+
+    def after_step(self, step: TrainStep) -> dict[str, Tensor]:
+        self.model.get_buffer("seen").add_(1)
+        return {"drawn": step.pick(1, 1000).float().mean()}
+
+
+def toy_batch(step: int, rows: range) -> Tensor:
+    return torch.from_numpy(noise.block_uniform(7, step, rows, 3))
+
+
+def train_config(**options: Any) -> TrainConfig:
+    given = {"batch": 16, "steps": 10, "lr": 1e-2, "log_every": 1, "save_every": 1000, "ema": 0.9, **options}
+    return TrainConfig(**given)
+
+
+@dataclass
+class Job:
+    """A task with its batches."""
+
+    player: Player
+    batch_at: BatchAt
+    cfg: TrainConfig
+
+
+class MakeJob(Protocol):
+    def __call__(self, **train: Any) -> Job: ...
+
+
+def toy_job(**train: Any) -> Job:
+    return Job(Toy(), toy_batch, train_config(**train))
+
+
+def tokenizer_job(**train: Any) -> Job:
+    cfg = TokenizerConfig(
+        autoencoder=AutoencoderConfig(
+            resolution=16, width=8, multipliers=(1, 1, 2), res_blocks=1, attention=False, groups=4, channels=4
+        ),
+        schedule=ScheduleConfig(kind="sin"),
+        quantizer=QuantizerConfig(codes=64, steps=3, decay=0.5),  # a short memory, so that codes restart soon
+        train=train_config(lr=1e-3, **train),
+    )
+    task = TokenizerTask(tokenizer_model.Tokenizer(cfg).train(), cfg)
+    return Job(task, ImageBatches(open_source("digits"), cfg, 0).batch_at, cfg.train)
+
+
+def generator_job(root: Path, **train: Any) -> Job:
+    store = CodeStore(root)
+    tokenizer, _ = tokenizer_model.load(root / "tokenizer.pt")
+    cfg = GeneratorConfig(
+        network=NetworkConfig(depth=1, width=32, heads=2, class_latents=True, head="geometric"),
+        objective=ObjectiveConfig(noise="fresh", steps_per_image=2, t_weights="alpha", perturb=0.3),
+        train=train_config(**train),
+    )
+    generator = generator_model.build(cfg, tokenizer, 3)
+    generator.network.train()
+    return Job(GeneratorTask(generator), CodeBatches(store, cfg, tokenizer.quantizer.alphas, 0).batch_at, cfg.train)
+
+
+@pytest.fixture(params=["toy", "tokenizer", "generator"])
+def make_job(request: pytest.FixtureRequest) -> MakeJob:
+    if request.param == "generator":
+        return functools.partial(generator_job, request.getfixturevalue("digits_codes"))
+    makers: dict[str, MakeJob] = {"toy": toy_job, "tokenizer": tokenizer_job}
+    return makers[request.param]
+
+
+def start(job: Job, folder: Path, *, stop_at: int = 0) -> Run:
+    """Fit the job in a folder, asking it to stop after `stop_at` steps."""
+    run = Run(folder, 0, CPU, job.cfg.total_steps(1000), job.cfg.warmup(1000), StopRequest())
+
+    def stopper(run: Run, logs: dict[str, float] | None) -> None:
+        if run.step == stop_at:
+            run.stop.name = "SIGTERM"
+
+    folder.mkdir(exist_ok=True)
+    fit([job.player], job.batch_at, job.cfg, run, [stopper])
+    return run
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    state = checkpoint.load_newest(folder / "checkpoints", CPU)
+    assert state is not None
+    return state
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Every leaf of nested dicts and lists, by its path."""
+    if isinstance(value, dict):
+        items = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(k), v) for k, v in enumerate(value)]
+    else:
+        return {name: value}
+    return {k: v for key, inner in items for k, v in leaves(inner, f"{name}/{key}").items()}
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    """Bitwise equal, leaf by leaf."""
+    a, b = leaves(found), leaves(wanted)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name], name
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The log without the rate, which depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(folder)]
+
+
+# ---- learning rate, decay, average ---------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_linearly_and_stays() -> None:
+    cfg = train_config(lr=0.8)
+    assert [lr_at(step, cfg, 10, 4) for step in range(10)] == pytest.approx([0.2, 0.4, 0.6, *[0.8] * 7])
+
+
+def test_the_cosine_starts_after_warm_up_and_ends_at_zero() -> None:
+    cfg = train_config(lr=0.8, lr_decay="cosine")
+    rates = [lr_at(step, cfg, 24, 4) for step in range(25)]
+    assert rates[3] == rates[4] == pytest.approx(0.8)
+    assert rates[14] == pytest.approx(0.4)
+    assert rates[24] == pytest.approx(0.0)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[9] == pytest.approx(0.4 * (1 + math.cos(math.pi / 4)))
+
+
+def test_the_loop_uses_that_learning_rate(tmp_path: Path) -> None:
+    job = toy_job(lr_decay="cosine", warmup_steps=3)
+    start(job, tmp_path)
+    assert [row["lr"] for row in metrics(tmp_path)] == [lr_at(step, job.cfg, 10, 3) for step in range(10)]
+
+
+def test_lengths_in_epochs_count_images() -> None:
+    cfg = TrainConfig(batch=128, epochs=10, warmup_epochs=0.5)
+    assert cfg.total_steps(1280) == 100
+    assert cfg.warmup(1280) == 5
+
+
+class EveryKind(nn.Module):
+    """One layer of every kind that has parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv, self.table = nn.Linear(4, 4), nn.Conv2d(2, 2, 3), nn.Embedding(4, 4)
+        self.layer_norm, self.group_norm, self.rms_norm = nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+def decayed_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that shrink under zero gradients."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    make_optimizer(model, train_config(weight_decay=0.5, lr=0.1)).step()
+    for name, parameter in model.named_parameters():
+        shrunk = not torch.equal(parameter, before[name])
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if shrunk else 1.0))
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_embeddings_norms_and_biases_do_not_decay() -> None:
+    assert decayed_parameters(EveryKind()) == {"linear.weight", "conv.weight"}
+
+
+def test_of_a_generator_only_linear_weights_decay(digits_codes: Path) -> None:
+    network = generator_job(digits_codes).player.model
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    linears = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    assert decayed_parameters(network) == linears
+
+
+def test_a_learnt_codebook_does_not_decay() -> None:
+    """It is an embedding: the code vectors are targets, not a map."""
+    quantizer = Quantizer(QuantizerConfig(codes=8, steps=2, codebook="gradient"), ScheduleConfig(), 4)
+    assert "books" not in decayed_parameters(quantizer)
+
+
+def test_the_average_follows_its_formula() -> None:
+    model = nn.Linear(2, 1)
+    model.register_buffer("count", torch.zeros(()))
+    ema, expected = Ema(model, 0.3), model.weight.detach().clone()
+    for n in range(6):
+        with torch.no_grad():
+            model.weight.normal_()
+            model.get_buffer("count").add_(1)
+        ema.update(model)
+        decay = min(0.3, (1 + n) / (10 + n))  # warm-up: it forgets the start
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        torch.testing.assert_close(ema.model.get_parameter("weight"), expected)
+        assert float(ema.model.get_buffer("count")) == n + 1  # buffers are copied
+    assert not any(p.requires_grad for p in ema.model.parameters())
+
+
+def test_the_loop_averages_after_every_step(tmp_path: Path) -> None:
+    job = toy_job(steps=1, ema=0.9)
+    first = job.player.model.state_dict()["0.weight"].clone()
+    run = start(job, tmp_path)
+    assert run.ema is not None
+    torch.testing.assert_close(
+        run.ema.model.get_parameter("0.weight"), 0.1 * first + 0.9 * job.player.model.get_parameter("0.weight").detach()
+    )
+    assert start(toy_job(ema=0.0, steps=1), tmp_path / "none").ema is None
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    start(toy_job(save_every=2, keep=3), tmp_path)
+    assert names(tmp_path / "checkpoints") == [f"step-{step:09d}.pt" for step in (6, 8, 10)]
+    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [6, 8, 10]
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {"step": 1}, keep=2)
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(tmp_path, 2, {"step": 2, "weights": torch.ones(1000), "bad": lambda: None}, keep=2)
+    assert names(tmp_path) == ["step-000000001.pt"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start(toy_job(), tmp_path / "whole")
+    torch.manual_seed(0)
+    start(toy_job(save_every=4), tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-000000010.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="step-000000010") as refused:
+        start(toy_job(), tmp_path / "run")
+    assert refused.value.exit_code == 3
+    assert "delete" in refused.value.hint
+    newest.unlink()
+    start(toy_job(), tmp_path / "run")
+    assert_same(newest_state(tmp_path / "run"), newest_state(tmp_path / "whole"))
+
+
+# ---- resume --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(make_job: MakeJob, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start(make_job(), tmp_path / "whole")
+    torch.manual_seed(0)
+    with pytest.raises(Stopped) as stopped:
+        start(make_job(), tmp_path / "parts", stop_at=5)
+    assert stopped.value.exit_code == 75
+    assert "step 5 of 10" in stopped.value.message
+    torch.manual_seed(99)  # whatever the new process draws, the checkpoint holds
+    run = start(make_job(), tmp_path / "parts")
+    assert run.step == 10
+    assert_same(newest_state(tmp_path / "parts"), newest_state(tmp_path / "whole"))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert [row["step"] for row in metrics(tmp_path / "parts")] == list(range(1, 11))
+
+
+def test_a_crash_repeats_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
+    def crash(step: int, rows: range) -> Tensor:
+        if step == 7:
+            raise RuntimeError("the machine went away")
+        return toy_batch(step, rows)
+
+    torch.manual_seed(0)
+    start(toy_job(save_every=4), tmp_path / "whole")
+    torch.manual_seed(0)
+    job = toy_job(save_every=4)
+    with pytest.raises(RuntimeError, match="went away"):
+        start(Job(job.player, crash, job.cfg), tmp_path / "parts")
+    assert [row["step"] for row in metrics(tmp_path / "parts")] == list(range(1, 8))
+    assert newest_state(tmp_path / "parts")["step"] == 4
+    start(toy_job(save_every=4), tmp_path / "parts")
+    assert_same(newest_state(tmp_path / "parts"), newest_state(tmp_path / "whole"))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")  # steps 5 to 7 stand there once
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    start(toy_job(), tmp_path)
+    before, logged = newest_state(tmp_path), metrics(tmp_path)
+    job = toy_job()
+    start(job, tmp_path)
+    assert isinstance(job.player, Toy)
+    assert not job.player.batches
+    assert_same(newest_state(tmp_path), before)
+    assert metrics(tmp_path) == logged
+
+
+def test_a_half_written_line_of_the_log_is_left_out(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        start(toy_job(), tmp_path, stop_at=3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    start(toy_job(), tmp_path)
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(make_job: MakeJob, tmp_path: Path, workers: int) -> None:
+    for count in (0, workers):
+        torch.manual_seed(0)
+        start(make_job(steps=4, workers=count), tmp_path / str(count))
+    assert_same(newest_state(tmp_path / str(workers)), newest_state(tmp_path / "0"))
+
+
+def test_worker_processes_give_the_same_batches(tmp_path: Path) -> None:
+    seen = []
+    for workers in (0, 2):
+        job = toy_job(workers=workers)
+        start(job, tmp_path / str(workers))
+        assert isinstance(job.player, Toy)
+        seen.append(torch.stack(job.player.batches))
+    assert torch.equal(*seen)
+    assert torch.equal(seen[0][3], toy_batch(3, range(16)))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(make_job: MakeJob, tmp_path: Path) -> None:
+    for name, micro in (("whole", None), ("parts", 16)):
+        torch.manual_seed(0)
+        start(make_job(steps=3, batch=48, micro_batch=micro), tmp_path / name)
+    found, wanted = (leaves(newest_state(tmp_path / name)["players"]) for name in ("parts", "whole"))
+    for name, value in found.items():
+        if isinstance(value, Tensor) and "exp_avg" not in name:
+            torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=2e-4, msg=name)
+    for row, other in zip(metrics(tmp_path / "parts"), metrics(tmp_path / "whole"), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    start(toy_job(steps=60, lr=3e-2), tmp_path)
+    losses = [row["loss"] for row in metrics(tmp_path)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+# ---- what stops a run ----------------------------------------------------------------------------------------------
+
+
+class Breaking(Toy):
+    """Its loss or its gradient stops being finite at the fourth step."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.before: dict[str, Tensor] = {}
+
+    def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, logs = super().loss(batch, step)
+        if step.step == 3:
+            self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
+            weight = self.model.get_parameter("0.weight")
+            loss = loss * math.nan if self.what == "loss" else loss + (weight - weight.detach()).sum().abs().sqrt()
+        return loss, logs
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_stops_the_run_before_anything_changes(tmp_path: Path, what: str) -> None:
+    player = Breaking(what)
+    with pytest.raises(RunError, match="not finite at step 3") as failed:
+        start(Job(player, toy_batch, train_config(save_every=2)), tmp_path)
+    assert failed.value.exit_code == 1
+    assert_same(dict(player.model.state_dict()), player.before)
+    assert float(player.before["seen"]) == 3  # nothing followed the step either
+    assert newest_state(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_becomes_a_request_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signal() as request:
+        assert not request.asked
+        request.leave("nothing was asked")
+        os.kill(os.getpid(), number)
+        assert request.name == number.name
+        with pytest.raises(Stopped, match=f"{number.name}; all is saved") as stopped:
+            request.leave("all is saved")
+    assert stopped.value.exit_code == 75
+    assert "same command" in stopped.value.hint
+    assert signal.getsignal(number) == before
+
+
+# ---- a step, and several processes ---------------------------------------------------------------------------------
+
+
+def test_normal_of_a_ranks_rows_is_a_slice_of_the_full_batch() -> None:
+    def draw(rows: range, step: int = 2, seed: int = 0) -> list[Tensor]:
+        taken = TrainStep(seed, step, rows, 48, CPU)
+        return [taken.normal(3, 2), taken.normal(4)]  # the second draw goes on from the first
+
+    whole = draw(range(48))
+    for start_row in (0, 16, 32):
+        for part, full in zip(draw(range(start_row, start_row + 16)), whole, strict=True):
+            assert torch.equal(part, full[start_row : start_row + 16])
+    assert torch.equal(torch.cat([a[0] for a in (draw(range(32)), draw(range(32, 48)))]), whole[0])
+    assert not torch.equal(draw(range(48), step=3)[0], whole[0])
+    assert not torch.equal(draw(range(48), seed=1)[0], whole[0])
+    assert len({round(float(v), 5) for v in whole[0].flatten()}) > 280  # no block repeats another
+
+
+def test_pick_is_equal_for_all_ranks() -> None:
+    picks = [TrainStep(0, 5, rows, 32, CPU).pick(50, 1000) for rows in (range(16), range(16, 32))]
+    assert torch.equal(*picks)
+    assert 0 <= int(picks[0].min()) <= int(picks[0].max()) < 1000
+    assert not torch.equal(picks[0], TrainStep(0, 6, range(16), 32, CPU).pick(50, 1000))
+
+
+@pytest.mark.parametrize(("batch", "processes"), [(24, 2), (32, 4), (48, 2), (100, 8)])
+def test_a_batch_that_blocks_cannot_share_is_refused(
+    batch: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: (0, processes))
+    with pytest.raises(UsageError, match=f"train.batch={batch}") as refused:
+        distributed.own_rows(batch)
+    assert refused.value.exit_code == 2
+    assert f"multiple of {16 * processes}" in refused.value.hint
+
+
+def test_ranks_share_the_batch_without_gap_or_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "world", lambda rank=rank: (rank, 4))
+        rows += distributed.own_rows(128)
+    assert rows == list(range(128))
+
+
+def test_one_process_shares_with_nobody() -> None:
+    assert distributed.own_rows(7) == range(7)
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    distributed.broadcast_model(model)
+    model.weight.grad = torch.ones(2, 2)
+    distributed.average_gradients(model.parameters())
+    assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight.grad, torch.ones(2, 2))
+    assert distributed.average_logs({"a": torch.tensor(2.0)}) == {"a": 2.0}
+    assert distributed.any_process(True, CPU)
+    assert not distributed.any_process(False, CPU)
+
+
+# Child processes come from a server that has imported torch already: an import costs more than these trainings.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "rdpm_cli.engine.observers"]
+)
+
+
+def command_line(args: list[str], environment: dict[str, str]) -> None:
+    """Be `rdpm ARGS` in this process."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["rdpm", *args]
+    from rdpm_cli.cli import main
+
+    main()
+
+
+def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
+    process = FORKS.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def exit_code(process: ForkServerProcess) -> int | None:
+    process.join(timeout=120)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode
+
+
+def torchrun(processes: int) -> list[dict[str, str]]:
+    """The environment torchrun gives to each of its processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def tokenizer_command(out: Path, *overrides: str) -> list[str]:
+    small = ["autoencoder.width=8", "autoencoder.res_blocks=1", "quantizer.codes=64", "quantizer.steps=2"]
+    fixed = ["train-tokenizer", "digits", "--recipe", "digits", "--quiet", "--out", str(out)]
+    return [*fixed, *small, "train.log_every=1", *overrides]
+
+
+def test_a_real_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = tokenizer_command(tmp_path / "run", "train.batch=16", "train.steps=60")
+    process = spawn(command_line, command, {})
+    deadline = time.monotonic() + 60
+    while not read_metrics(tmp_path / "run"):
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    assert exit_code(process) == 75
+    done = newest_state(tmp_path / "run")["step"]
+    assert 0 < done < 60
+    assert not (tmp_path / "run" / "tokenizer.pt").exists()
+    assert run_cli(command) == 0
+    assert (tmp_path / "run" / "tokenizer.pt").exists()
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
+    assert "tokenizer trained" in capsys.readouterr().out
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    def command(name: str) -> list[str]:
+        return tokenizer_command(tmp_path / name, "train.batch=32", "train.steps=6", "quantizer.decay=0.5")
+
+    pair = [spawn(command_line, command("two"), environment) for environment in torchrun(2)]
+    assert run_cli(command("one")) == 0
+    assert [exit_code(process) for process in pair] == [0, 0]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row["step"] for row in two] == list(range(1, 7))  # one process writes
+    assert sum(row["restarted"] for row in one) > 0
+    for name in ("loss", "recon", "quant", "grad_norm", "restarted", "perplexity/t01", "usage/t02"):
+        values = [[row[name] for row in rows] for rows in (one, two)]
+        np.testing.assert_allclose(values[1], values[0], rtol=1e-4, atol=1e-6, err_msg=name)
+    first, second = (tokenizer_model.load(tmp_path / name / "tokenizer.pt")[0].quantizer for name in ("one", "two"))
+    for name in ("books", "ema_counts", "ema_sums"):
+        torch.testing.assert_close(second.get_buffer(name), first.get_buffer(name), rtol=1e-3, atol=1e-4, msg=name)
+
+
+def primitives(environment: dict[str, str], out: Path) -> None:
+    """What a rank gets from each helper."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with distributed.process_group("cpu") as device:
+        rank, _ = world()
+        model = nn.Linear(2, 1)
+        model.register_buffer("count", torch.tensor(10 + rank))
+        nn.init.constant_(model.weight, 1.0 + rank)
+        distributed.broadcast_model(model)
+        model.weight.grad = torch.full((1, 2), 1.0 + 2 * rank)
+        distributed.average_gradients(model.parameters())
+        rows = distributed.own_rows(64)
+        step = TrainStep(0, 0, rows, 64, device)
+        found = {
+            "rows": [rows.start, rows.stop],
+            "weight": model.weight.detach(),
+            "count": model.get_buffer("count"),
+            "gradient": model.weight.grad,
+            "logs": distributed.average_logs({"a": torch.tensor(float(rank))}),
+            "any": [distributed.any_process(rank == 1, device), distributed.any_process(False, device)],
+            "sum": step.sum_(torch.tensor([1.0, float(rank)])),
+            "pick": step.pick(5, 100),
+            "normal": step.normal(2),
+        }
+        torch.save(found, out / f"{rank}.pt")
+
+
+def test_helpers_of_two_processes_agree(tmp_path: Path) -> None:
+    pair = [spawn(primitives, environment, tmp_path) for environment in torchrun(2)]
+    assert [exit_code(process) for process in pair] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert [first["rows"], second["rows"]] == [[0, 32], [32, 64]]
+    for found in (first, second):
+        assert found["weight"].tolist() == [[1.0, 1.0]]  # the first process's
+        assert int(found["count"]) == 10
+        assert found["gradient"].tolist() == [[2.0, 2.0]]  # the mean of 1 and 3
+        assert found["logs"] == {"a": 0.5}
+        assert found["any"] == [True, False]
+        assert found["sum"].tolist() == [2.0, 1.0]
+    assert torch.equal(first["pick"], second["pick"])
+    whole = TrainStep(0, 0, range(64), 64, CPU).normal(2)
+    assert torch.equal(torch.cat([first["normal"], second["normal"]]), whole)
