@@ -42,9 +42,9 @@ class AutoencoderConfig(Section):
         return 2 ** (len(self.multipliers) - 1)
 
     @property
-    def grid(self) -> int:
-        """h = w of the latent."""
-        return self.resolution // self.factor
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the latent."""
+        return self.resolution // self.factor, self.resolution // self.factor
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

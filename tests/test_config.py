@@ -80,7 +80,7 @@ def test_digits_is_the_recipe_of_the_demo() -> None:
     assert recipe.tokenizer
     assert recipe.generator
     assert recipe.judge
-    assert recipe.tokenizer.autoencoder.grid == 4
+    assert recipe.tokenizer.autoencoder.grid == (4, 4)
 
 
 # ---- overrides ---------------------------------------------------------------------------------------------------

@@ -75,7 +75,9 @@ def wake(network: nn.Module, std: float = 0.2) -> None:
 
 def make_generator(quantizer: Quantizer | None = None, *, awake: bool = True, std: float = 0.2, **network: Any) -> RDPM:
     """A tiny generator over the given (or a fresh, noisy) quantiser."""
-    made = RDPM(GeneratorArchitecture(network=network_config(**network)), quantizer or make_quantizer(), GRID, CLASSES)
+    made = RDPM(
+        GeneratorArchitecture(network=network_config(**network)), quantizer or make_quantizer(), (GRID, GRID), CLASSES
+    )
     if awake:
         wake(made.network, std)
     made.network.eval().requires_grad_(False)
@@ -119,7 +121,9 @@ class Calls:
 @pytest.mark.parametrize(("depth", "millions"), [(12, 133), (16, 310), (20, 602)])
 def test_parameter_counts_are_those_of_table_1(depth: int, millions: int) -> None:
     with torch.device("meta"):
-        network = RDPMNetwork(NetworkConfig(depth=depth), grid=16, channels=32, codes=4096, steps=10, classes=1000)
+        network = RDPMNetwork(
+            NetworkConfig(depth=depth), grid=(16, 16), channels=32, codes=4096, steps=10, classes=1000
+        )
     count = sum(p.numel() for p in network.parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.01)
 
@@ -127,7 +131,7 @@ def test_parameter_counts_are_those_of_table_1(depth: int, millions: int) -> Non
 def test_class_latents_cost_8_million_parameters_at_imagenet_size() -> None:
     def count(**options: Any) -> int:
         with torch.device("meta"):
-            network = RDPMNetwork(NetworkConfig(depth=12, **options), 16, 32, 4096, 10, 1000)
+            network = RDPMNetwork(NetworkConfig(depth=12, **options), (16, 16), 32, 4096, 10, 1000)
         return sum(p.numel() for p in network.parameters())
 
     assert count(class_latents=True) - count() == 1001 * 256 * 32 + 32 * 768
@@ -221,7 +225,7 @@ def test_positions_are_known_through_rope_and_table_alone(positions: str | None,
 
 
 def turned(x_NE: Tensor, extra: int = 0) -> Tensor:
-    angles = rope_table(GRID, x_NE.shape[1], extra)
+    angles = rope_table((GRID, GRID), x_NE.shape[1], extra)
     return rotate(x_NE, angles.cos(), angles.sin())
 
 
@@ -853,3 +857,16 @@ def test_parameters_count_the_generator_alone(content: dict[str, Any], tmp_path:
     modelfile.save(tmp_path / "generator.pt", content)
     loaded = model.load(tmp_path / "generator.pt")
     assert model.parameters(loaded.generator) == sum(v.numel() for v in content["weights"].values())
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_a_grid_of_one_row_is_legal(positions: str) -> None:
+    """Signals have h = 1; nothing in the family may assume a square."""
+    network = network_config(positions=positions, class_latents=True, head="geometric")
+    generator = RDPM(GeneratorArchitecture(network=network), make_quantizer(), (1, 7), CLASSES)
+    wake(generator.network)
+    codes = generator.sample(torch.tensor([0, 2]), torch.tensor([5, 6]), SampleOptions(seed=1))
+    assert codes.shape == (2, STEPS, 1, 7)
+    other = generator.sample(torch.tensor([0, 2]), torch.tensor([5, 7]), SampleOptions(seed=1))
+    assert torch.equal(codes[0], other[0])
+    assert not torch.equal(codes[1], other[1])

@@ -424,7 +424,7 @@ def test_the_imagenet_recipes_build(name: str) -> None:
     recipe = config.load_recipe(name)
     architecture = recipe.tokenizer or config.TokenizerArchitecture()
     auto, quant = architecture.autoencoder, architecture.quantizer
-    assert (auto.grid, auto.channels, quant.codes, quant.steps) == (16, 32, 4096, 10)
+    assert (auto.grid, auto.channels, quant.codes, quant.steps) == ((16, 16), 32, 4096, 10)
     with torch.device("meta"):
         if recipe.tokenizer:
             tokenizer = tokenizer_model.Tokenizer(recipe.tokenizer)
@@ -432,7 +432,7 @@ def test_the_imagenet_recipes_build(name: str) -> None:
             assert z.shape == (2, 32, 16, 16)
             assert tokenizer.decode_latents(z).shape == (2, 3, 256, 256)
         if recipe.generator:
-            network = RDPMNetwork(recipe.generator.network, 16, 32, 4096, 10, 1000)
+            network = RDPMNetwork(recipe.generator.network, (16, 16), 32, 4096, 10, 1000)
             count = sum(p.numel() for p in network.parameters()) / 1e6
             base = MILLIONS[name.removesuffix("-plus")]
             assert count == pytest.approx(base, rel=0.01) or (name.endswith("-plus") and base < count < base + 15)

@@ -1,6 +1,7 @@
 """Images -> code store: the same bytes whatever ran before, because every convolution sees one fixed batch shape."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def make_plan(
     return Plan(
         tokenizer=digest,
         steps=quant.steps,
-        grid=(auto.grid, auto.grid),
+        grid=auto.grid,
         codes=quant.codes,
         channels=auto.channels,
         views=views,
@@ -53,7 +54,7 @@ def make_plan(
         class_names=tuple(source.class_names),
         data=DataOrigin(source=source.spec, count=len(source), digest=source.digest()),
         device=device.type,
-        micro_batch=max(1, POSITIONS_AT_ONCE // auto.grid**2),
+        micro_batch=max(1, POSITIONS_AT_ONCE // math.prod(auto.grid)),
         shard_images=shard_images,
     )
 

@@ -1,5 +1,6 @@
 """`rdpm inspect`: what a path or recipe is, its config, digests and provenance."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,11 @@ def _sizes(recipe: config.Recipe) -> dict[str, Any]:
         )
         sizes["parameters"] = sum(p.numel() for p in network.parameters())
         sizes["parameters_assume"] = {
-            "classes": recipe.classes, "positions": auto.grid**2, "codes": quant.codes, "channels": auto.channels
-        }  # fmt: skip
+            "classes": recipe.classes,
+            "positions": math.prod(auto.grid),
+            "codes": quant.codes,
+            "channels": auto.channels,
+        }
     return sizes
 
 

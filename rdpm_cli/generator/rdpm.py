@@ -30,7 +30,9 @@ def tokens(x_BCHW: Tensor) -> Tensor:
 class RDPMNetwork(nn.Module):
     """f(eps_t, y, t, z'_{t-1}): Linear(2C -> D), transformer, heads. Both heads start at zero."""
 
-    def __init__(self, cfg: NetworkConfig, grid: int, channels: int, codes: int, steps: int, classes: int) -> None:
+    def __init__(
+        self, cfg: NetworkConfig, grid: tuple[int, int], channels: int, codes: int, steps: int, classes: int
+    ) -> None:
         super().__init__()
         self.input = nn.Linear(2 * channels, cfg.hidden)
         self.trunk = Transformer(cfg, grid, channels, classes)
@@ -56,7 +58,7 @@ class RDPMNetwork(nn.Module):
 class RDPM:
     """The family: loss over stored codes, sampling over T recurrent steps."""
 
-    def __init__(self, cfg: GeneratorArchitecture, quantizer: Quantizer, grid: int, classes: int) -> None:
+    def __init__(self, cfg: GeneratorArchitecture, quantizer: Quantizer, grid: tuple[int, int], classes: int) -> None:
         """quantizer: the frozen tokenizer's; it holds codebook, bias convolution and schedule."""
         quant = quantizer.cfg
         channels = quantizer.books.shape[-1]
@@ -153,7 +155,7 @@ class RDPM:
         """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t = argmax(tau · logits + Gumbel), noise addressed by index."""
         self.check(options)
         device, indices = labels_B.device, [int(i) for i in indices_B]
-        shape = (self.quantizer.books.shape[-1], self.grid, self.grid)
+        shape = (self.quantizer.books.shape[-1], *self.grid)
         previous = torch.zeros(len(indices), *shape, device=device)
         codes = []
         for t in range(1, self.quantizer.steps + 1):
@@ -163,7 +165,7 @@ class RDPM:
                 codes_t = self.quantizer.guess(previous, eps, t)
             else:
                 logits_BLK = self._guided(eps, previous, t, labels_B, options)
-                codes_t = self._draw(logits_BLK, indices, t, options).view(-1, self.grid, self.grid)
+                codes_t = self._draw(logits_BLK, indices, t, options).view(-1, *self.grid)
             if known is not None:
                 codes_t = torch.where(known.keep_BTHW[:, t - 1], known.codes_BTHW[:, t - 1], codes_t)
             previous = previous + self.quantizer.bias(self.quantizer.look_up(codes_t, t))

@@ -20,14 +20,14 @@ def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     return x_BND * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
 
 
-def rope_table(grid: int, head_width: int, extra: int, theta: float = 10000.0) -> Tensor:
-    """Angles of 2-D RoPE: (extra + grid², head_width / 2). Half the pairs turn with y, half with x.
+def rope_table(grid: tuple[int, int], head_width: int, extra: int, theta: float = 10000.0) -> Tensor:
+    """Angles of 2-D RoPE over a (h, w) grid: (extra + h·w, head_width / 2). Half the pairs turn with y, half with x.
 
     The `extra` leading tokens have no place and are not turned.
     """
     speeds = theta ** -(torch.arange(0, head_width // 4) / (head_width // 4))
-    along = torch.outer(torch.arange(grid).float(), speeds)  # (grid, head_width / 4)
-    y, x = along[:, None].expand(grid, grid, -1), along[None].expand(grid, grid, -1)
+    down, along = (torch.outer(torch.arange(side).float(), speeds) for side in grid)  # (side, head_width / 4)
+    y, x = down[:, None].expand(*grid, -1), along[None].expand(*grid, -1)
     return torch.cat([torch.zeros(extra, head_width // 2), torch.cat([y, x], -1).flatten(0, 1)])
 
 
@@ -109,11 +109,11 @@ class Transformer(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, cfg: NetworkConfig, grid: int, channels: int, classes: int) -> None:
-        """grid: h = w. channels: C of class latents. classes: without the null class, which is number `classes`."""
+    def __init__(self, cfg: NetworkConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
+        """grid: (h, w). channels: C of class latents. classes: without the null class, which is number `classes`."""
         super().__init__()
         D = cfg.hidden
-        self.cfg, self.length = cfg, grid * grid
+        self.cfg, self.length = cfg, math.prod(grid)
         self.step_embedding = StepEmbedding(D)
         self.class_embedding = nn.Embedding(classes + 1, D)
         self.positions = nn.Embedding(self.length, D) if cfg.positions in ("learned", "both") else None

@@ -33,7 +33,7 @@ class Tokenizer(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
-        return self.cfg.autoencoder.channels, self.cfg.autoencoder.grid, self.cfg.autoencoder.grid
+        return self.cfg.autoencoder.channels, *self.cfg.autoencoder.grid
 
     def noise(self, purpose: str, seed: int, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """The addressed noise eps_1..eps_T of images, (B, T, C, h, w), on the CPU."""
