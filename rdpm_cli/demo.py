@@ -9,6 +9,7 @@ from rdpm_cli import config, engine, files, progress
 
 TRAIN, HELDOUT = "digits:train", "digits:heldout"
 PER_CLASS = 80
+PICTURES = ("samples.png", "reconstructions.png", "steps.gif", "curves.png")
 ESTIMATE = "about 3 minutes on 2 CPU cores"
 
 
@@ -16,7 +17,12 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
     """Everything from images to scores under `out`. Run again, it goes on where it stopped."""
     changes = [f"seed={seed}", *overrides]
     recipe = config.load_recipe("digits", changes)
-    started = time.monotonic()
+    if (out / "result.json").is_file() and (done := files.read_json(out / "result.json")).get(
+        "recipe"
+    ) == recipe.digest():
+        progress.say(f"{out}/ holds this demo already; remove it, or name another --out, to run it again")
+        return _result(out, done)
+    started, resumed = time.monotonic(), (out / "runs").exists()
     progress.say(f"rdpm demo: {TRAIN} -> tokenizer -> codes -> generator -> samples -> scores; {ESTIMATE}")
     say = _steps(7)
     say("a judge: a classifier of real digits, which scores the samples later")
@@ -37,7 +43,7 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
     recon = engine.reconstruct(HELDOUT, out / "reconstructions", tokenizer, seed=seed)
     say("eval: the judge looks at samples and at held-out digits")
     scores = _scores(out, Path(judge.values["judge"]))
-    pictures = _pictures(out, samples, recon)
+    _pictures(out, samples, recon)
     result: dict[str, Any] = {
         **scores,
         "reconstruction_mse": recon.values["mse"],
@@ -46,14 +52,20 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
         "generator_parameters": trained.values["parameters"],
         "heldout_accuracy_per_t": trained.values["heldout/accuracy"],
         "baseline_accuracy_per_t": trained.values["heldout/baseline"],
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(time.monotonic() - started, 1),  # of this call; less than the whole where it resumed
+        "resumed": resumed,
         "seed": seed,
         "recipe": recipe.digest(),
         "versions": engine.versions(),
     }
     files.write_json(out / "result.json", result)
-    return engine.Result(f"demo finished; pictures and checkpoints are in {out}/", {**result, "pictures": pictures},
-                         f"rdpm sample --ckpt {generator} --classes 3,7 --out more")  # fmt: skip
+    return _result(out, result)
+
+
+def _result(out: Path, values: dict[str, Any]) -> engine.Result:
+    pictures = {name.split(".")[0]: str(out / name) for name in PICTURES}
+    following = f"rdpm sample --ckpt {out / 'generator.pt'} --classes 3,7 --out more"
+    return engine.Result(f"demo finished; everything is in {out}/", {**values, "pictures": pictures}, following)
 
 
 def _steps(total: int) -> Any:
@@ -78,14 +90,9 @@ def _scores(out: Path, judge: Path) -> dict[str, Any]:
     }
 
 
-def _pictures(out: Path, samples: engine.Result, recon: engine.Result) -> dict[str, str]:
+def _pictures(out: Path, samples: engine.Result, recon: engine.Result) -> None:
     """Put the pictures where a person looks first."""
-    found = {
-        "samples.png": Path(samples.values["grid"]),
-        "steps.gif": Path(samples.values["gif"]),
-        "reconstructions.png": Path(recon.values["grid"]),
-    }
-    for name, path in found.items():
+    found = [Path(samples.values["grid"]), Path(recon.values["grid"]), Path(samples.values["gif"])]
+    for name, path in zip(PICTURES, found, strict=False):
         engine.copy_file(path, out / name)
     engine.training_curves(out / "curves.png", out / "runs" / "tokenizer", out / "runs" / "generator")
-    return {name.split(".")[0]: str(out / name) for name in [*found, "curves.png"]}
