@@ -9,7 +9,7 @@ from rdpm_cli import config, engine, files, progress
 
 TRAIN, HELDOUT = "digits:train", "digits:heldout"
 PER_CLASS = 80
-PICTURES = ("samples.png", "reconstructions.png", "steps.gif", "curves.png")
+PICTURES, CURVES = ("samples.png", "reconstructions.png", "steps.gif"), "curves.png"
 ESTIMATE = "about 3 minutes on 2 CPU cores"
 
 
@@ -63,7 +63,7 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
 
 
 def _result(out: Path, values: dict[str, Any]) -> engine.Result:
-    pictures = {name.split(".")[0]: str(out / name) for name in PICTURES}
+    pictures = {name.split(".")[0]: str(out / name) for name in (*PICTURES, CURVES)}
     following = f"rdpm sample --ckpt {out / 'generator.pt'} --classes 3,7 --out more"
     return engine.Result(f"demo finished; everything is in {out}/", {**values, "pictures": pictures}, following)
 
@@ -92,7 +92,7 @@ def _scores(out: Path, judge: Path) -> dict[str, Any]:
 
 def _pictures(out: Path, samples: engine.Result, recon: engine.Result) -> None:
     """Put the pictures where a person looks first."""
-    found = [Path(samples.values["grid"]), Path(recon.values["grid"]), Path(samples.values["gif"])]
-    for name, path in zip(PICTURES, found, strict=False):
-        engine.copy_file(path, out / name)
-    engine.training_curves(out / "curves.png", out / "runs" / "tokenizer", out / "runs" / "generator")
+    found = [samples.values["grid"], recon.values["grid"], samples.values["gif"]]
+    for name, path in zip(PICTURES, found, strict=True):
+        engine.copy_file(Path(path), out / name)
+    engine.training_curves(out / CURVES, out / "runs" / "tokenizer", out / "runs" / "generator")

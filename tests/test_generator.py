@@ -625,7 +625,9 @@ def load_generator(tokenizer: Tokenizer) -> LoadedGenerator:
 
 def drawn(loaded: LoadedGenerator, count: int, micro_batch: int, **options: Any) -> tuple[Tensor, np.ndarray]:
     """codes and pixels of samples 0..count-1."""
-    parts = list(sampler.sample(loaded, LABELS[:count], SampleOptions(**options), micro_batch))
+    parts = list(
+        sampler.sample(loaded.generator, loaded.tokenizer, LABELS[:count], SampleOptions(**options), micro_batch)
+    )
     assert [i for part in parts for i in part.indices] == list(range(count))
     assert [label for part in parts for label in part.labels] == LABELS[:count]
     return torch.cat([p.codes_BTHW for p in parts]), np.concatenate([p.pixels_BHWC for p in parts])

@@ -558,7 +558,13 @@ def torchrun(processes: int) -> list[dict[str, str]]:
 
 
 def tokenizer_command(out: Path, *overrides: str) -> list[str]:
-    small = ["autoencoder.width=8", "autoencoder.res_blocks=1", "quantizer.codes=64", "quantizer.steps=2"]
+    small = [
+        "autoencoder.width=8",
+        "autoencoder.channels=8",
+        "autoencoder.res_blocks=1",
+        "quantizer.codes=64",
+        "quantizer.steps=2",
+    ]
     fixed = ["train-tokenizer", "digits", "--recipe", "digits", "--quiet", "--out", str(out)]
     return [*fixed, *small, "train.log_every=1", *overrides]
 

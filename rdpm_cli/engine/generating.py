@@ -11,11 +11,11 @@ from rdpm_cli import config, files, progress
 from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
+    Training,
     first_process,
     last_metrics,
-    train,
+    train_once,
     training_curves,
-    training_run,
     versions,
 )
 from rdpm_cli.errors import UsageError
@@ -32,57 +32,36 @@ def train_gen(
     cfg = recipe.generator
     assert cfg is not None
     out = out or Path("runs") / f"{recipe.name}-generator"
-    import torch
-
-    from rdpm_cli import modelfile
     from rdpm_cli.codes.store import CodeStore, Manifest
     from rdpm_cli.engine import observers
     from rdpm_cli.generator import model
     from rdpm_cli.generator.task import CodeBatches, GeneratorTask
     from rdpm_cli.tokenizer import model as tokenizer_file
-    from rdpm_cli.training.distributed import barrier
 
     m = Manifest.load(codes)
     tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt")
-    store = CodeStore(codes, tokenizer_content["digest"])
-    batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
-    settings = {
-        "command": "train-gen",
-        "recipe": {"seed": recipe.seed, "generator": cfg.model_dump(mode="json")},
-        "store": m.digest(),
-    }
-    final = out / "generator.pt"
-    with training_run(out, settings, device) as (chosen, stop):
-        if not final.exists():
-            torch.manual_seed(recipe.seed)
-            generator = model.build(cfg, tokenizer.to(chosen), len(m.class_names))
-            generator.network.to(chosen).train()
-            progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
-            loaded = model.LoadedGenerator(generator, tokenizer, cfg.sampling, list(m.class_names), "", {})
-            generator.network = train(
-                [GeneratorTask(generator)],
-                batches.batch_at,
-                cfg.train,
-                batches.images,
-                out=out,
-                seed=recipe.seed,
-                device=chosen,
-                stop=stop,
-                observers=[observers.generator_monitor(loaded, batches, cfg.train)],
-            )
-            if first_process():
-                provenance = {
-                    "recipe": recipe.model_dump(mode="json"),
-                    "store": {"path": str(codes.resolve()), "digest": m.digest()},
-                    "reference": pictures.store_reference(m),
-                    **versions(),
-                }
-                content = model.pack(generator, cfg, tokenizer_content, list(m.class_names), provenance=provenance)
-                modelfile.save(final, content)
-                training_curves(out / "curves.png", generator_run=out)
-            barrier()
-        elif first_process():
-            progress.say(f"{final} is finished already")
+    batches = CodeBatches(CodeStore(codes, tokenizer_content["digest"]), cfg, tokenizer.quantizer.alphas, recipe.seed)
+    class_names = list(m.class_names)
+
+    def make(training: Training) -> dict[str, Any]:
+        generator = model.build(cfg, tokenizer.to(training.device), len(class_names))
+        generator.network.to(training.device).train()
+        progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
+        watch = [observers.generator_monitor(generator, tokenizer, cfg, class_names, batches)]
+        task = GeneratorTask(generator)
+        generator.network = training.fit(task, batches.batch_at, cfg.train, batches.images, watch)
+        if first_process():
+            training_curves(out / "curves.png", generator_run=out)
+        provenance = {
+            "recipe": recipe.model_dump(mode="json"),
+            "store": {"path": str(codes.resolve()), "digest": m.digest()},
+            "reference": pictures.store_reference(m),
+            **versions(),
+        }
+        return model.pack(generator, cfg, tokenizer_content, class_names, provenance=provenance)
+
+    final, chosen = out / "generator.pt", {"seed": recipe.seed, "generator": cfg.model_dump(mode="json")}
+    train_once(final, recipe.seed, {"command": "train-gen", "recipe": chosen, "store": m.digest()}, device, make)
     loaded = model.load(final)
     values = {
         "generator": str(final),
@@ -188,7 +167,8 @@ def _write_samples(
         stop_on_signal() as stop,
         progress.Bar("sample", len(labels), "images") as bar,
     ):
-        for part in sampler.sample(loaded.to(chosen), labels, options, micro_batch):
+        loaded.to(chosen)
+        for part in sampler.sample(loaded.generator, loaded.tokenizer, labels, options, micro_batch):
             for place, (index, label) in enumerate(zip(part.indices, part.labels, strict=True)):
                 writers.save_png(out / f"{index:06d}.png", part.pixels_BHWC[place])
                 if shown.get(label, PREVIEWED) < PREVIEWED:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdpm_cli.config import TrainConfig
+from rdpm_cli.config import GeneratorConfig, TrainConfig
 from rdpm_cli.generator import sampler
-from rdpm_cli.generator.model import LoadedGenerator
+from rdpm_cli.generator.contract import Generator, SampleOptions
 from rdpm_cli.generator.task import CodeBatches, held_out_accuracy
 from rdpm_cli.images import writers
 from rdpm_cli.images.sources import ImageSource
@@ -76,41 +76,40 @@ def decode_prefixes(tokenizer: Tokenizer, codes: torch.Tensor) -> list[Pixels]:
     return frames
 
 
-def generator_monitor(loaded: LoadedGenerator, batches: CodeBatches, cfg: TrainConfig) -> Callable[..., Any]:
+def generator_monitor(
+    generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, class_names: list[str], batches: CodeBatches
+) -> Callable[..., Any]:
     """Held-out accuracy per t beside the model-free baseline, norms, and a grid of samples from fixed seeds."""
+    classes = list(range(min(10, len(class_names))))
+    labels = [c for c in classes for _ in range(PREVIEWS)]
+    options = SampleOptions(**cfg.sampling.model_dump(exclude={"micro_batch"}))
 
     def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
-        if not due(run, cfg):
+        if not due(run, cfg.train):
             return None
-        generator, trained = loaded.generator, loaded.generator.network
+        trained = generator.network
         generator.network = (run.ema.model if run.ema else trained).eval()
         try:
             found = held_out_accuracy(generator, batches, run.device)
-            norms = _preview(loaded, run)
+            parts = list(sampler.sample(generator, tokenizer, labels, options, cfg.sampling.micro_batch))
         finally:
             generator.network = trained
             trained.train()
+        sheet = writers.grid(
+            np.concatenate([p.pixels_BHWC for p in parts]), PREVIEWS, [class_names[c] for c in classes]
+        )
+        writers.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
+        norms = _norms(tokenizer, torch.cat([p.codes_BTHW for p in parts]).to(run.device))
         return {f"heldout/{name}": values for name, values in found.items()} | {"sampled/norm": norms}
 
     return observe
 
 
-def _preview(loaded: LoadedGenerator, run: Run) -> list[float]:
-    """Write a grid of samples; -> their mean norm of z'_t, (T,)."""
-    from rdpm_cli.generator.contract import SampleOptions
-
-    classes = list(range(min(10, len(loaded.class_names))))
-    labels = [c for c in classes for _ in range(PREVIEWS)]
-    options = SampleOptions(**loaded.sampling.model_dump(exclude={"micro_batch"}))
-    parts = list(sampler.sample(loaded, labels, options, loaded.sampling.micro_batch))
-    sheet = writers.grid(
-        np.concatenate([p.pixels_BHWC for p in parts]), PREVIEWS, [loaded.class_names[c] for c in classes]
-    )
-    writers.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
-    codes = torch.cat([p.codes_BTHW for p in parts]).to(run.device)
-    quantizer = loaded.tokenizer.quantizer
-    counts = [torch.full((len(codes),), t, device=run.device) for t in range(1, quantizer.steps + 1)]
-    return [float(quantizer.prefix(codes, n).norm(dim=1).mean()) for n in counts]
+def _norms(tokenizer: Tokenizer, codes_BTHW: torch.Tensor) -> list[float]:
+    """Mean norm of z'_t over positions, (T,)."""
+    quantizer = tokenizer.quantizer
+    counts = [torch.full((len(codes_BTHW),), t, device=codes_BTHW.device) for t in range(1, quantizer.steps + 1)]
+    return [float(quantizer.prefix(codes_BTHW, n).norm(dim=1).mean()) for n in counts]
 
 
 def tokenizer_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:

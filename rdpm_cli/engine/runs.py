@@ -6,7 +6,7 @@ import contextlib
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,60 +43,86 @@ def versions() -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def training_run(out: Path, settings: dict[str, Any], device: str) -> Iterator[tuple[torch.device, StopRequest]]:
-    """Hold a run folder: one writer, one recipe. Raises UsageError when it was begun with other settings."""
+@dataclass
+class Training:
+    """A run folder that is being trained in: what every `train` needs beside players and batches."""
+
+    out: Path
+    seed: int
+    device: torch.device
+    stop: StopRequest
+
+    def fit(
+        self,
+        player: Player,
+        batch_at: Callable[[int, range], Any],
+        cfg: config.TrainConfig,
+        images: int,
+        observers: Sequence[Observer] = (),
+    ) -> torch.nn.Module:
+        """Train with progress, from the newest checkpoint on. -> the network to keep: the EMA where there is one."""
+        from rdpm_cli.engine import observers as watch
+        from rdpm_cli.training import checkpoint
+        from rdpm_cli.training.loop import Run, fit
+
+        run = Run(self.out, self.seed, self.device, cfg.total_steps(images), cfg.warmup(images), self.stop)
+        if there := checkpoint.found(self.out / "checkpoints"):
+            progress.say(f"resuming step {there[-1][0]} of {run.steps} from {there[-1][1]}")
+        with progress.Bar(f"train {player.name}", run.steps, "steps") as bar:
+            fit([player], batch_at, cfg, run, [watch.progress(bar), *observers])
+        return run.ema.model if run.ema else player.model
+
+
+def train_once(
+    final: Path, seed: int, settings: dict[str, Any], device: str, make: Callable[[Training], dict[str, Any]]
+) -> None:
+    """Make the model file `final` by `make(training)` in its folder, unless it is finished.
+
+    One writer and one set of settings a folder: raises RunError and UsageError otherwise.
+    """
+    import torch
+
+    from rdpm_cli import modelfile
     from rdpm_cli.signals import stop_on_signal
-    from rdpm_cli.step import world
-    from rdpm_cli.training.distributed import process_group
+    from rdpm_cli.training.distributed import barrier, process_group
 
     with process_group(device) as chosen, contextlib.ExitStack() as stack:
-        if world()[0] == 0:
-            stack.enter_context(files.only_writer(out))
-            note = out / "run.json"
-            if note.exists():
-                before = files.read_json(note)["settings"]
-                if changed := files.differences(before, settings):
-                    text = "; ".join(changed[:6])
-                    raise UsageError(f"{out} was begun with other settings: {text}", "choose another --out")
-            elif foreign := [p.name for p in out.iterdir() if not p.name.startswith(".")]:
-                raise UsageError(f"{out} is not empty ({foreign[0]}, ...) and not a run", "choose another --out")
-            files.write_json(note, {"settings": settings, "argv": sys.argv, "versions": versions()})
-        yield chosen, stack.enter_context(stop_on_signal())
+        if first_process():
+            stack.enter_context(files.only_writer(final.parent))
+            _claim_run(final.parent, settings)
+        barrier()
+        if final.exists():
+            if first_process():
+                progress.say(f"{final} is finished already")
+            return
+        torch.manual_seed(seed)
+        content = make(Training(final.parent, seed, chosen, stack.enter_context(stop_on_signal())))
+        if first_process():
+            modelfile.save(final, content)
+        barrier()
 
 
-def train(
-    players: Sequence[Player],
-    batch_at: Any,
-    cfg: config.TrainConfig,
-    images: int,
-    *,
-    out: Path,
-    seed: int,
-    device: torch.device,
-    stop: StopRequest,
-    observers: Sequence[Observer] = (),
-) -> torch.nn.Module:
-    """Fit with progress. -> the network to keep: the EMA where there is one."""
-    from rdpm_cli.engine import observers as watch
-    from rdpm_cli.training import checkpoint
-    from rdpm_cli.training.loop import Run, fit
-
-    run = Run(out, seed, device, cfg.total_steps(images), cfg.warmup(images), stop)
-    if there := checkpoint.found(out / "checkpoints"):
-        progress.say(f"resuming step {there[-1][0]} of {run.steps} from {there[-1][1]}")
-    with progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar:
-        fit(players, batch_at, cfg, run, [watch.progress(bar), *observers])
-    return run.ema.model if run.ema else players[0].model
+def _claim_run(out: Path, settings: dict[str, Any]) -> None:
+    """Begin or resume a run folder. Raises UsageError when it was begun with other settings."""
+    note = out / "run.json"
+    if note.exists():
+        before = files.read_json(note).get("settings", {})
+        if changed := files.differences(before, settings):
+            raise UsageError(f"{out} was begun with other settings: {'; '.join(changed[:6])}", "choose another --out")
+    elif foreign := [p.name for p in out.iterdir() if not p.name.startswith(".")]:
+        raise UsageError(f"{out} is not empty ({foreign[0]}, ...) and not a run", "choose another --out")
+    files.write_json(note, {"settings": settings, "argv": sys.argv, "versions": versions()})
 
 
 def first_process() -> bool:
+    """Is this the only process, or the first of several?"""
     from rdpm_cli.step import world
 
     return world()[0] == 0
 
 
 def last_metrics(folder: Path, names: Sequence[str]) -> dict[str, float]:
+    """The named values in the last line of a run's log that has the first of them."""
     from rdpm_cli.training.logging import read_metrics
 
     rows = [row for row in read_metrics(folder) if names[0] in row]

@@ -7,7 +7,7 @@ from typing import Any
 
 from rdpm_cli import progress
 from rdpm_cli.config import Recipe
-from rdpm_cli.engine.runs import Result, train, training_run, versions
+from rdpm_cli.engine.runs import Result, Training, train_once, versions
 from rdpm_cli.engine.tokenizing import find_tokenizer
 
 
@@ -77,35 +77,23 @@ def train_judge(images: str, heldout: str, out: Path, recipe: Recipe, device: st
     assert cfg is not None
     assert recipe.tokenizer is not None
     size = recipe.tokenizer.autoencoder.resolution
-    import numpy as np
-    import torch
-
-    from rdpm_cli import modelfile
     from rdpm_cli.evaluation import judge
-    from rdpm_cli.evaluation.reference import read_batches
     from rdpm_cli.images.sources import open_source
-    from rdpm_cli.images.tensors import chw, to_model
 
     source, unseen = open_source(images), open_source(heldout)
-    settings = {"command": "train-judge", "recipe": {"seed": recipe.seed, "judge": cfg.model_dump(mode="json")}}
-    final = out / "judge.pt"
-    with training_run(out, settings, device) as (chosen, stop):
-        if not final.exists():
-            torch.manual_seed(recipe.seed)
-            network = judge.Judge(size, cfg.width, cfg.features, len(source.class_names)).to(chosen).train()
-            batches = judge.JudgeBatches(source, cfg, size, recipe.seed)
-            kept = train(
-                [judge.JudgeTask(network)], batches.batch_at, cfg.train, len(source),
-                out=out, seed=recipe.seed, device=chosen, stop=stop,
-            )  # fmt: skip
-            assert isinstance(kept, judge.Judge)
-            with torch.no_grad():
-                logits = [
-                    kept.eval()(to_model(chw(x)).to(chosen))[1].argmax(1).cpu() for x in read_batches(unseen, size)
-                ]
-            accuracy = float(np.mean(torch.cat(logits).numpy() == np.array(unseen.need_labels())))
-            provenance = {"data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy, **versions()}
-            modelfile.save(final, judge.pack(kept, source.class_names, provenance=provenance))
+
+    def make(training: Training) -> dict[str, Any]:
+        network = judge.Judge(size, cfg.width, cfg.features, len(source.class_names)).to(training.device).train()
+        batches = judge.JudgeBatches(source, cfg, size, recipe.seed)
+        kept = training.fit(judge.JudgeTask(network), batches.batch_at, cfg.train, len(source))
+        assert isinstance(kept, judge.Judge)
+        accuracy = judge.accuracy(kept.eval(), unseen, training.device)
+        provenance = {"data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy, **versions()}
+        return judge.pack(kept, source.class_names, provenance=provenance)
+
+    final, chosen = out / "judge.pt", {"seed": recipe.seed, "judge": cfg.model_dump(mode="json")}
+    data = {"source": source.spec, "heldout": unseen.spec, "resolution": size}
+    train_once(final, recipe.seed, {"command": "train-judge", "recipe": chosen, "data": data}, device, make)
     _, content = judge.load(final)
     values = {"judge": str(final), "heldout_accuracy": content["provenance"]["heldout_accuracy"]}
     return Result("judge trained", values)

@@ -12,11 +12,11 @@ from rdpm_cli import config, progress
 from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
+    Training,
     first_process,
     last_metrics,
-    train,
+    train_once,
     training_curves,
-    training_run,
     versions,
 )
 from rdpm_cli.errors import CheckpointError
@@ -38,43 +38,26 @@ def train_tokenizer(
 
     source = open_source(images)
     out = out or Path("runs") / f"{recipe.name}-tokenizer"
-    import torch
-
-    from rdpm_cli import modelfile
     from rdpm_cli.engine import observers
     from rdpm_cli.tokenizer import model
     from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
-    from rdpm_cli.training.distributed import barrier
 
-    settings = {
-        "command": "train-tokenizer",
-        "recipe": {"seed": recipe.seed, "tokenizer": cfg.model_dump(mode="json")},
-        "data": {"source": source.spec, "digest": source.digest()},
-    }
-    final = out / "tokenizer.pt"
-    with training_run(out, settings, device) as (chosen, stop):
-        if not final.exists():
-            torch.manual_seed(recipe.seed)
-            tokenizer = model.Tokenizer(cfg, cfg.loss.weight).to(chosen).train()
-            kept = train(
-                [TokenizerTask(tokenizer, cfg)],
-                ImageBatches(source, cfg, recipe.seed).batch_at,
-                cfg.train,
-                len(source),
-                out=out,
-                seed=recipe.seed,
-                device=chosen,
-                stop=stop,
-                observers=[observers.tokenizer_preview(tokenizer, source, cfg.train)],
-            )
-            assert isinstance(kept, model.Tokenizer)
-            if first_process():
-                provenance = {"recipe": recipe.model_dump(mode="json"), "data": settings["data"], **versions()}
-                modelfile.save(final, model.pack(kept, class_names=source.class_names, provenance=provenance))
-                training_curves(out / "curves.png", tokenizer_run=out)
-            barrier()
-        elif first_process():
-            progress.say(f"{final} is finished already")
+    data = {"source": source.spec, "digest": source.digest()}
+
+    def make(training: Training) -> dict[str, Any]:
+        tokenizer = model.Tokenizer(cfg, cfg.loss.weight).to(training.device).train()
+        batches = ImageBatches(source, cfg, recipe.seed)
+        watch = [observers.tokenizer_preview(tokenizer, source, cfg.train)]
+        kept = training.fit(TokenizerTask(tokenizer, cfg), batches.batch_at, cfg.train, len(source), watch)
+        assert isinstance(kept, model.Tokenizer)
+        if first_process():
+            training_curves(out / "curves.png", tokenizer_run=out)
+        provenance = {"recipe": recipe.model_dump(mode="json"), "data": data, **versions()}
+        return model.pack(kept, class_names=source.class_names, provenance=provenance)
+
+    final, chosen = out / "tokenizer.pt", {"seed": recipe.seed, "tokenizer": cfg.model_dump(mode="json")}
+    settings = {"command": "train-tokenizer", "recipe": chosen, "data": data}
+    train_once(final, recipe.seed, settings, device, make)
     tokenizer, content = model.load(final)
     values = {"tokenizer": str(final), "digest": content["digest"], **last_metrics(out, ["loss", "recon", "quant"])}
     values["parameters"] = sum(p.numel() for p in tokenizer.parameters())

@@ -102,6 +102,19 @@ class JudgeTask:
         return {}
 
 
+@torch.no_grad()
+def accuracy(judge: Judge, source: ImageSource, device: torch.device) -> float:
+    """Share of a source's images that the judge puts into their class."""
+    size, labels = int(judge.config["resolution"]), source.need_labels()
+    right = 0
+    for start in range(0, len(source), 64):
+        part = range(start, min(start + 64, len(source)))
+        pixels = chw(np.stack([source.pixels(i, size) for i in part]))
+        _, logits = judge(to_model(pixels).to(device))
+        right += sum(int(p) == labels[i] for p, i in zip(logits.argmax(1).tolist(), part, strict=True))
+    return right / len(source)
+
+
 def pack(judge: Judge, class_names: list[str], **more: Any) -> dict[str, Any]:
     """The content of a judge's file. more: provenance, with its held-out accuracy."""
     return modelfile.pack(KIND, judge.config, judge, class_names=class_names, **more)

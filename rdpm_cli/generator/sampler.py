@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from rdpm_cli import noise
-from rdpm_cli.generator.contract import SampleOptions
-from rdpm_cli.generator.model import LoadedGenerator
+from rdpm_cli.generator.contract import Generator, SampleOptions
 from rdpm_cli.images.tensors import hwc, to_pixels
 from rdpm_cli.images.transform import Pixels
 from rdpm_cli.threads import one_thread
+from rdpm_cli.tokenizer.model import Tokenizer
 
 
 @dataclass
@@ -32,20 +32,20 @@ def balanced_labels(classes: Sequence[int], per_class: int, seed: int) -> list[i
 
 
 def sample(
-    loaded: LoadedGenerator, labels: Sequence[int], options: SampleOptions, micro_batch: int
+    generator: Generator, tokenizer: Tokenizer, labels: Sequence[int], options: SampleOptions, micro_batch: int
 ) -> Iterator[Samples]:
     """Samples 0..n-1 in micro-batches; the last is padded, so that every forward pass has one shape."""
-    device = next(loaded.generator.network.parameters()).device
+    device = next(generator.network.parameters()).device
     for start in range(0, len(labels), micro_batch):
         indices = list(range(start, min(start + micro_batch, len(labels))))
         rows = indices + [indices[-1]] * (micro_batch - len(indices))
         labels_B = torch.tensor([labels[i] for i in rows], device=device)
-        codes = loaded.generator.sample(labels_B, torch.tensor(rows), options)
-        pixels = decode(loaded, codes)[: len(indices)]
+        codes = generator.sample(labels_B, torch.tensor(rows), options)
+        pixels = decode(tokenizer, codes)[: len(indices)]
         yield Samples(indices, [labels[i] for i in indices], codes[: len(indices)].cpu(), pixels)
 
 
-def decode(loaded: LoadedGenerator, codes_BTHW: Tensor) -> Pixels:
+def decode(tokenizer: Tokenizer, codes_BTHW: Tensor) -> Pixels:
     """codes -> uint8 (B, H, W, 3), on one thread: convolutions move with the thread count."""
     with one_thread():
-        return hwc(to_pixels(loaded.tokenizer.decode(codes_BTHW)))
+        return hwc(to_pixels(tokenizer.decode(codes_BTHW)))
