@@ -17,7 +17,7 @@ FREQUENCIES = 256  # width of the sinusoidal embedding of t
 
 def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """x (1 + scale) + shift, once a row, not a token."""
-    return x_BND * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+    return torch.addcmul(shift_BD.unsqueeze(1), x_BND, 1 + scale_BD.unsqueeze(1))
 
 
 def rope_table(grid: tuple[int, int], head_width: int, extra: int, theta: float = 10000.0) -> Tensor:
@@ -31,9 +31,9 @@ def rope_table(grid: tuple[int, int], head_width: int, extra: int, theta: float 
     return torch.cat([torch.zeros(extra, head_width // 2), torch.cat([y, x], -1).flatten(0, 1)])
 
 
-def rotate(x_BANE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i+E/2}) by the position's angles."""
-    a, b = x_BANE.chunk(2, -1)
+def rotate(x_NE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i+E/2}) by the position's angles. x: (..., N, E)."""
+    a, b = x_NE.chunk(2, -1)
     return torch.cat([a * cos_NE - b * sin_NE, b * cos_NE + a * sin_NE], -1)
 
 
@@ -48,9 +48,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         B, N, D = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, A, N, E)
+        qkv = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, A, N, E)
+        q, k, v = qkv
         if cos is not None and sin is not None:
-            q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+            q, k = rotate(qkv[:2], cos, sin).to(v.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, N, D))
         return out
@@ -84,8 +85,9 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, cond_BD: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(cond_BD)).chunk(6, -1)
-        x_BND = x_BND + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BND), shift1, scale1), cos, sin)
-        return x_BND + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+        attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), cos, sin)
+        x_BND = torch.addcmul(x_BND, gate1.unsqueeze(1), attended)
+        return torch.addcmul(x_BND, gate2.unsqueeze(1), self.mlp(modulate(self.norm2(x_BND), shift2, scale2)))
 
 
 class StepEmbedding(nn.Module):
