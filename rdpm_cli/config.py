@@ -26,6 +26,8 @@ S = TypeVar("S", bound=Section)
 
 
 class AutoencoderConfig(Section):
+    """The VQGAN encoder and decoder."""
+
     resolution: int = Field(256, gt=0, description="height and width of the images, pixels")
     width: int = Field(128, gt=0, description="channels at full resolution (VQGAN 128, VAR 160)")
     multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), description="channels of each level over width; f = 2^(n-1)")
@@ -56,11 +58,15 @@ class AutoencoderConfig(Section):
 
 
 class ScheduleConfig(Section):
+    """The noise schedule alpha_t."""
+
     kind: Literal["pow", "linear", "sin", "rvq"] = Field("pow", description="alpha_t; rvq is alpha = 1, no noise")
     base: float = Field(0.75, gt=0, le=1, description="the paper's varphi in alpha_t = base^(T-t), for pow")
 
 
 class QuantizerConfig(Section):
+    """The T-step residual quantiser."""
+
     codes: int = Field(4096, ge=2, le=65536, description="K, codebook entries")
     steps: int = Field(10, ge=1, description="T, diffusion steps = tokens a position")
     bias: Literal["none", "add", "blend"] = Field("blend", description="q; q + conv(q); 0.5 q + 0.5 conv(q)")
@@ -73,6 +79,8 @@ class QuantizerConfig(Section):
 
 
 class TokenizerLossConfig(Section):
+    """Factors of the tokenizer's loss."""
+
     quant: float = Field(0.25, ge=0, description="factor of L_quant, Eq. 4")
     weight: bool = Field(True, description="gamma_t = alpha_t in L_quant; false: 1")
 
@@ -126,12 +134,16 @@ class TokenizerArchitecture(Section):
 
 
 class TokenizerConfig(TokenizerArchitecture):
+    """A tokenizer and its training."""
+
     loss: TokenizerLossConfig = TokenizerLossConfig()
     flip: bool = Field(True, description="mirror training images at random")
     train: TrainConfig
 
 
 class NetworkConfig(Section):
+    """The transformer, shared by the families."""
+
     depth: int = Field(16, gt=0, description="transformer blocks")
     width: int | None = Field(None, gt=0, description="D; default 64 × depth (Table 1)")
     heads: int | None = Field(None, gt=0, description="attention heads; default depth")
@@ -185,6 +197,8 @@ class SamplingConfig(Section):
 
 
 class GeneratorConfig(GeneratorArchitecture):
+    """A generator, its training and its sampling defaults."""
+
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
     sampling: SamplingConfig = SamplingConfig()

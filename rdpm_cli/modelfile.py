@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rdpm_cli import __version__, files
-from rdpm_cli.errors import CheckpointError
+from rdpm_cli.config import S, validate
+from rdpm_cli.errors import CheckpointError, RecipeError
 
 VERSION = 1
 FORMATS = {"rdpm-tokenizer": "tokenizer", "rdpm-generator": "generator", "rdpm-judge": "judge"}
@@ -68,14 +69,26 @@ def load(path: Path, kind: str = "") -> dict[str, Any]:
 def check(content: Any, where: str, kind: str = "") -> None:
     """Raise CheckpointError unless content is one of our files, of the kind asked for, with an intact digest."""
     found = content.get("format") if isinstance(content, dict) else None
-    if found not in FORMATS:
+    if not isinstance(found, str) or found not in FORMATS:
         raise CheckpointError(f"{where} is not an rdpm checkpoint", MAKERS.get(kind, ""))
+    needed = {"version", "config", "weights", "digest", "class_names", "provenance"}
+    if lacking := needed - set(content):
+        raise CheckpointError(f"{where} is damaged: it lacks {', '.join(sorted(lacking))}", "copy or make it again")
     if kind and found != kind:
         raise CheckpointError(f"{where} is a {FORMATS[found]}, not a {FORMATS[kind]}", MAKERS[kind])
     if content["version"] != VERSION:
         raise CheckpointError(f"{where} has format version {content['version']}; this rdpm reads {VERSION}")
     if content["digest"] != model_digest(content["weights"], content["config"]):
         raise CheckpointError(f"{where} is damaged: its weights do not match its digest", "copy or make it again")
+
+
+def config_of(section: type[S], raw: Any, where: str) -> S:
+    """A file's config as a section. Raises CheckpointError: another rdpm wrote it."""
+    try:
+        return validate(section, raw, where)
+    except RecipeError as error:
+        hint = "another version of rdpm made it; use that one, or make the file again"
+        raise CheckpointError(f"{error.message} (in the file's own config)", hint) from error
 
 
 def fill(model: nn.Module, content: dict[str, Any], where: str) -> None:

@@ -23,7 +23,7 @@ class StopRequest:
     def leave(self, saved: str) -> None:
         """Raise Stopped (exit 75) if a signal has come. saved: what is safe now."""
         if self.asked:
-            raise Stopped(f"stopped by {self.name}; {saved}", "run the same command again to go on")
+            raise Stopped(f"stopped by {self.name}; {saved}", "run the same command again")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from rdpm_cli import files, noise
 from rdpm_cli.codes import store
 from rdpm_cli.codes.store import DataOrigin, Plan
+from rdpm_cli.errors import UsageError
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import chw, to_model
 from rdpm_cli.images.transform import TRANSFORM
@@ -37,6 +38,8 @@ def make_plan(
 ) -> Plan:
     """Everything that fixes the store. Needs labels: a store is what a class-conditional generator learns from."""
     source.need_labels()
+    if flip and views % 2:
+        raise UsageError(f"--flip mirrors every second view, and --views is {views}", "give an even number of views")
     auto, quant = tokenizer.cfg.autoencoder, tokenizer.cfg.quantizer
     return Plan(
         tokenizer=digest,
@@ -96,7 +99,8 @@ def _write_one(root: Path, source: ImageSource, tokenizer: Tokenizer, plan: Plan
         images = np.stack([source.pixels(i, plan.resolution) for i in part])
         codes_NVTHW, latents_NFCHW = encode_images(images, part, tokenizer, plan)
         codes.append(codes_NVTHW.reshape(-1, *codes_NVTHW.shape[2:]))
-        latents.append(latents_NFCHW.reshape(-1, *latents_NFCHW.shape[2:]))
+        if plan.latents:
+            latents.append(latents_NFCHW.reshape(-1, *latents_NFCHW.shape[2:]))
         if part.stop < indices.stop:
             yield len(part)
     arrays: dict[str, NDArray[Any]] = {

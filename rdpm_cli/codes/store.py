@@ -197,6 +197,10 @@ class CodeStore:
             if m.latents
         ]
 
+    def __reduce__(self) -> tuple[type["CodeStore"], tuple[Path]]:
+        """A worker process maps the files itself; a pickled memory map would be the whole array."""
+        return CodeStore, (self.root,)
+
     def _map(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
         path = self.root / name
         try:
@@ -238,6 +242,8 @@ class CodeStore:
         rows = np.arange(len(self), dtype=np.int64)
         if held.all() or not held.any():  # too few images for the hash: hold out the last
             held = self.index == self.index.max()
+        if held.all():
+            raise DataError(f"{self.root} holds a single image: none is left to train on", "tokenize more images")
         return rows[~held], rows[held]
 
 

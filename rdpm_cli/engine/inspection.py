@@ -48,7 +48,7 @@ def _recipe(target: str) -> tuple[str, dict[str, Any]]:
 
 def _sizes(recipe: config.Recipe) -> dict[str, Any]:
     """parameters: of the generator where there is one, else of the tokenizer."""
-    from rdpm_cli.generator.rdpm import RDPMNetwork
+    from rdpm_cli.generator import model
     from rdpm_cli.tokenizer.model import Tokenizer
 
     sizes: dict[str, Any] = {}
@@ -59,10 +59,8 @@ def _sizes(recipe: config.Recipe) -> dict[str, Any]:
     if recipe.generator:
         architecture = recipe.tokenizer or config.TokenizerArchitecture()
         auto, quant = architecture.autoencoder, architecture.quantizer
-        network = RDPMNetwork(
-            recipe.generator.network, auto.grid, auto.channels, quant.codes, quant.steps, recipe.classes
-        )
-        sizes["parameters"] = sum(p.numel() for p in network.parameters())
+        generator = model.build(recipe.generator, Tokenizer(architecture), recipe.classes)
+        sizes["parameters"] = model.parameters(generator)
         sizes["parameters_assume"] = {
             "classes": recipe.classes,
             "positions": math.prod(auto.grid),

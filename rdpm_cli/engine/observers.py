@@ -17,10 +17,12 @@ from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
 from rdpm_cli.images.transform import Pixels
 from rdpm_cli.progress import Bar
 from rdpm_cli.step import world
+from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.training.logging import read_metrics
 from rdpm_cli.training.loop import Run
 
+DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampling
 PREVIEWS = 8  # images, or samples a class
 
 
@@ -71,8 +73,12 @@ def decode_prefixes(tokenizer: Tokenizer, codes: torch.Tensor) -> list[Pixels]:
     """D(z'_1)..D(z'_T) as uint8 (B, H, W, 3)."""
     frames = []
     for t in range(1, tokenizer.quantizer.steps + 1):
-        z = tokenizer.quantizer.prefix(codes, torch.full((len(codes),), t, device=codes.device))
-        frames.append(hwc(to_pixels(tokenizer.decode_latents(z))))
+        parts = []
+        with one_thread():
+            for part in codes.split(DECODED_AT_ONCE):
+                z = tokenizer.quantizer.prefix(part, torch.full((len(part),), t, device=codes.device))
+                parts.append(hwc(to_pixels(tokenizer.decode_latents(z))))
+        frames.append(np.concatenate(parts))
     return frames
 
 

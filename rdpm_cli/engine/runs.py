@@ -86,7 +86,7 @@ def train_once(
     from rdpm_cli.signals import stop_on_signal
     from rdpm_cli.training.distributed import barrier, process_group
 
-    with process_group(device) as chosen, contextlib.ExitStack() as stack:
+    with process_group(device, several=True) as chosen, contextlib.ExitStack() as stack:
         if first_process():
             stack.enter_context(files.only_writer(final.parent))
             _claim_run(final.parent, settings)
@@ -105,13 +105,21 @@ def train_once(
 def _claim_run(out: Path, settings: dict[str, Any]) -> None:
     """Begin or resume a run folder. Raises UsageError when it was begun with other settings."""
     note = out / "run.json"
+    began: dict[str, Any] = {"settings": settings, "argv": sys.argv, "versions": versions()}
     if note.exists():
-        before = files.read_json(note).get("settings", {})
-        if changed := files.differences(before, settings):
+        before = files.read_json(note)
+        again = {"argv": sys.argv, "versions": versions()}
+        began = {**before, "resumed": [*before.get("resumed", []), again]}
+        if changed := files.differences(before.get("settings", {}), settings):
             raise UsageError(f"{out} was begun with other settings: {'; '.join(changed[:6])}", "choose another --out")
     elif foreign := [p.name for p in out.iterdir() if not p.name.startswith(".")]:
         raise UsageError(f"{out} is not empty ({foreign[0]}, ...) and not a run", "choose another --out")
-    files.write_json(note, {"settings": settings, "argv": sys.argv, "versions": versions()})
+    for left in [
+        *out.glob(".*.tmp"),
+        *out.glob("checkpoints/.*.tmp"),
+    ]:  # of a killed process
+        left.unlink()
+    files.write_json(note, began)
 
 
 def first_process() -> bool:

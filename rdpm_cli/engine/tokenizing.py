@@ -116,7 +116,9 @@ def tokenize(
         )
         record = {"argv": sys.argv, "versions": versions()}
         with progress.Bar("tokenize", len(source), "images") as bar:
-            for done in encode.write_store(out, source, loaded, path.read_bytes(), plan, record):
+            work = encode.write_store(out, source, loaded, path.read_bytes(), plan, record)
+            bar.resume_at(next(work))
+            for done in work:
                 bar.advance(done)
                 if bar.done < len(source):
                     stop.leave(f"finished shards are kept in {out}")

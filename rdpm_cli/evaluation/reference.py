@@ -30,10 +30,12 @@ class ImageSet:
 
 
 def open_samples(folder: Path) -> ImageSet:
-    """A folder written by `rdpm sample`: exactly the files that samples.json lists. Raises DataError."""
+    """A folder of `rdpm sample` or `rdpm reconstruct`: exactly the files in samples.json. Raises DataError."""
     record = files.read_json(folder / "samples.json")
     try:
         rows, resolution = record["samples"], int(record["resolution"])
+        if outside := [row["file"] for row in rows if Path(row["file"]).name != row["file"]]:
+            raise DataError(f"{folder / 'samples.json'} names a file outside its folder: {outside[0]}", "sample again")
         paths, given = [folder / row["file"] for row in rows], [row["label"] for row in rows]
         labels = None if None in given else [int(label) for label in given]
         class_names = list(record["class_names"])

@@ -18,7 +18,7 @@ class CodeBatch:
     t_BS: Tensor  # int64, 1..T
     eps_BSCHW: Tensor | None  # the noise of those steps; None: drawn fresh on the device
     z_BCHW: Tensor | None  # stored latents, fp32
-    spread_B: Tensor  # a·U of the perturbation of z'_{t-1}, one an image
+    spread_B: Tensor | None  # a·U of the perturbation of z'_{t-1}, one an image
 
     def to(self, device: torch.device) -> "CodeBatch":
         """The same batch on a device."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rdpm_cli import modelfile
-from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig, validate
+from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig
 from rdpm_cli.errors import CheckpointError
 from rdpm_cli.generator.contract import Generator
 from rdpm_cli.generator.rdpm import RDPM
@@ -65,14 +65,14 @@ class LoadedGenerator:
 def load(path: Path) -> LoadedGenerator:
     """The generator of a file, frozen, in evaluation mode. Raises CheckpointError."""
     content = modelfile.load(path, KIND)
-    modelfile.check(content["tokenizer"], f"the tokenizer inside {path}", tokenizer_file.KIND)
+    modelfile.check(content.get("tokenizer"), f"the tokenizer inside {path}", tokenizer_file.KIND)
     tokenizer = tokenizer_file.unpack(content["tokenizer"], f"the tokenizer inside {path}")
     config = dict(content["config"])
     classes = config.pop("classes")
     if config.pop("tokenizer") != content["tokenizer"]["digest"]:
         raise CheckpointError(f"{path} carries another tokenizer than it was trained with", "copy or make it again")
-    sampling = validate(SamplingConfig, config.pop("sampling"), str(path))
-    generator = build(validate(GeneratorArchitecture, config, str(path)), tokenizer, classes)
+    sampling = modelfile.config_of(SamplingConfig, config.pop("sampling"), str(path))
+    generator = build(modelfile.config_of(GeneratorArchitecture, config, str(path)), tokenizer, classes)
     modelfile.fill(generator.network, content, str(path))
     generator.network.eval().requires_grad_(False)
     return LoadedGenerator(

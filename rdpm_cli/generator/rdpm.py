@@ -50,7 +50,7 @@ class RDPMNetwork(nn.Module):
         self, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor, labels_R: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """-> logits of the linear head (R, L, K), zhat (R, L, C) or None."""
-        x = self.input(tokens(torch.cat([eps_RCHW, previous_RCHW], 1)))
+        x = self.input(tokens(torch.cat([eps_RCHW, previous_RCHW], 1))).float()  # the residual stream stays fp32
         hidden = self.trunk(x, t_R, labels_R)
         return self.head(hidden), self.latent_head(hidden) if self.latent_head is not None else None
 
@@ -102,15 +102,17 @@ class RDPM:
             t_R, labels_R = batch.t_BS.flatten(), batch.labels_B.repeat_interleave(S)
             rows = codes.repeat_interleave(S, 0)
             previous = self.quantizer.prefix(rows, t_R - 1)
-            shake = step.normal(*previous.shape[1:]) * batch.spread_B.view(-1, 1, 1, 1)
-            previous = previous + shake.repeat_interleave(S, 0)
+            if batch.spread_B is not None:
+                shake = step.normal(*previous.shape[1:]) * batch.spread_B.view(-1, 1, 1, 1)
+                previous = previous + shake.repeat_interleave(S, 0)
             target_RL = rows[torch.arange(len(rows), device=rows.device), t_R - 1].flatten(1)
-            goal = batch.z_BCHW if batch.z_BCHW is not None else self.quantizer.decode(codes)
         logits, zhat = self.predict(eps_BSCHW.flatten(0, 1), previous, t_R, labels_R)
         ce = F.cross_entropy(logits.flatten(0, 1), target_RL.flatten())
         logs = {"ce": ce.detach(), "accuracy": (logits.detach().argmax(-1) == target_RL).float().mean()}
         if zhat is None:
             return ce, logs
+        with torch.no_grad():
+            goal = batch.z_BCHW if batch.z_BCHW is not None else self.quantizer.decode(codes)
         latent = F.mse_loss(zhat, tokens(goal).repeat_interleave(S, 0))
         return ce + latent, {**logs, "latent_mse": latent.detach()}
 

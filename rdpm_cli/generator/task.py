@@ -56,11 +56,11 @@ class CodeBatches:
             t_BS=torch.from_numpy(t_BS),
             eps_BSCHW=eps,
             z_BCHW=torch.from_numpy(self.store.latents(own).astype(np.float32)) if m.latents else None,
-            spread_B=torch.from_numpy(objective.perturb * drawn[:, 2]),
+            spread_B=torch.from_numpy(objective.perturb * drawn[:, 2]) if objective.perturb else None,
         )
 
     def draw_t(self, uniform_B: NDArray[np.float32]) -> NDArray[np.int64]:
-        """S values of t an image by systematic sampling: each alone follows the weights, together they spread."""
+        """S values of t an image, one from each S-th of the distribution: their mixture follows the weights."""
         S = self.cfg.objective.steps_per_image
         points = (uniform_B.astype(np.float64)[:, None] + np.arange(S)) / S
         return np.searchsorted(self.cumulative, np.minimum(points, 1 - 1e-9), side="right").astype(np.int64) + 1

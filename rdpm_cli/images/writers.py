@@ -41,9 +41,9 @@ def enlargement(side: int, target: int = 64) -> int:
     return max(1, round(target / side))
 
 
-def grid(images_BHWC: Pixels, columns: int, row_labels: Sequence[str] = (), title: str = "", zoom: int = 0) -> Pixels:
+def grid(images_BHWC: Pixels, columns: int, row_labels: Sequence[str] = (), title: str = "") -> Pixels:
     """Images row by row, `columns` a row, enlarged without smoothing, each row with its label. -> (H, W, 3) uint8."""
-    zoom = zoom or enlargement(images_BHWC.shape[1])
+    zoom = enlargement(images_BHWC.shape[1])
     side = images_BHWC.shape[1] * zoom
     rows = -(-len(images_BHWC) // columns)
     font = ImageFont.load_default(size=14)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rdpm_cli import modelfile, noise
-from rdpm_cli.config import TokenizerArchitecture, validate
+from rdpm_cli.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.autoencoder import Decoder, Encoder, layer_norm, round_to_half
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
 
@@ -75,7 +75,7 @@ def pack(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
 
 def unpack(content: dict[str, Any], where: str) -> Tokenizer:
     """The frozen tokenizer of a file's content, in evaluation mode."""
-    tokenizer = Tokenizer(validate(TokenizerArchitecture, content["config"], where))
+    tokenizer = Tokenizer(modelfile.config_of(TokenizerArchitecture, content["config"], where))
     modelfile.fill(tokenizer, content, where)
     return tokenizer.eval().requires_grad_(False)
 

@@ -128,12 +128,11 @@ class Quantizer(nn.Module):
         if self.phi is None:
             return sum_BCHW
         share = 0.5 if self.cfg.bias == "blend" else 1.0
-        keep = 0.5 if self.cfg.bias == "blend" else 1.0
         with torch.autocast(sum_BCHW.device.type, enabled=False):  # z' is the tokenizer's own, to fp32
             convolved = F.conv2d(sum_BCHW, self.phi.weight, padding=1)
         assert self.phi.bias is not None
         n = terms.to(sum_BCHW.dtype).view(-1, 1, 1, 1) if isinstance(terms, Tensor) else float(terms)
-        return keep * sum_BCHW + share * (convolved + n * self.phi.bias.view(1, -1, 1, 1))
+        return share * (sum_BCHW + convolved + n * self.phi.bias.view(1, -1, 1, 1))
 
     def guess(self, previous_BCHW: Tensor, eps_BCHW: Tensor, t: int) -> Tensor:
         """The model-free baseline Q(beta_t eps_t - alpha_t z'_{t-1}): what is known of v_t without z. (B, H, W)."""

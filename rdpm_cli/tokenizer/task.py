@@ -56,7 +56,7 @@ class TokenizerTask:
         assert self.usage is not None, "after_step follows loss"
         usage, self.usage = self.usage, None
         restarted = self.model.quantizer.follow(usage, step)
-        return {"restarted": torch.tensor(float(restarted)), **codebook_health(usage.used_TK)}
+        return {"restarted": torch.tensor(float(restarted), device=step.device), **codebook_health(usage.used_TK)}
 
 
 def codebook_health(used_TK: Tensor) -> dict[str, Tensor]:

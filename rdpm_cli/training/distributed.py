@@ -16,8 +16,13 @@ BUCKET = 32 * 1024 * 1024  # elements averaged at once
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[torch.device]:
-    """Join torchrun's group if there is one. -> this process's device. device: auto, cpu, cuda or cuda:N."""
+def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
+    """Join torchrun's group if there is one. -> this process's device. device: auto, cpu, cuda or cuda:N.
+
+    several: may this command run as several processes? Raises UsageError when it may not and does.
+    """
+    if not several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("this command runs as one process", "start it without torchrun")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -26,6 +31,7 @@ def process_group(device: str) -> Iterator[torch.device]:
     chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would move z' by 1e-3; networks use bf16
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield chosen
         return

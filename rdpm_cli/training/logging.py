@@ -6,7 +6,7 @@ from typing import Any
 
 
 class MetricsLog:
-    """RUN/metrics.jsonl and RUN/tensorboard/. On resume, lines from the resumed step on are dropped."""
+    """RUN/metrics.jsonl and RUN/tensorboard/. On resume, lines after the resumed step are dropped."""
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from rdpm_cli import progress
+from rdpm_cli import noise, progress
 from rdpm_cli.config import TrainConfig
 from rdpm_cli.errors import RunError
 from rdpm_cli.signals import StopRequest
@@ -120,9 +120,10 @@ def fit(
     for batches in _batches(batch_at, cfg, run, parts):
         steps = [TrainStep(run.seed, run.step, part, cfg.batch, run.device) for part in parts]
         whole = TrainStep(run.seed, run.step, rows, cfg.batch, run.device)
-        logs: dict[str, Tensor] = {}
-        for player, optimizer in zip(players, optimizers, strict=True):
-            logs |= _advance(player, optimizer, batches, steps, cfg, run) | player.after_step(whole)
+        torch.manual_seed(noise.seed_of("torch", run.seed, run.step, world()[0]))  # dropout and the like
+        pairs = list(zip(players, optimizers, strict=True))
+        found = [_gradients(player, optimizer, batches, steps, cfg, run) for player, optimizer in pairs]
+        logs = _update(pairs, found, whole)
         if run.ema:
             run.ema.update(players[0].model)
         run.step += 1
@@ -134,9 +135,9 @@ def fit(
         more = [observer(run, values) for observer in observers]
         if log and values:
             log.write(run.step, values)
-        for found in more:
-            if log and found:
-                log.write(run.step, found)
+        for extra in more:
+            if log and extra:
+                log.write(run.step, extra)
         stopping = distributed.any_process(run.stop.asked, run.device)
         if run.step % cfg.save_every == 0 or run.done or stopping:
             _save(players, optimizers, run, cfg)
@@ -162,7 +163,7 @@ def _batches(batch_at: BatchAt, cfg: TrainConfig, run: Run, parts: list[range]) 
     return iter(loader)
 
 
-def _advance(
+def _gradients(
     player: Player,
     optimizer: torch.optim.Optimizer,
     batches: list[Any],
@@ -170,7 +171,10 @@ def _advance(
     cfg: TrainConfig,
     run: Run,
 ) -> dict[str, Tensor]:
-    """One player's losses over the micro-batches, gradients, check, update."""
+    """One player's losses over the micro-batches, their gradients, and the check that both are finite. -> logs.
+
+    Nothing moves before every player has passed, so a bad batch leaves all of them as they were.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr_at(run.step, cfg, run.steps, run.warmup)
     optimizer.zero_grad()
@@ -191,8 +195,19 @@ def _advance(
             "nothing was changed by this step",
             f"lower train.lr, or look at the batch; the last good checkpoint is in {run.folder / 'checkpoints'}",
         )
-    optimizer.step()
     return {"loss": loss, "grad_norm": norm, **logs}
+
+
+def _update(
+    pairs: Sequence[tuple[Player, torch.optim.Optimizer]], found: Sequence[dict[str, Tensor]], whole: TrainStep
+) -> dict[str, Tensor]:
+    """Move every player. -> their logs; the names of all but the first carry the player's."""
+    logs: dict[str, Tensor] = {}
+    for place, ((player, optimizer), values) in enumerate(zip(pairs, found, strict=True)):
+        optimizer.step()
+        prefix = f"{player.name}/" if place else ""
+        logs |= {prefix + name: value for name, value in (values | player.after_step(whole)).items()}
+    return logs
 
 
 def _save(players: Sequence[Player], optimizers: Sequence[torch.optim.Optimizer], run: Run, cfg: TrainConfig) -> None:
