@@ -467,15 +467,15 @@ def test_grid_size_is_tiles_and_gaps(count: int, columns: int, rows: int) -> Non
 
 def test_grid_shows_every_tile_in_its_place_beside_labels_and_title() -> None:
     images = random_pixels(5, 16)
-    plain = writers.grid(images, 3, zoom=2)
-    sheet = writers.grid(images, 3, ["one", "another"], "a title", zoom=2)
+    plain = writers.grid(images, 3)
+    sheet = writers.grid(images, 3, ["one", "another"], "a title")
     assert sheet.shape[0] > plain.shape[0]
     assert sheet.shape[1] > plain.shape[1]
     height, width = sheet.shape[:2]
     for place, image in enumerate(images):
-        y, x = height - (2 - place // 3) * 34, width - (3 - place % 3) * 34
-        assert np.array_equal(sheet[y : y + 32 : 2, x : x + 32 : 2], image)
-        assert np.array_equal(sheet[y + 1 : y + 32 : 2, x + 1 : x + 32 : 2], image)
+        y, x = height - (2 - place // 3) * 66, width - (3 - place % 3) * 66
+        assert np.array_equal(sheet[y : y + 64 : 4, x : x + 64 : 4], image)
+        assert np.array_equal(sheet[y + 3 : y + 64 : 4, x + 3 : x + 64 : 4], image)
     assert (sheet[: height - plain.shape[0]] < 255).any(), "no title"
     assert (sheet[height - plain.shape[0] :, : width - plain.shape[1]] < 255).any(), "no labels"
 
