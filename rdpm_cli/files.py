@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rdpm_cli.errors import DataError, RunError
+from rdpm_cli.errors import DataError, RunError, UsageError
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write(file) on a temporary file beside `path`, sync it and rename it: a reader sees all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -25,6 +25,15 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and what is above it. Raises UsageError where a file stands in the way or nothing can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        why = "is a file" if folder.is_file() else f"cannot be a folder: {error.strerror}"
+        raise UsageError(f"{folder} {why}", "name another place") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -73,7 +82,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Hold `folder` for writing. A second writer gets a RunError that names the first one's pid and host."""
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock, owner = FileLock(folder / ".lock"), folder / ".lock.owner"
     try:
         lock.acquire(timeout=0)
@@ -96,5 +105,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
+            found.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
     return found
+
+
+def _short(value: Any) -> str:
+    """A value as people compare it: digests by their beginning."""
+    text = str(value)
+    return text[:12] if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text

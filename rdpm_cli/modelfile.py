@@ -56,12 +56,14 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path, kind: str = "") -> dict[str, Any]:
     """The dict of a model file of the given kind. Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist", MAKERS.get(kind, ""))
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {what}", MAKERS.get(kind, ""))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {first[:200]}", MAKERS.get(kind, "")) from error
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: it is none, or is truncated", MAKERS.get(kind, "")
+        ) from error
     check(content, str(path), kind)
     return dict(content)
 

@@ -431,7 +431,11 @@ def test_labels_are_dropped_at_the_given_rate(digits_codes: Path, tokenizer: Tok
 def test_step_label_drop_and_perturbation_are_drawn_independently(digits_codes: Path, tokenizer: Tokenizer) -> None:
     batches = make_batches(digits_codes, tokenizer, generator_config(batch=64, label_drop=0.5, perturb=1.0))
     drawn = [batches.batch_at(step, range(64)) for step in range(30)]
-    columns = [[b.t_BS[:, 0] for b in drawn], [b.labels_B == CLASSES for b in drawn], [b.spread_B for b in drawn if b.spread_B is not None]]
+    columns = [
+        [b.t_BS[:, 0] for b in drawn],
+        [b.labels_B == CLASSES for b in drawn],
+        [b.spread_B for b in drawn if b.spread_B is not None],
+    ]
     table = np.stack([torch.cat(parts).double().numpy() for parts in columns])
     correlation = np.corrcoef(table) - np.eye(3)
     assert np.abs(correlation).max() < 0.1  # 1,920 rows: 4 standard errors

@@ -14,11 +14,13 @@ def inspect(
         str, typer.Argument(metavar="PATH|RECIPE", help="checkpoint, run, store, samples, images, recipe")
     ],
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Say what a file, folder or recipe is: kind, config, parameters, provenance, digests.
 
     Example: rdpm inspect imagenet256-d16 --json
     """
+    report.begin(quiet)
     from rdpm_cli import engine
 
     report.show(engine.inspect(target), json)

@@ -86,7 +86,8 @@ class Manifest(Plan):
             raise UsageError(f"there is no code store {root}", "make one with `rdpm tokenize IMAGES OUT`")
         path = root / "manifest.json"
         if not path.is_file():
-            started = (root / "run.json").is_file()
+            note = root / "run.json"
+            started = note.is_file() and "plan" in files.read_json(note)
             hint = "run the same `rdpm tokenize` again to finish it" if started else "make one with `rdpm tokenize`"
             raise DataError(f"{root} is not a finished code store: it has no manifest.json", hint)
         try:
@@ -130,13 +131,15 @@ def begin(root: Path, plan: Plan, record: dict[str, Any]) -> None:
     if (root / "manifest.json").exists():
         there = Manifest.load(root).model_dump(mode="json", include=set(Plan.model_fields))
     elif (root / "run.json").exists():
-        there = files.read_json(root / "run.json")["plan"]
+        there = files.read_json(root / "run.json").get("plan", {})
     elif any(p for p in root.iterdir() if not p.name.startswith(".")):
         raise UsageError(f"{root} is not empty and not a code store", "choose another folder")
     else:
         there = wanted
     if changed := files.differences(there, wanted):
-        raise UsageError(f"{root} was begun with other settings: {'; '.join(changed[:6])}", "choose another folder")
+        raise UsageError(
+            f"{root} was begun with other settings: {'; '.join(changed[:6])}", "choose another folder, or remove it"
+        )
     files.write_json(root / "run.json", {**record, "plan": wanted})
 
 
@@ -213,6 +216,13 @@ class CodeStore:
 
     def __len__(self) -> int:
         return self.manifest.rows
+
+    def verify(self) -> None:
+        """Compare every shard's bytes with the manifest. Raises DataError naming the first that differs."""
+        for shard in self.manifest.shards:
+            for name, wanted in shard.sha256.items():
+                if files.sha256_file(self.root / name) != wanted:
+                    raise DataError(f"{self.root / name} is damaged: it differs from the manifest", "tokenize again")
 
     def view(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The view of each row."""

@@ -40,10 +40,13 @@ def train_gen(
 
     m = Manifest.load(codes)
     tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt")
-    batches = CodeBatches(CodeStore(codes, tokenizer_content["digest"]), cfg, tokenizer.quantizer.alphas, recipe.seed)
+    store = CodeStore(codes, tokenizer_content["digest"])
+    batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
     class_names = list(m.class_names)
 
     def make(training: Training) -> dict[str, Any]:
+        if first_process():
+            store.verify()
         generator = model.build(cfg, tokenizer.to(training.device), len(class_names))
         generator.network.to(training.device).train()
         progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
@@ -137,13 +140,13 @@ def sample(
         reference=loaded.provenance.get("reference"),
         rows=[{"file": f"{i:06d}.png", "index": i, "label": label} for i, label in enumerate(labels)],
     )
-    pictures.claim(out, record)
     with files.only_writer(out):
+        pictures.claim(out, record)
         preview = _write_samples(loaded, labels, options, sampling.micro_batch, out, device)
         pictures.finish(out, {**record, "checkpoint": str(ckpt.resolve())})
-        if npz:
-            _write_npz(out, record)
         previews = _write_previews(loaded, preview, out, grid, gif)
+        if npz:
+            previews["npz"] = _write_npz(out, record)
     values = {"folder": str(out), "samples": len(labels), "classes": len(set(labels)), "checkpoint": loaded.digest}
     return Result("samples written", {**values, **record["options"], **previews}, f"rdpm eval fid {out}")
 
@@ -151,42 +154,60 @@ def sample(
 PREVIEWED = 8  # samples a class in the preview grid
 
 
+def _previewed(labels: list[int]) -> set[int]:
+    """Indices of the first few samples of each of the first 16 classes."""
+    left = dict.fromkeys(sorted(set(labels))[:16], PREVIEWED)
+    chosen = set()
+    for index, label in enumerate(labels):
+        if left.get(label, 0) > 0:
+            left[label] -= 1
+            chosen.add(index)
+    return chosen
+
+
 def _write_samples(
     loaded: LoadedGenerator, labels: list[int], options: Any, micro_batch: int, out: Path, device: str
 ) -> list[tuple[int, Any, Any]]:
-    """Write the PNGs. -> (label, pixels, codes) of the first few of each of the first 16 classes, by label."""
+    """Write the PNGs that are missing. -> (label, pixels, codes) of the previewed samples, by label."""
     from rdpm_cli.generator import sampler
     from rdpm_cli.images import writers
     from rdpm_cli.signals import stop_on_signal
     from rdpm_cli.training.distributed import process_group
 
+    shown = _previewed(labels)
+    there = {index for index in range(len(labels)) if (out / f"{index:06d}.png").is_file()}
     preview: list[tuple[int, Any, Any]] = []
-    shown = dict.fromkeys(sorted(set(labels))[:16], 0)
+
+    def wanted(indices: list[int]) -> bool:
+        return not there.issuperset(indices) or not shown.isdisjoint(indices)
+
     with (
         process_group(device) as chosen,
         stop_on_signal() as stop,
         progress.Bar("sample", len(labels), "images") as bar,
     ):
         loaded.to(chosen)
-        for part in sampler.sample(loaded.generator, loaded.tokenizer, labels, options, micro_batch):
+        for part in sampler.sample(loaded.generator, loaded.tokenizer, labels, options, micro_batch, wanted):
             for place, (index, label) in enumerate(zip(part.indices, part.labels, strict=True)):
-                writers.save_png(out / f"{index:06d}.png", part.pixels_BHWC[place])
-                if shown.get(label, PREVIEWED) < PREVIEWED:
-                    shown[label] += 1
+                if index not in there:
+                    writers.save_png(out / f"{index:06d}.png", part.pixels_BHWC[place])
+                if index in shown:
                     preview.append((label, part.pixels_BHWC[place], part.codes_BTHW[place]))
+            bar.resume_at(part.indices[0])
             bar.advance(len(part.indices))
             if bar.done < len(labels):
-                stop.leave(f"{bar.done} of {len(labels)} samples are in {out}")
+                stop.leave(f"the first {bar.done} of {len(labels)} samples are in {out}")
     return sorted(preview, key=lambda row: row[0])
 
 
-def _write_npz(out: Path, record: dict[str, Any]) -> None:
+def _write_npz(out: Path, record: dict[str, Any]) -> str:
     from rdpm_cli.evaluation.reference import open_samples
     from rdpm_cli.images import writers
 
     images, size = open_samples(out), record["resolution"]
     assert images.labels is not None
     writers.save_npz(out / "samples.npz", (images.count, size, size, 3), images.batches, images.labels)
+    return str(out / "samples.npz")
 
 
 def _write_previews(

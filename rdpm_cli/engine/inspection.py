@@ -6,7 +6,7 @@ from typing import Any
 
 from rdpm_cli import config, files
 from rdpm_cli.engine.runs import Result
-from rdpm_cli.errors import RecipeError, UsageError
+from rdpm_cli.errors import DataError, RecipeError, UsageError
 
 
 def inspect(target: str) -> Result:
@@ -28,6 +28,8 @@ def describe(target: str) -> tuple[str, dict[str, Any]]:
 
     if path.is_dir() or path.suffix == ".zip" or (is_builtin(target) and target not in config.recipe_names()):
         return _images(target)
+    if path.is_file() and path.suffix not in {".yaml", ".yml"}:
+        raise DataError(f"{path} is no checkpoint, store, recipe or image archive", "name the folder it lies in")
     try:
         return _recipe(target)
     except RecipeError as error:
@@ -88,6 +90,8 @@ def _checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
 
         values["parameters"] = model.parameters(model.load(path).generator)
         values["tokenizer"] = {"digest": content["tokenizer"]["digest"], "config": content["tokenizer"]["config"]}
+    elif kind == "judge":
+        values["parameters"] = sum(w.numel() for w in content["weights"].values())
     elif kind == "tokenizer":
         from rdpm_cli.tokenizer import model as tokenizer_file
 
@@ -131,4 +135,8 @@ def _images(target: str) -> tuple[str, dict[str, Any]]:
     }
 
 
-FOLDERS = {"manifest.json": _store, "samples.json": _samples, "run.json": _run}
+def _demo(path: Path) -> tuple[str, dict[str, Any]]:
+    return "demo", files.read_json(path / "result.json")
+
+
+FOLDERS = {"result.json": _demo, "manifest.json": _store, "samples.json": _samples, "run.json": _run}

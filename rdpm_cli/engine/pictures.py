@@ -43,16 +43,15 @@ def picture_record(
 
 def claim(out: Path, record: dict[str, Any]) -> None:
     """Begin or repeat writing `record`'s pictures into `out`. Raises UsageError when it holds something else."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file", "name a folder")
-    wanted = {key: record[key] for key in ("format", "made_from", "options", "samples")}
+    files.make_folder(out)
+    identity = {key: record[key] for key in ("format", "made_from", "options")}
+    identity |= {"count": len(record["samples"]), "samples": files.digest(record["samples"])}
     if (out / "run.json").is_file():
         before = files.read_json(out / "run.json").get("pictures", {})
-        if changed := files.differences(before, {**wanted, "samples": files.digest(wanted["samples"])}):
+        if changed := files.differences(before, identity):
             raise UsageError(f"{out} holds other pictures: {'; '.join(changed[:4])}", "choose another folder")
     elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise UsageError(f"{out} is not empty and not a folder of samples", "choose another folder")
-    identity = {**wanted, "samples": files.digest(wanted["samples"])}
     files.write_json(out / "run.json", {"pictures": identity, "argv": sys.argv, "versions": versions()})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import config, progress
+from rdpm_cli import config, files, progress
 from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
@@ -19,9 +19,11 @@ from rdpm_cli.engine.runs import (
     training_curves,
     versions,
 )
-from rdpm_cli.errors import CheckpointError
+from rdpm_cli.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from rdpm_cli.codes.store import Manifest
+    from rdpm_cli.images.sources import ImageSource
     from rdpm_cli.images.transform import Pixels
 
 SHARD_IMAGES = 4096
@@ -46,6 +48,7 @@ def train_tokenizer(
 
     def make(training: Training) -> dict[str, Any]:
         tokenizer = model.Tokenizer(cfg, cfg.loss.weight).to(training.device).train()
+        progress.say(f"{len(source):,} images, {len(source.class_names):,} classes")
         batches = ImageBatches(source, cfg, recipe.seed)
         watch = [observers.tokenizer_preview(tokenizer, source, cfg.train)]
         kept = training.fit(TokenizerTask(tokenizer, cfg), batches.batch_at, cfg.train, len(source), watch)
@@ -129,6 +132,7 @@ def tokenize(
         "digest": m.digest(),
         "tokenizer": m.tokenizer,
         "images": m.images,
+        "classes": len(m.class_names),
         "views": m.views,
         "shape": [m.steps, *m.grid],
         "bytes": size,
@@ -149,12 +153,15 @@ def reconstruct(
     from rdpm_cli.images.sources import is_builtin
 
     if not is_builtin(target) and (Path(target) / "manifest.json").is_file():
+        if seed:
+            raise UsageError("--seed means nothing for a code store, which has its own noise", "leave it out")
         return _decode_store(Path(target), out, tokenizer, limit, device)
     path = find_tokenizer(tokenizer)
     from rdpm_cli.images.sources import open_source
 
     source = open_source(target)
     from rdpm_cli.evaluation import evaluate
+    from rdpm_cli.signals import stop_on_signal
     from rdpm_cli.tokenizer import model
     from rdpm_cli.training.distributed import process_group
 
@@ -169,16 +176,21 @@ def reconstruct(
         reference=pictures.source_reference(source, size),
         rows=[_row(i, source.names[i], source.labels[i] if source.labels else None) for i in range(count)],
     )
-    pictures.claim(out, record)
     sums = evaluate.ReconstructionScores()
     shown: list[Pixels] = []
-    with process_group(device) as chosen, progress.Bar("reconstruct", count, "images") as bar:
+    with (
+        process_group(device) as chosen,
+        files.only_writer(out),
+        stop_on_signal() as stop,
+        progress.Bar("reconstruct", count, "images") as bar,
+    ):
+        pictures.claim(out, record)
         for indices, originals, recon in evaluate.reconstructions(source, loaded.to(chosen), seed, chosen, limit):
             _save_all(out, indices, recon)
             sums.add(originals, recon)
-            if not shown:
-                shown = [originals, recon]
+            shown = shown or [originals, recon]
             bar.advance(len(indices))
+            stop.leave(f"{bar.done} of {count} pictures are in {out}")
     grid = _save_grid(out, shown, ["real", "recon"])
     scores = {"n": count, "seed": seed, **sums.means()}
     pictures.finish(out, {**record, "scores": scores})
@@ -214,7 +226,9 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
     import torch
 
     from rdpm_cli.codes.store import CodeStore
+    from rdpm_cli.evaluation import evaluate
     from rdpm_cli.images.tensors import hwc, to_pixels
+    from rdpm_cli.signals import stop_on_signal
     from rdpm_cli.threads import one_thread
     from rdpm_cli.tokenizer import model
     from rdpm_cli.training.distributed import process_group
@@ -232,18 +246,45 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
         reference=pictures.store_reference(m),
         rows=[_row(int(store.index[r]), "", int(store.labels[r])) for r in rows],
     )
-    pictures.claim(out, record)
+    source = _source_of(m)
+    sums = evaluate.ReconstructionScores()
     shown: list[Pixels] = []
-    with process_group(device) as chosen, progress.Bar("decode", len(rows), "images") as bar, one_thread():
+    with (
+        process_group(device) as chosen,
+        files.only_writer(out),
+        stop_on_signal() as stop,
+        progress.Bar("decode", len(rows), "images") as bar,
+        one_thread(),
+    ):
+        pictures.claim(out, record)
         loaded.to(chosen)
         for start in range(0, len(rows), m.micro_batch):
             part = rows[start : start + m.micro_batch]
             codes = torch.from_numpy(store.codes(part).astype(np.int64)).to(chosen)
-            pixels = hwc(to_pixels(loaded.decode(codes)))
-            _save_all(out, store.index[part].tolist(), pixels)
-            shown = shown or [pixels[:16]]
+            recon = hwc(to_pixels(loaded.decode(codes)))
+            indices = store.index[part].tolist()
+            _save_all(out, indices, recon)
+            originals = np.stack([source.pixels(i, m.resolution) for i in indices]) if source else None
+            if originals is not None:
+                sums.add(originals, recon)
+            shown = shown or [side[:16] for side in (originals, recon) if side is not None]
             bar.advance(len(part))
-    grid = _save_grid(out, shown)
-    pictures.finish(out, record)
-    values = {"folder": str(out), "grid": grid, "images": len(rows), **record["made_from"]}
+            stop.leave(f"{bar.done} of {len(rows)} pictures are in {out}")
+    grid = _save_grid(out, shown, ["real", "recon"][-len(shown) :])
+    scores = sums.means() if source else {}
+    pictures.finish(out, {**record, "scores": scores})
+    values = {"folder": str(out), "grid": grid, "images": len(rows), **scores, **record["made_from"]}
     return Result("codes decoded", values, f"rdpm eval fid {out}")
+
+
+def _source_of(manifest: Manifest) -> ImageSource | None:
+    """The images a store was made from, where they are still here and the same; says so where not."""
+    from rdpm_cli.images.sources import is_builtin, open_source
+
+    name = manifest.data.source
+    if is_builtin(name) or Path(name).exists():
+        source = open_source(name)
+        if source.digest() == manifest.data.digest:
+            return source
+    progress.say(f"the images {name} are not here, or are others now: no scores, no originals in the grid")
+    return None

@@ -81,8 +81,15 @@ def open_target(spec: str, resolution: int | None) -> ImageSet:
     """A sample folder, or any image source (at `resolution`, else the size of its first image's short side)."""
     if not is_builtin(spec) and (Path(spec) / "samples.json").is_file():
         return open_samples(Path(spec))
+    _refuse_unfinished(spec)
     source = open_source(spec)
     return open_images(source, resolution or min(source.image(0).size))
+
+
+def _refuse_unfinished(spec: str) -> None:
+    note = Path(spec) / "run.json"
+    if not is_builtin(spec) and note.is_file() and "pictures" in files.read_json(note):
+        raise DataError(f"{spec} is an unfinished folder of pictures", "run the command that makes it again")
 
 
 def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
@@ -90,6 +97,7 @@ def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
     if ref is not None:
         if not is_builtin(ref) and (Path(ref) / "samples.json").is_file():
             return open_samples(Path(ref))
+        _refuse_unfinished(ref)
         return open_images(open_source(ref), target.resolution)
     recorded = target.origin.get("reference")
     hint = "give the reference with --ref IMAGES"

@@ -1,6 +1,6 @@
 """Labels -> images. Sample i depends on (checkpoint, options, seed, i): not on batch, order or restart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +32,22 @@ def balanced_labels(classes: Sequence[int], per_class: int, seed: int) -> list[i
 
 
 def sample(
-    generator: Generator, tokenizer: Tokenizer, labels: Sequence[int], options: SampleOptions, micro_batch: int
+    generator: Generator,
+    tokenizer: Tokenizer,
+    labels: Sequence[int],
+    options: SampleOptions,
+    micro_batch: int,
+    wanted: Callable[[list[int]], bool] = bool,
 ) -> Iterator[Samples]:
-    """Samples 0..n-1 in micro-batches; the last is padded, so that every forward pass has one shape."""
+    """Samples 0..n-1 in micro-batches; the last is padded, so that every forward pass has one shape.
+
+    wanted(indices): is this micro-batch still to be made?
+    """
     device = next(generator.network.parameters()).device
     for start in range(0, len(labels), micro_batch):
         indices = list(range(start, min(start + micro_batch, len(labels))))
+        if not wanted(indices):
+            continue
         rows = indices + [indices[-1]] * (micro_batch - len(indices))
         labels_B = torch.tensor([labels[i] for i in rows], device=device)
         codes = generator.sample(labels_B, torch.tensor(rows), options)

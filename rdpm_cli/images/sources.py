@@ -18,6 +18,7 @@ from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.images.transform import Pixels, center_crop
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+SPLITS = {"train", "val", "valid", "validation", "test"}
 DIGIT_PARTS = ("train", "heldout")
 HINT = "give a folder or .zip of class folders, a flat folder of images, or the built-in `digits`"
 
@@ -89,16 +90,22 @@ class FolderSource(ImageSource):
         self.root = root
         self.spec = str(root.resolve())
         found = [path.relative_to(root).as_posix() for path in _walk(root)]
+        if (root / "samples.json").is_file():  # our own pictures: the grids beside them are not images of the set
+            found = [name for name in found if not name.startswith("previews/")]
         self.names, self.labels, self.class_names = arrange(found, self.spec)
 
     def open(self, index: int) -> Image.Image:
         return Image.open(self.root / self.names[index])
 
 
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}", "mend its permissions") from error
+
+
 def _walk(root: Path) -> Iterator[Path]:
     """Every file below root, through symbolic links, each folder once (a link may lead back up)."""
     seen = set()
-    for folder, below, names in os.walk(root, followlinks=True):
+    for folder, below, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
         if real in seen:
             below.clear()
@@ -170,7 +177,11 @@ def arrange(found: list[str], where: str) -> tuple[list[str], list[int] | None, 
         raise DataError(f"{where}: member '{bad[0]}' points outside the archive", "pack it again")
     if not names:
         raise DataError(f"{where} holds no images", HINT)
-    tops = [n.split("/", 1)[0] if "/" in n else None for n in names]
+    inner = _without_wrapper(names)
+    tops = [n.split("/", 1)[0] if "/" in n else None for n in inner]
+    splits = sorted(SPLITS.intersection(top for top in tops if top))
+    if splits and all(n.count("/") >= 2 for n in inner):
+        raise DataError(f"{where} holds data splits ({', '.join(splits)}), not classes", f"give {where}/{splits[-1]}")
     if all(top is None for top in tops):
         return names, None, []
     if None in tops:
@@ -179,6 +190,13 @@ def arrange(found: list[str], where: str) -> tuple[list[str], list[int] | None, 
     class_names = sorted({top for top in tops if top is not None})
     label_of = {name: label for label, name in enumerate(class_names)}
     return names, [label_of[top] for top in tops if top is not None], class_names
+
+
+def _without_wrapper(names: list[str]) -> list[str]:
+    """The names below a single folder that wraps all class folders, as many archives have."""
+    while all(n.count("/") >= 2 for n in names) and len({n.split("/", 1)[0] for n in names}) == 1:
+        names = [n.split("/", 1)[1] for n in names]
+    return names
 
 
 def _hidden(name: str) -> bool:

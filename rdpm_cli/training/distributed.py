@@ -28,7 +28,11 @@ def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: no CUDA device here", "leave it out, or give --device cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    try:
+        chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: no such device here", "give auto, cpu, cuda or cuda:N") from error
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would move z' by 1e-3; networks use bf16
