@@ -10,7 +10,7 @@ from rdpm_cli import config, engine, files, progress
 TRAIN, HELDOUT = "digits:train", "digits:heldout"
 PER_CLASS = 80
 PICTURES, CURVES = ("samples.png", "reconstructions.png", "steps.gif"), "curves.png"
-ESTIMATE = "about 3 minutes on 2 CPU cores"
+ESTIMATE = "about 4 minutes on 2 CPU cores"
 
 
 def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:

@@ -33,7 +33,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
         why = "is a file" if folder.is_file() else f"cannot be a folder: {error.strerror}"
-        raise UsageError(f"{folder} {why}", "name another place") from error
+        raise UsageError(f"{folder} {why}", "name another folder") from error
 
 
 def sync_folder(folder: Path) -> None:
