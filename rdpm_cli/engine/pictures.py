@@ -50,7 +50,7 @@ def claim(out: Path, record: dict[str, Any]) -> None:
         before = files.read_json(out / "run.json").get("pictures", {})
         if changed := files.differences(before, identity):
             raise UsageError(f"{out} holds other pictures: {'; '.join(changed[:4])}", "choose another folder")
-    elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+    elif any(not p.name.startswith(".") for p in out.iterdir()):
         raise UsageError(f"{out} is not empty and not a folder of samples", "choose another folder")
     files.write_json(out / "run.json", {"pictures": identity, "argv": sys.argv, "versions": versions()})
 

@@ -114,10 +114,7 @@ def _claim_run(out: Path, settings: dict[str, Any]) -> None:
             raise UsageError(f"{out} was begun with other settings: {'; '.join(changed[:6])}", "choose another --out")
     elif foreign := [p.name for p in out.iterdir() if not p.name.startswith(".")]:
         raise UsageError(f"{out} is not empty ({foreign[0]}, ...) and not a run", "choose another --out")
-    for left in [
-        *out.glob(".*.tmp"),
-        *out.glob("checkpoints/.*.tmp"),
-    ]:  # of a killed process
+    for left in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp")]:  # of a killed process
         left.unlink()
     files.write_json(note, began)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rdpm_cli import modelfile, noise
 from rdpm_cli.config import JudgeConfig
+from rdpm_cli.evaluation.reference import read_batches
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import chw, to_model
 from rdpm_cli.step import TrainStep
@@ -105,14 +106,9 @@ class JudgeTask:
 @torch.no_grad()
 def accuracy(judge: Judge, source: ImageSource, device: torch.device) -> float:
     """Share of a source's images that the judge puts into their class."""
-    size, labels = int(judge.config["resolution"]), source.need_labels()
-    right = 0
-    for start in range(0, len(source), 64):
-        part = range(start, min(start + 64, len(source)))
-        pixels = chw(np.stack([source.pixels(i, size) for i in part]))
-        _, logits = judge(to_model(pixels).to(device))
-        right += sum(int(p) == labels[i] for p, i in zip(logits.argmax(1).tolist(), part, strict=True))
-    return right / len(source)
+    batches = read_batches(source, int(judge.config["resolution"]))
+    predicted = [judge(to_model(chw(pixels)).to(device))[1].argmax(1).cpu().numpy() for pixels in batches]
+    return float(np.mean(np.concatenate(predicted) == np.array(source.need_labels())))
 
 
 def pack(judge: Judge, class_names: list[str], **more: Any) -> dict[str, Any]:
