@@ -1,28 +1,19 @@
-"""Recipes: one frozen class a component, YAML files with `extends`, `key=value` overrides, one digest. Torch-free.
+"""The recipe's schema: one frozen class a component. `recipe_files.py` reads the files. Torch-free.
 
 The field is the single source of an option: recipe key, override, help, manifest entry and error all derive from it.
 """
 
-import difflib
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rdpm_cli import files
-from rdpm_cli.errors import RecipeError
 
 
 class Section(BaseModel):
     """Frozen, keyword-only, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-S = TypeVar("S", bound=Section)
 
 
 class AutoencoderConfig(Section):
@@ -72,10 +63,12 @@ class QuantizerConfig(Section):
     bias: Literal["none", "add", "blend"] = Field("blend", description="q; q + conv(q); 0.5 q + 0.5 conv(q)")
     codebook: Literal["ema", "gradient"] = Field("ema", description="how the codebook learns")
     codebooks: Literal["shared", "per_step"] = Field("shared", description="one book for all t, or one a t")
+    init: Literal["normal", "data", "kmeans"] = Field("normal", description="N(0,1); vectors of a batch; their centres")
     decay: float = Field(0.99, ge=0, lt=1, description="of the codebook's EMA")
     restart_below: float = Field(
         0.03, ge=0, lt=1, description="a code used less than this × the mean restarts; 0 = off"
     )
+    alarm: float = Field(0.5, ge=0, le=1, description="warn while a step uses less of the book than this; 0 = off")
 
 
 class TokenizerLossConfig(Section):
@@ -83,6 +76,18 @@ class TokenizerLossConfig(Section):
 
     quant: float = Field(0.25, ge=0, description="factor of L_quant, Eq. 4")
     weight: bool = Field(True, description="gamma_t = alpha_t in L_quant; false: 1")
+    adversarial: Literal["hinge", "none"] = Field("none", description="L_gan against a PatchGAN discriminator")
+    adversarial_factor: float = Field(0.75, ge=0, description="factor of w L_gan")
+    adaptive: bool = Field(True, description="w from last-layer gradients, as VQGAN; false: 1")
+
+
+class DiscriminatorConfig(Section):
+    """The PatchGAN discriminator, where loss.adversarial is on."""
+
+    width: int = Field(64, gt=0, multiple_of=8, description="channels of the first layer")
+    layers: int = Field(3, ge=1, description="strided layers: 2 see patches of 34, 3 of 70 pixels")
+    start: int = Field(0, ge=0, description="step from which the discriminator trains")
+    warmup_steps: int = Field(0, ge=0, description="further steps before the tokenizer feels it fully: a linear ramp")
 
 
 class TrainConfig(Section):
@@ -101,6 +106,9 @@ class TrainConfig(Section):
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = off")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' average; 0 = off")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast of the network; quantiser and losses fp32")
+    channels_last: bool = Field(False, description="memory layout of convolutions, faster on GPUs")
+    compile: bool = Field(False, description="torch.compile the networks")
+    skip_bad: int = Field(0, ge=0, description="steps with a non-finite loss passed over before the run fails")
     workers: int = Field(0, ge=0, description="processes that prepare batches")
     log_every: int = Field(50, gt=0, description="steps between lines in metrics.jsonl")
     eval_every: int = Field(0, ge=0, description="steps between held-out evaluations and previews; 0 = at the end only")
@@ -137,8 +145,16 @@ class TokenizerConfig(TokenizerArchitecture):
     """A tokenizer and its training."""
 
     loss: TokenizerLossConfig = TokenizerLossConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     flip: bool = Field(True, description="mirror training images at random")
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _patches(self) -> Self:
+        size, layers = self.autoencoder.resolution, self.discriminator.layers
+        if self.loss.adversarial != "none" and size >> layers < 3:
+            raise ValueError(f"discriminator.layers = {layers} leaves no patch of a {size}×{size} image; lower it")
+        return self
 
 
 class NetworkConfig(Section):
@@ -226,172 +242,3 @@ class Recipe(Section):
     def digest(self) -> str:
         """sha256 of the resolved recipe."""
         return files.digest(self.model_dump(mode="json"))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice; PyYAML keeps the last one silently."""
-
-
-def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise RecipeError(f"key '{twice[0]}' stands twice, line {node.start_mark.line + 1} on")
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain YAML values. Raises RecipeError, which names `where`, on a syntax error or a key written twice."""
-    loader = _StrictLoader(text)
-    try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not valid YAML: {error}") from error
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error.message}") from error
-    finally:
-        loader.dispose()
-
-
-def recipe_folder() -> Path:
-    """Where the shipped recipes are: inside the wheel, or at the root of a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
-
-
-def find_recipe(name_or_file: str) -> Path:
-    """A shipped recipe by name, or a YAML file by path. Raises RecipeError with near names."""
-    path = Path(name_or_file)
-    if path.suffix in {".yaml", ".yml"} or os.sep in name_or_file:
-        if not path.is_file():
-            raise RecipeError(f"recipe file {path} does not exist", f"shipped recipes: {', '.join(recipe_names())}")
-        return path
-    shipped = recipe_folder() / f"{name_or_file}.yaml"
-    if not shipped.is_file():
-        near = difflib.get_close_matches(name_or_file, recipe_names(), 1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise RecipeError(f"no recipe named '{name_or_file}'", f"{hint}shipped recipes: {', '.join(recipe_names())}")
-    return shipped
-
-
-def leaf_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema."""
-    for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is None:
-            yield prefix + name
-        else:
-            yield from leaf_keys(inner, f"{prefix}{name}.")
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    options = getattr(annotation, "__args__", (annotation,))
-    found = [a for a in options if isinstance(a, type) and issubclass(a, Section)]
-    return found[0] if found else None
-
-
-def _nearest(key: str, section: str) -> str:
-    keys = list(leaf_keys())
-    keys += [k.removeprefix(f"{section}.") for k in keys if k.startswith(f"{section}.")]
-    near = difflib.get_close_matches(key, keys, 1, cutoff=0.5)
-    if not near:  # right name in the wrong place: compare last words
-        word = key.rsplit(".", 1)[-1]
-        words = {k.rsplit(".", 1)[-1]: k for k in (keys if section else reversed(keys))}
-        near = [words[w] for w in difflib.get_close_matches(word, list(words), 1)]
-    return f"did you mean '{near[0]}'?" if near else "see the recipe's own keys with `rdpm inspect RECIPE`"
-
-
-RIVALS = {"steps": "epochs", "epochs": "steps"}  # two ways to give a length: the later one replaces the other
-
-
-def _set(section: dict[str, Any], path: str, key: str, value: Any) -> None:
-    """section[key] = value; in a train section a length also drops the other way to give it."""
-    section[key] = value
-    if path.endswith("train") and key in RIVALS and value is not None:
-        section.pop(RIVALS[key], None)
-
-
-def _merge(base: dict[str, Any], change: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in change.items():
-        old = merged.get(key)
-        deeper = isinstance(old, dict) and isinstance(value, Mapping)
-        _set(merged, path, key, _merge(old, value, f"{path}.{key}") if deeper and isinstance(old, dict) else value)
-    return merged
-
-
-def _parent(path: Path, name_or_file: str) -> Path:
-    """What a recipe extends: a file beside it, else as on the command line."""
-    beside = path.parent / name_or_file
-    return beside if beside.is_file() else find_recipe(name_or_file)
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The recipe's plain dict, after the recipe it extends."""
-    if path in seen:
-        raise RecipeError(f"{path} extends itself")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
-    raw = parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} holds no keys", "start from a shipped recipe")
-    parent = raw.pop("extends", None)
-    return raw if parent is None else _merge(_read(_parent(path, str(parent)), (*seen, path)), raw)
-
-
-def _override(raw: dict[str, Any], text: str, section: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise RecipeError(f"override '{text}' is not key=value", "write it as train.steps=100")
-    known = set(leaf_keys())
-    full = next((k for k in (key, f"{section}.{key}") if k in known), None)
-    if full is None:
-        raise RecipeError(f"unknown recipe key '{key}'", _nearest(key, section))
-    *parents, leaf = full.split(".")
-    here = raw
-    for parent in parents:
-        if here.get(parent) is None:
-            here[parent] = {}
-        here = here[parent]
-        if not isinstance(here, dict):
-            raise RecipeError(f"override '{text}': {parent} is not a section", "mend the recipe file")
-    _set(here, ".".join(parents), leaf, parse_yaml(value, f"override '{text}'") if value else "")
-
-
-def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str = "") -> Recipe:
-    """Resolve a recipe: file, what it extends, then overrides in order. `section` is where short keys are looked up.
-
-    `load_recipe("digits", ["train.steps=10"], "tokenizer")` sets tokenizer.train.steps. Raises RecipeError.
-    """
-    path = find_recipe(name_or_file)
-    raw = _read(path)
-    raw["name"] = path.stem
-    lacks = section != "" and section not in raw
-    for text in overrides:
-        _override(raw, text, section)
-    recipe = validate(Recipe, raw, str(path), section)
-    if lacks or (section and getattr(recipe, section) is None):
-        able = [name for name in recipe_names() if section in _read(recipe_folder() / f"{name}.yaml")]
-        raise RecipeError(f"recipe '{recipe.name}' has no {section} section", f"recipes that do: {', '.join(able)}")
-    return recipe
-
-
-def validate(section: type[S], raw: Any, where: str, prefix: str = "") -> S:
-    """raw as a section. Raises RecipeError naming `where`, the key, and the nearest key if it is unknown."""
-    try:
-        return section.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise RecipeError(f"{where}: unknown recipe key '{key}'", _nearest(key, prefix)) from error
-        raise RecipeError(f"{where}: {key or 'recipe'}: {first['msg']}", f"got {first['input']!r}"[:200]) from error

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rdpm_cli import config, engine, files, progress
+from rdpm_cli import engine, files, progress, recipe_files
 
 TRAIN, HELDOUT = "digits:train", "digits:heldout"
 PER_CLASS = 80
@@ -16,7 +16,7 @@ ESTIMATE = "about 4 minutes on 2 CPU cores"
 def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
     """Everything from images to scores under `out`. Run again, it goes on where it stopped."""
     changes = [f"seed={seed}", *overrides]
-    recipe = config.load_recipe("digits", changes)
+    recipe = recipe_files.load_recipe("digits", changes)
     if (out / "result.json").is_file() and (done := files.read_json(out / "result.json")).get(
         "recipe"
     ) == recipe.digest():

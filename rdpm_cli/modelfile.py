@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rdpm_cli import __version__, files
-from rdpm_cli.config import S, validate
 from rdpm_cli.errors import CheckpointError, RecipeError
+from rdpm_cli.recipe_files import S, validate
 
 VERSION = 1
 FORMATS = {"rdpm-tokenizer": "tokenizer", "rdpm-generator": "generator", "rdpm-judge": "judge"}

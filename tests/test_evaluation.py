@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from rdpm_cli import engine, files, modelfile
-from rdpm_cli.config import JudgeConfig, TrainConfig, load_recipe
+from rdpm_cli.config import JudgeConfig, TrainConfig
 from rdpm_cli.errors import CheckpointError, DataError, RdpmError
 from rdpm_cli.evaluation import evaluate, features, judge, metrics, reference
 from rdpm_cli.evaluation.judge import Judge, JudgeBatches, JudgeTask
@@ -25,6 +25,7 @@ from rdpm_cli.evaluation.reference import ImageSet
 from rdpm_cli.images.sources import ImageSource, open_source
 from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
 from rdpm_cli.images.transform import TRANSFORM
+from rdpm_cli.recipe_files import load_recipe
 from rdpm_cli.step import TrainStep
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer import model as tokenizer_file

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     **{room: HELPERS | set(ROOMS[: place + 1]) for place, room in enumerate(ROOMS)},
     "training": HELPERS | {"training"},
     "engine": HELPERS | set(ROOMS) | {"engine", "training"},
-    "demo": {"engine", "config", "errors", "files", "progress"},
+    "demo": {"engine", "recipe_files", "errors", "files", "progress"},
     # the door also starts the demo, and sets up the process before anything is imported (threads)
     "cli": {"engine", "config", "errors", "files", "progress", "threads", "demo", "cli"},
     "__main__": {"cli"},

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rdpm_cli import config, engine, modelfile
+from rdpm_cli import config, engine, modelfile, recipe_files
 from rdpm_cli.cli.app import run
 from rdpm_cli.generator.rdpm import RDPMNetwork
 from rdpm_cli.images.tensors import hwc, to_pixels
@@ -69,7 +69,7 @@ def walk(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             "sample", "--ckpt", "runs/gen/generator.pt", "--per-class", 5, "--out", "samples", "--npz", "--gif"
         )
         with one_thread():
-            recipe = config.load_recipe("digits", JUDGE)
+            recipe = recipe_files.load_recipe("digits", JUDGE)
             made["judge"] = engine.train_judge("images", "images", Path("runs/judge"), recipe).values
         made["fid"] = rdpm("eval", "fid", "samples/", "--extractor", "runs/judge/judge.pt")
         made["recon"] = rdpm("eval", "recon", "images")
@@ -415,13 +415,13 @@ def test_the_tour_goes_on_from_the_demos_folder(demo: tuple[Path, dict[str, Any]
 
 # ---- the papers' recipes -------------------------------------------------------------------------------------------
 
-IMAGENET = [name for name in config.recipe_names() if name.startswith("imagenet256")]
+IMAGENET = [name for name in recipe_files.recipe_names() if name.startswith("imagenet256")]
 MILLIONS = {"imagenet256-d12": 133, "imagenet256-d16": 310, "imagenet256-d20": 602}  # Table 1
 
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_the_imagenet_recipes_build(name: str) -> None:
-    recipe = config.load_recipe(name)
+    recipe = recipe_files.load_recipe(name)
     architecture = recipe.tokenizer or config.TokenizerArchitecture()
     auto, quant = architecture.autoencoder, architecture.quantizer
     assert (auto.grid, auto.channels, quant.codes, quant.steps) == ((16, 16), 32, 4096, 10)

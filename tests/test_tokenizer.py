@@ -13,16 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from rdpm_cli import modelfile, noise
-from rdpm_cli.config import TokenizerArchitecture, TokenizerConfig, load_recipe
+from rdpm_cli.config import TokenizerArchitecture, TokenizerConfig
 from rdpm_cli.errors import CheckpointError
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import to_model
+from rdpm_cli.recipe_files import load_recipe
 from rdpm_cli.step import TrainStep
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.autoencoder import round_to_half
+from rdpm_cli.tokenizer.codebook import health
 from rdpm_cli.tokenizer.losses import TokenizerLoss
-from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask, codebook_health
+from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
 
 T, K = 3, 32
 ARCHITECTURE: dict[str, Any] = {
@@ -435,7 +437,7 @@ def test_every_step_counts_its_own_vectors_alone() -> None:
 
 
 def test_codebook_health_of_counts_worked_out_by_hand() -> None:
-    logs = codebook_health(torch.tensor([[2.0, 2.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0]]))
+    logs = health(torch.tensor([[2.0, 2.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0]]))
     expected = {
         "usage/t01": 0.5, "perplexity/t01": 2.0, "dead/t01": 2.0,
         "usage/t02": 0.25, "perplexity/t02": 1.0, "dead/t02": 3.0,

@@ -46,10 +46,9 @@ from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
 from rdpm_cli.training import checkpoint, distributed
 from rdpm_cli.training.ema import Ema
 from rdpm_cli.training.logging import read_metrics
-from rdpm_cli.training.loop import Player, Run, fit, lr_at, make_optimizer
+from rdpm_cli.training.loop import Batches, Player, Run, fit, lr_at, make_optimizer
 
 CPU = torch.device("cpu")
-BatchAt = Callable[[int, range], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +65,15 @@ class Toy:
     """Fit the sum of three numbers, with noise from the step and a buffer that counts."""
 
     name = "toy"
+    start = 0
 
     def __init__(self) -> None:
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
         self.model.register_buffer("seen", torch.zeros(()))
         self.batches: list[Tensor] = []
+
+    def networks(self) -> list[nn.Module]:
+        return [self.model]
 
     def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         self.batches.append(batch)
@@ -82,8 +85,12 @@ class Toy:
         return {"drawn": step.pick(1, 1000).float().mean()}
 
 
-def toy_batch(step: int, rows: range) -> Tensor:
-    return torch.from_numpy(noise.block_uniform(7, step, rows, 3))
+class ToyBatches:
+    def batch_at(self, step: int, rows: range) -> Tensor:
+        return torch.from_numpy(noise.block_uniform(7, step, rows, 3))
+
+    def describe(self, step: int, rows: range) -> str:
+        return f"rows {rows.start} to {rows.stop - 1}"
 
 
 def train_config(**options: Any) -> TrainConfig:
@@ -93,10 +100,10 @@ def train_config(**options: Any) -> TrainConfig:
 
 @dataclass
 class Job:
-    """A task with its batches."""
+    """Players with their batches."""
 
-    player: Player
-    batch_at: BatchAt
+    players: list[Player]
+    batches: Batches
     cfg: TrainConfig
 
 
@@ -105,7 +112,7 @@ class MakeJob(Protocol):
 
 
 def toy_job(**train: Any) -> Job:
-    return Job(Toy(), toy_batch, train_config(**train))
+    return Job([Toy()], ToyBatches(), train_config(**train))
 
 
 def tokenizer_job(**train: Any) -> Job:
@@ -118,7 +125,7 @@ def tokenizer_job(**train: Any) -> Job:
         train=train_config(lr=1e-3, **train),
     )
     task = TokenizerTask(tokenizer_model.Tokenizer(cfg).train(), cfg)
-    return Job(task, ImageBatches(open_source("digits"), cfg, 0).batch_at, cfg.train)
+    return Job([task], ImageBatches(open_source("digits"), cfg, 0), cfg.train)
 
 
 def generator_job(root: Path, **train: Any) -> Job:
@@ -131,7 +138,7 @@ def generator_job(root: Path, **train: Any) -> Job:
     )
     generator = generator_model.build(cfg, tokenizer, 3)
     generator.network.train()
-    return Job(GeneratorTask(generator), CodeBatches(store, cfg, tokenizer.quantizer.alphas, 0).batch_at, cfg.train)
+    return Job([GeneratorTask(generator)], CodeBatches(store, cfg, tokenizer.quantizer.alphas, 0), cfg.train)
 
 
 @pytest.fixture(params=["toy", "tokenizer", "generator"])
@@ -151,7 +158,7 @@ def start(job: Job, folder: Path, *, stop_at: int = 0) -> Run:
             run.stop.name = "SIGTERM"
 
     folder.mkdir(exist_ok=True)
-    fit([job.player], job.batch_at, job.cfg, run, [stopper])
+    fit(job.players, job.batches, job.cfg, run, [stopper])
     return run
 
 
@@ -243,7 +250,7 @@ def test_embeddings_norms_and_biases_do_not_decay() -> None:
 
 
 def test_of_a_generator_only_linear_weights_decay(digits_codes: Path) -> None:
-    network = generator_job(digits_codes).player.model
+    network = generator_job(digits_codes).players[0].model
     for parameter in network.parameters():
         nn.init.normal_(parameter)
     linears = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, nn.Linear)}
@@ -274,11 +281,12 @@ def test_the_average_follows_its_formula() -> None:
 
 def test_the_loop_averages_after_every_step(tmp_path: Path) -> None:
     job = toy_job(steps=1, ema=0.9)
-    first = job.player.model.state_dict()["0.weight"].clone()
+    first = job.players[0].model.state_dict()["0.weight"].clone()
     run = start(job, tmp_path)
     assert run.ema is not None
     torch.testing.assert_close(
-        run.ema.model.get_parameter("0.weight"), 0.1 * first + 0.9 * job.player.model.get_parameter("0.weight").detach()
+        run.ema.model.get_parameter("0.weight"),
+        0.1 * first + 0.9 * job.players[0].model.get_parameter("0.weight").detach(),
     )
     assert start(toy_job(ema=0.0, steps=1), tmp_path / "none").ema is None
 
@@ -339,17 +347,18 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(make_job: MakeJob, t
 
 
 def test_a_crash_repeats_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
-    def crash(step: int, rows: range) -> Tensor:
-        if step == 7:
-            raise RuntimeError("the machine went away")
-        return toy_batch(step, rows)
+    class Crashing(ToyBatches):
+        def batch_at(self, step: int, rows: range) -> Tensor:
+            if step == 7:
+                raise RuntimeError("the machine went away")
+            return super().batch_at(step, rows)
 
     torch.manual_seed(0)
     start(toy_job(save_every=4), tmp_path / "whole")
     torch.manual_seed(0)
     job = toy_job(save_every=4)
     with pytest.raises(RuntimeError, match="went away"):
-        start(Job(job.player, crash, job.cfg), tmp_path / "parts")
+        start(Job(job.players, Crashing(), job.cfg), tmp_path / "parts")
     assert [row["step"] for row in metrics(tmp_path / "parts")] == list(range(1, 8))
     assert newest_state(tmp_path / "parts")["step"] == 4
     start(toy_job(save_every=4), tmp_path / "parts")
@@ -362,8 +371,8 @@ def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
     before, logged = newest_state(tmp_path), metrics(tmp_path)
     job = toy_job()
     start(job, tmp_path)
-    assert isinstance(job.player, Toy)
-    assert not job.player.batches
+    assert isinstance(job.players[0], Toy)
+    assert not job.players[0].batches
     assert_same(newest_state(tmp_path), before)
     assert metrics(tmp_path) == logged
 
@@ -390,10 +399,10 @@ def test_worker_processes_give_the_same_batches(tmp_path: Path) -> None:
     for workers in (0, 2):
         job = toy_job(workers=workers)
         start(job, tmp_path / str(workers))
-        assert isinstance(job.player, Toy)
-        seen.append(torch.stack(job.player.batches))
+        assert isinstance(job.players[0], Toy)
+        seen.append(torch.stack(job.players[0].batches))
     assert torch.equal(*seen)
-    assert torch.equal(seen[0][3], toy_batch(3, range(16)))
+    assert torch.equal(seen[0][3], ToyBatches().batch_at(3, range(16)))
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -443,7 +452,7 @@ class Breaking(Toy):
 def test_a_non_finite_step_stops_the_run_before_anything_changes(tmp_path: Path, what: str) -> None:
     player = Breaking(what)
     with pytest.raises(RunError, match="not finite at step 3") as failed:
-        start(Job(player, toy_batch, train_config(save_every=2)), tmp_path)
+        start(Job([player], ToyBatches(), train_config(save_every=2)), tmp_path)
     assert failed.value.exit_code == 1
     assert_same(dict(player.model.state_dict()), player.before)
     assert float(player.before["seen"]) == 3  # nothing followed the step either

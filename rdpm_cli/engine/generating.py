@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import config, files, progress
+from rdpm_cli import config, files, progress, recipe_files
 from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
@@ -28,7 +28,7 @@ def train_gen(
     codes: Path, out: Path | None, recipe_name: str, overrides: Sequence[str] = (), device: str = "auto"
 ) -> Result:
     """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once."""
-    recipe = config.load_recipe(recipe_name, overrides, "generator")
+    recipe = recipe_files.load_recipe(recipe_name, overrides, "generator")
     cfg = recipe.generator
     assert cfg is not None
     out = out or Path("runs") / f"{recipe.name}-generator"
@@ -52,7 +52,7 @@ def train_gen(
         progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
         watch = [observers.generator_monitor(generator, tokenizer, cfg, class_names, batches)]
         task = GeneratorTask(generator)
-        generator.network = training.fit(task, batches.batch_at, cfg.train, batches.images, watch)
+        generator.network = training.fit([task], batches, cfg.train, batches.images, watch)
         if first_process():
             training_curves(out / "curves.png", generator_run=out)
         provenance = {
@@ -127,7 +127,9 @@ def sample(
     loaded = model.load(ckpt)
     given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "tau": tau, "skip_steps": skip_steps}
     asked = {name: value for name, value in given.items() if value is not None}
-    sampling = config.validate(config.SamplingConfig, {**loaded.sampling.model_dump(), **asked}, "sampling options")
+    sampling = recipe_files.validate(
+        config.SamplingConfig, {**loaded.sampling.model_dump(), **asked}, "sampling options"
+    )
     options = SampleOptions(seed=seed, **sampling.model_dump(exclude={"micro_batch"}))
     labels = sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
     loaded.generator.check(options)

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rdpm_cli import config, files
+from rdpm_cli import config, files, recipe_files
 from rdpm_cli.engine.runs import Result
 from rdpm_cli.errors import DataError, RecipeError, UsageError
 
@@ -26,7 +26,7 @@ def describe(target: str) -> tuple[str, dict[str, Any]]:
                 return found(path)
     from rdpm_cli.images.sources import is_builtin
 
-    if path.is_dir() or path.suffix == ".zip" or (is_builtin(target) and target not in config.recipe_names()):
+    if path.is_dir() or path.suffix == ".zip" or (is_builtin(target) and target not in recipe_files.recipe_names()):
         return _images(target)
     if path.is_file() and path.suffix not in {".yaml", ".yml"}:
         raise DataError(f"{path} is no checkpoint, store, recipe or image archive", "name the folder it lies in")
@@ -41,7 +41,7 @@ def describe(target: str) -> tuple[str, dict[str, Any]]:
 def _recipe(target: str) -> tuple[str, dict[str, Any]]:
     import torch
 
-    recipe = config.load_recipe(target)
+    recipe = recipe_files.load_recipe(target)
     values: dict[str, Any] = {"name": recipe.name, "digest": recipe.digest()}
     with torch.device("meta"):
         values |= _sizes(recipe)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdpm_cli.config import GeneratorConfig, TrainConfig
+from rdpm_cli.config import GeneratorConfig, TokenizerConfig, TrainConfig
 from rdpm_cli.generator import sampler
 from rdpm_cli.generator.contract import Generator, SampleOptions
 from rdpm_cli.generator.task import CodeBatches, held_out_accuracy
@@ -15,7 +15,7 @@ from rdpm_cli.images import writers
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
 from rdpm_cli.images.transform import Pixels
-from rdpm_cli.progress import Bar
+from rdpm_cli.progress import Bar, say
 from rdpm_cli.step import world
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -24,6 +24,8 @@ from rdpm_cli.training.loop import Run
 
 DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampling
 PREVIEWS = 8  # images, or samples a class
+ADVERSARY = ["gan", "discriminator/loss", "discriminator/logits_real", "discriminator/logits_fake"]
+ALARM_LINES = 5  # logged steps of low codebook usage before a warning
 
 
 def progress(bar: Bar) -> Callable[..., None]:
@@ -64,6 +66,31 @@ def tokenizer_preview(tokenizer: Tokenizer, source: ImageSource, cfg: TrainConfi
         labels = ["input", *(f"t = {t}" for t in range(1, len(rows)))]
         sheet = writers.grid(np.concatenate(rows), count, labels, f"step {run.step}")
         writers.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
+
+    return observe
+
+
+def codebook_alarm(cfg: TokenizerConfig) -> Callable[..., None]:
+    """Warn, naming the fix, once the codebook's usage has stayed low for ALARM_LINES logged steps.
+
+    Usage is measured against what a batch of this size can use at best: 1 - (1 - 1/K)^n of n vectors drawn evenly.
+    """
+    codes, (h, w) = cfg.quantizer.codes, cfg.autoencoder.grid
+    best = 1 - (1 - 1 / codes) ** (cfg.train.batch * h * w)
+    low = 0
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        nonlocal low
+        if not logs:
+            return
+        share, name = min((value / best, name) for name, value in logs.items() if name.startswith("usage/"))
+        low = low + 1 if share < cfg.quantizer.alarm else 0
+        if low == ALARM_LINES:
+            say(
+                f"warning: at step {run.step} the codebook's usage is {share:.0%} of an even one's at "
+                f"t = {int(name[-2:])}, and was low for {low} logged steps. Restart dead codes "
+                "(quantizer.codebook=ema quantizer.restart_below=0.03) or start on data (quantizer.init=kmeans)"
+            )
 
     return observe
 
@@ -119,15 +146,32 @@ def _norms(tokenizer: Tokenizer, codes_BTHW: torch.Tensor) -> list[float]:
 
 
 def tokenizer_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
-    """Panels of a tokenizer run: losses; perplexity per t at the end."""
+    """Panels of a tokenizer run: losses, the critic's logits; usage and dead codes over time, perplexity per t."""
     rows = read_metrics(folder)
-    steps = [float(r["step"]) for r in rows]
-    losses: dict[str, writers.Curve] = {
-        name: (steps, [r[name] for r in rows]) for name in ("recon", "quant") if rows and name in rows[-1]
+    if not rows:
+        return {}
+    panels = {
+        "tokenizer losses|step": _over_time(rows, ["recon", "quant", "lpips"]),
+        "adversary|step": _over_time(rows, ADVERSARY),
     }
-    per_t = sorted(k for k in rows[-1] if k.startswith("perplexity/"))
-    health: dict[str, writers.Curve] = {"perplexity": ([float(k[-2:]) for k in per_t], [rows[-1][k] for k in per_t])}
-    return {"tokenizer losses|step": losses, "codebook perplexity|t": health}
+    per_t = sorted(k.removeprefix("usage/") for k in rows[-1] if k.startswith("usage/"))
+    shown = [per_t[0], per_t[len(per_t) // 2], per_t[-1]] if len(per_t) > 3 else per_t
+    panels["codebook usage|step"] = _over_time(rows, [f"usage/{t}" for t in shown])
+    panels["dead codes|step"] = _over_time(rows, [f"dead/{t}" for t in shown])
+    last = ([float(t[1:]) for t in per_t], [rows[-1][f"perplexity/{t}"] for t in per_t])
+    panels["codebook perplexity|t"] = {"perplexity": last}
+    return {title: curves for title, curves in panels.items() if curves}
+
+
+def _over_time(rows: list[dict[str, Any]], names: list[str]) -> dict[str, writers.Curve]:
+    """The named values of a log over its steps, those that are there."""
+    found: dict[str, writers.Curve] = {}
+    for name in names:
+        points = [(float(row["step"]), row[name]) for row in rows if name in row]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found[name] = (list(steps), list(values))
+    return found
 
 
 def generator_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:

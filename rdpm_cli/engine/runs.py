@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from rdpm_cli.signals import StopRequest
-    from rdpm_cli.training.loop import Observer, Player
+    from rdpm_cli.training.loop import Batches, Observer, Player
 
 
 @dataclass
@@ -52,15 +52,22 @@ class Training:
     device: torch.device
     stop: StopRequest
 
+    @property
+    def begun(self) -> bool:
+        """Is there a checkpoint to resume from?"""
+        from rdpm_cli.training import checkpoint
+
+        return bool(checkpoint.found(self.out / "checkpoints"))
+
     def fit(
         self,
-        player: Player,
-        batch_at: Callable[[int, range], Any],
+        players: Sequence[Player],
+        batches: Batches,
         cfg: config.TrainConfig,
         images: int,
         observers: Sequence[Observer] = (),
     ) -> torch.nn.Module:
-        """Train with progress, from the newest checkpoint on. -> the network to keep: the EMA where there is one."""
+        """Train with progress, from the newest checkpoint on. -> the first player's network, or its EMA."""
         from rdpm_cli.engine import observers as watch
         from rdpm_cli.training import checkpoint
         from rdpm_cli.training.loop import Run, fit
@@ -68,9 +75,9 @@ class Training:
         run = Run(self.out, self.seed, self.device, cfg.total_steps(images), cfg.warmup(images), self.stop)
         if there := checkpoint.found(self.out / "checkpoints"):
             progress.say(f"resuming step {there[-1][0]} of {run.steps} from {there[-1][1]}")
-        with progress.Bar(f"train {player.name}", run.steps, "steps") as bar:
-            fit([player], batch_at, cfg, run, [watch.progress(bar), *observers])
-        return run.ema.model if run.ema else player.model
+        with progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar:
+            fit(players, batches, cfg, run, [watch.progress(bar), *observers])
+        return run.ema.model if run.ema else players[0].model
 
 
 def train_once(

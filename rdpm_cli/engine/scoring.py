@@ -85,7 +85,7 @@ def train_judge(images: str, heldout: str, out: Path, recipe: Recipe, device: st
     def make(training: Training) -> dict[str, Any]:
         network = judge.Judge(size, cfg.width, cfg.features, len(source.class_names)).to(training.device).train()
         batches = judge.JudgeBatches(source, cfg, size, recipe.seed)
-        kept = training.fit(judge.JudgeTask(network), batches.batch_at, cfg.train, len(source))
+        kept = training.fit([judge.JudgeTask(network)], batches, cfg.train, len(source))
         assert isinstance(kept, judge.Judge)
         accuracy = judge.accuracy(kept.eval(), unseen, training.device)
         provenance = {"data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy, **versions()}

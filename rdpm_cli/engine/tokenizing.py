@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import config, files, progress
+from rdpm_cli import files, progress, recipe_files
 from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
@@ -33,7 +33,7 @@ def train_tokenizer(
     images: str, out: Path | None, recipe_name: str, overrides: Sequence[str] = (), device: str = "auto"
 ) -> Result:
     """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once."""
-    recipe = config.load_recipe(recipe_name, overrides, "tokenizer")
+    recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
     cfg = recipe.tokenizer
     assert cfg is not None
     from rdpm_cli.images.sources import open_source
@@ -41,8 +41,8 @@ def train_tokenizer(
     source = open_source(images)
     out = out or Path("runs") / f"{recipe.name}-tokenizer"
     from rdpm_cli.engine import observers
-    from rdpm_cli.tokenizer import model
-    from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
+    from rdpm_cli.tokenizer import codebook, model
+    from rdpm_cli.tokenizer.task import ImageBatches, players_of
 
     data = {"source": source.spec, "digest": source.digest()}
 
@@ -50,8 +50,11 @@ def train_tokenizer(
         tokenizer = model.Tokenizer(cfg, cfg.loss.weight).to(training.device).train()
         progress.say(f"{len(source):,} images, {len(source.class_names):,} classes")
         batches = ImageBatches(source, cfg, recipe.seed)
-        watch = [observers.tokenizer_preview(tokenizer, source, cfg.train)]
-        kept = training.fit(TokenizerTask(tokenizer, cfg), batches.batch_at, cfg.train, len(source), watch)
+        if not training.begun:
+            codebook.initialise(tokenizer, batches.batch_at(0, range(cfg.train.batch)), recipe.seed)
+        watch = [observers.tokenizer_preview(tokenizer, source, cfg.train), observers.codebook_alarm(cfg)]
+        players = players_of(tokenizer, cfg, training.device)
+        kept = training.fit(players, batches, cfg.train, len(source), watch)
         assert isinstance(kept, model.Tokenizer)
         if first_process():
             training_curves(out / "curves.png", tokenizer_run=out)

@@ -83,14 +83,24 @@ class JudgeBatches:
         labels = self.source.need_labels()
         return LabelledImages(chw(np.stack(images)), torch.tensor([labels[int(i)] for i in own]))
 
+    def describe(self, step: int, rows: range) -> str:
+        """The names of those images."""
+        own = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
+        return f"images {', '.join(self.source.names[int(i)] for i in own)}"
+
 
 class JudgeTask:
     """Cross-entropy on real images; never sees a sample."""
 
     name = "judge"
+    start = 0
 
     def __init__(self, judge: Judge) -> None:
         self.model = judge
+
+    def networks(self) -> list[nn.Module]:
+        """The whole."""
+        return [self.model]
 
     def loss(self, batch: LabelledImages, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """-> loss and accuracy."""

@@ -59,6 +59,12 @@ class CodeBatches:
             spread_B=torch.from_numpy(objective.perturb * drawn[:, 2]) if objective.perturb else None,
         )
 
+    def describe(self, step: int, rows: range) -> str:
+        """The source indices and views of those rows."""
+        own = self.rows[noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.rows))[rows.start : rows.stop]]
+        pairs = zip(self.store.index[own].tolist(), self.store.view(own).tolist(), strict=True)
+        return f"images:views {', '.join(f'{index}:{view}' for index, view in pairs)}"
+
     def draw_t(self, uniform_B: NDArray[np.float32]) -> NDArray[np.int64]:
         """S values of t an image, one from each S-th of the distribution: their mixture follows the weights."""
         S = self.cfg.objective.steps_per_image
@@ -81,6 +87,7 @@ class GeneratorTask:
     """One player: the family's network."""
 
     name = "generator"
+    start = 0
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
@@ -89,6 +96,10 @@ class GeneratorTask:
     def model(self) -> nn.Module:
         """What is trained."""
         return self.generator.network
+
+    def networks(self) -> list[nn.Module]:
+        """The whole."""
+        return [self.generator.network]
 
     def loss(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """The family's loss."""

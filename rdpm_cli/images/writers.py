@@ -74,6 +74,7 @@ def save_gif(path: Path, frames: Sequence[Pixels], seconds: float = 0.4) -> None
     files.write_atomic(path, write)
 
 
+PANELS_A_ROW = 3
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
@@ -82,9 +83,12 @@ def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panel
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    columns = min(len(panels), PANELS_A_ROW)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axis, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+    for place, (title, lines) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, columns, place)
         text, _, x_label = title.partition("|")
         for name, (x, y) in lines.items():
             axis.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=4)

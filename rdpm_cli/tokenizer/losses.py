@@ -1,12 +1,19 @@
 """The tokenizer's loss (arXiv 2412.18390 Eq. 3-5): L = L_recon + 0.25 L_quant + L_lpips + 0.75 w L_gan.
 
-The last two terms are not there yet; they enter `TokenizerLoss` as further named terms.
+The adversarial part is VQGAN's (arXiv 2012.09841 §3.1): hinge losses, and w balances the gradients of the last layer.
 """
 
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rdpm_cli.config import TokenizerLossConfig
+from rdpm_cli.step import TrainStep
+
+LARGEST_WEIGHT = 1e4
+TINY_NORM = 1e-4  # added to the denominator of w, as VQGAN does
 
 
 def reconstruction(x: Tensor, recon: Tensor) -> Tensor:
@@ -14,16 +21,70 @@ def reconstruction(x: Tensor, recon: Tensor) -> Tensor:
     return F.mse_loss(recon.float(), x.float())
 
 
+def generator_hinge(fake_logits: Tensor) -> Tensor:
+    """L_gan for the tokenizer: -mean D(x')."""
+    return -fake_logits.float().mean()
+
+
+def discriminator_hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """0.5 (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x')))."""
+    return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
+
+
+def adaptive_weight(recon_gradient: Tensor, gan_gradient: Tensor) -> Tensor:
+    """w = |grad L_rec| / (|grad L_gan| + 1e-4) at the decoder's last layer, clamped to [0, 1e4]. Scalar."""
+    return (recon_gradient.norm() / (gan_gradient.norm() + TINY_NORM)).clamp(0, LARGEST_WEIGHT)
+
+
+@dataclass
+class Adversary:
+    """What the adversarial term needs of one micro-batch."""
+
+    logits: Tensor  # D(x'), D frozen
+    last_layer: Tensor  # weight of the last convolution of the decoder
+    ramp: float  # 0..1, the warm-up of the term
+    step: TrainStep
+
+
 class TokenizerLoss:
     """Named terms and their factors."""
 
     def __init__(self, cfg: TokenizerLossConfig) -> None:
-        self.factors = {"recon": 1.0, "quant": cfg.quant}
+        self.cfg = cfg
 
-    def __call__(self, x: Tensor, recon: Tensor, quant: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> total and the unweighted terms by name (scalars, detached)."""
-        terms = {"recon": reconstruction(x, recon), "quant": quant}
-        total = x.new_zeros(())
-        for name, value in terms.items():
-            total = total + self.factors[name] * value
-        return total, {name: value.detach() for name, value in terms.items()}
+    def __call__(
+        self, x: Tensor, recon: Tensor, quant: Tensor, adversary: Adversary | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> total and the unweighted terms by name (scalars, detached). recon: fp32, in the graph of the decoder."""
+        perceived = reconstruction(x, recon)
+        logs = {"recon": perceived.detach(), "quant": quant.detach()}
+        if adversary is not None:
+            perceived, more = self._with_adversary(perceived, recon, adversary)
+            logs |= more
+        return perceived + self.cfg.quant * quant, logs
+
+    def _with_adversary(
+        self, perceived: Tensor, recon: Tensor, adversary: Adversary
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """perceived + 0.75 w L_gan, ramped.
+
+        The gradients of both terms at the image serve w and the training pass, so the networks behind the two terms
+        are walked back once. w comes from last-layer gradients summed over processes: it is the global batch's.
+        """
+        gan = generator_hinge(adversary.logits)
+        at_image = [torch.autograd.grad(term, recon)[0] for term in (perceived, gan)]
+        weight = torch.ones_like(gan)
+        if self.cfg.adaptive:
+            last = adversary.last_layer
+            pair = [torch.autograd.grad(recon, last, g, retain_graph=True)[0].float() for g in at_image]
+            weight = adaptive_weight(*adversary.step.sum_(torch.stack(pair)))
+        factor = adversary.ramp * self.cfg.adversarial_factor * weight
+        value = (perceived + factor * gan).detach()
+        logs = {"gan": gan.detach(), "gan_weight": weight}
+        return _with_gradient(value, recon, at_image[0] + factor * at_image[1]), logs
+
+
+def _with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
+    """The scalar `value`, whose gradient with respect to `at` is `gradient`."""
+    carrier = (at * gradient).sum()
+    return value + (carrier - carrier.detach())

@@ -104,6 +104,14 @@ class Quantizer(nn.Module):
             nn.init.zeros_(self.phi.weight)
             nn.init.zeros_(self.phi.bias)  # type: ignore[arg-type]
 
+    @torch.no_grad()
+    def place(self, books_SKC: Tensor) -> None:
+        """Set the codebook(s); an EMA one follows its vectors from there."""
+        self.books.copy_(books_SKC)
+        if self.cfg.codebook == "ema":
+            self.ema_counts.fill_(1.0)
+            self.ema_sums.copy_(self.books)
+
     # ---- the pieces of one step ------------------------------------------------------------------------------
 
     def book(self, t: int) -> Tensor:

@@ -1,15 +1,17 @@
-"""Training a tokenizer, as the training loop sees it: batches, one player's loss, what follows a step."""
+"""Training a tokenizer, as the training loop sees it: batches, the two players' losses, what follows a step."""
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdpm_cli import noise
 from rdpm_cli.config import TokenizerConfig
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import to_model
 from rdpm_cli.step import TrainStep
-from rdpm_cli.tokenizer.losses import TokenizerLoss
+from rdpm_cli.tokenizer.codebook import health
+from rdpm_cli.tokenizer.discriminator import PatchDiscriminator
+from rdpm_cli.tokenizer.losses import Adversary, TokenizerLoss, discriminator_hinge
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.quantizer import Usage
 
@@ -29,44 +31,103 @@ class ImageBatches:
         chosen = [x[:, ::-1] if flip else x for x, flip in zip(images, flips, strict=True)]
         return torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).contiguous()
 
+    def describe(self, step: int, rows: range) -> str:
+        """The names of those images."""
+        indices = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
+        return f"images {', '.join(self.source.names[i] for i in indices)}"
+
 
 class TokenizerTask:
     """Eq. 3-5 for one player: encoder, decoder, bias convolution (and a gradient-trained codebook)."""
 
     name = "tokenizer"
+    start = 0
 
-    def __init__(self, tokenizer: Tokenizer, cfg: TokenizerConfig) -> None:
-        self.model, self.cfg = tokenizer, cfg
+    def __init__(self, tokenizer: Tokenizer, cfg: TokenizerConfig, critic: PatchDiscriminator | None = None) -> None:
+        """critic: the discriminator, which `DiscriminatorTask` trains beside this."""
+        self.model, self.cfg, self.critic = tokenizer, cfg, critic
         self.loss_terms = TokenizerLoss(cfg.loss)
+        self.step = -1
         self.usage: Usage | None = None
+        self.made: list[tuple[Tensor, Tensor]] = []  # (x, x') of this step's micro-batches, for the critic
+
+    def networks(self) -> list[nn.Module]:
+        """Encoder and decoder; the quantiser's loop stays eager."""
+        return [self.model.encoder, self.model.decoder]
 
     def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """batch uint8 (B,3,H,W) -> loss and logs."""
+        if step.step != self.step:  # also after a step that was passed over
+            self.step, self.usage, self.made = step.step, None, []
         x = to_model(batch)
+        if self.cfg.train.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         eps = step.normal(self.model.cfg.quantizer.steps, *self.model.latent_shape)
         recon, chain = self.model(x, eps)
-        total, terms = self.loss_terms(x, recon, chain.loss)
+        recon = recon.float()
+        adversary = self._adversary(x, recon, step)
+        with torch.autocast(x.device.type, enabled=False):
+            total, terms = self.loss_terms(x, recon, chain.loss, adversary)
         assert chain.usage is not None, "the tokenizer is in training mode"
         self.usage = self.usage.merged(chain.usage) if self.usage else chain.usage
         latent = {f"latent_error/t{t:02d}": e for t, e in enumerate(chain.error_T, 1)}
         return total, {**terms, **latent}
 
+    def _adversary(self, x: Tensor, recon: Tensor, step: TrainStep) -> Adversary | None:
+        """The critic's view of x', once it trains; its own parameters get no gradient from here."""
+        cfg = self.cfg.discriminator
+        if self.critic is None or step.step < cfg.start:
+            return None
+        self.made.append((x, recon.detach()))
+        parameters = list(self.critic.parameters())
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        logits = self.critic(recon)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        ramp = min(1.0, (step.step - cfg.start) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+        last = self.model.decoder.conv_out.weight
+        return Adversary(logits, last, ramp, step)
+
     def after_step(self, step: TrainStep) -> dict[str, Tensor]:
         """Move the codebook and report its health per t."""
         assert self.usage is not None, "after_step follows loss"
-        usage, self.usage = self.usage, None
-        restarted = self.model.quantizer.follow(usage, step)
-        return {"restarted": torch.tensor(float(restarted), device=step.device), **codebook_health(usage.used_TK)}
+        restarted = self.model.quantizer.follow(self.usage, step)
+        return {"restarted": torch.tensor(float(restarted), device=step.device), **health(self.usage.used_TK)}
 
 
-def codebook_health(used_TK: Tensor) -> dict[str, Tensor]:
-    """Share of codes used, perplexity and dead codes, per t, from counts."""
-    share_TK = used_TK / used_TK.sum(1, keepdim=True).clamp_min(1)
-    perplexity_T = torch.exp(-(share_TK * share_TK.clamp_min(1e-12).log()).sum(1))
-    used_T = (used_TK > 0).float().sum(1)
-    logs: dict[str, Tensor] = {}
-    for t, (used, perplexity) in enumerate(zip(used_T, perplexity_T, strict=True), 1):
-        logs[f"usage/t{t:02d}"] = used / used_TK.shape[1]
-        logs[f"perplexity/t{t:02d}"] = perplexity
-        logs[f"dead/t{t:02d}"] = used_TK.shape[1] - used
-    return logs
+class DiscriminatorTask:
+    """The other player: tells images from the reconstructions that `TokenizerTask` made in the same step."""
+
+    name = "discriminator"
+
+    def __init__(self, critic: PatchDiscriminator, rival: TokenizerTask) -> None:
+        self.model, self.rival = critic, rival
+        self.start = rival.cfg.discriminator.start
+
+    def networks(self) -> list[nn.Module]:
+        """The whole."""
+        return [self.model]
+
+    def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hinge loss on one micro-batch of x and x', both (B,3,H,W)."""
+        x, recon = self.rival.made.pop(0)
+        real, fake = self.model(x), self.model(recon)
+        logs = {"logits_real": real.detach().float().mean(), "logits_fake": fake.detach().float().mean()}
+        return discriminator_hinge(real, fake), logs
+
+    def after_step(self, step: TrainStep) -> dict[str, Tensor]:
+        """Nothing follows a step."""
+        return {}
+
+
+Players = list[TokenizerTask | DiscriminatorTask]
+
+
+def players_of(tokenizer: Tokenizer, cfg: TokenizerConfig, device: torch.device) -> Players:
+    """The tokenizer, and its discriminator where the loss has an adversarial term."""
+    if cfg.loss.adversarial == "none":
+        return [TokenizerTask(tokenizer, cfg)]
+    critic = PatchDiscriminator(cfg.discriminator).to(device)
+    task = TokenizerTask(tokenizer, cfg, critic)
+    return [task, DiscriminatorTask(critic, task)]

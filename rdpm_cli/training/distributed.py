@@ -98,6 +98,15 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
+def first_message(text: str) -> str:
+    """The first process's text that is not empty, in every process."""
+    if not dist.is_initialized():
+        return text
+    texts: list[str] = [""] * world()[1]
+    dist.all_gather_object(texts, text)
+    return next((found for found in texts if found), "")
+
+
 def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,17 +20,29 @@ from rdpm_cli.training import checkpoint, distributed
 from rdpm_cli.training.ema import Ema
 from rdpm_cli.training.logging import MetricsLog
 
-BatchAt = Callable[[int, range], Any]
+
+class Batches(Protocol):
+    """The data of every step, each a pure function of (seed, step)."""
+
+    def batch_at(self, step: int, rows: range) -> Any:
+        """rows of the global batch of this step, with a method `to(device)`."""
+
+    def describe(self, step: int, rows: range) -> str:
+        """What those rows are, for an error message."""
 
 
 class Player(Protocol):
-    """One network with its own loss and optimiser."""
+    """One network with its own loss and optimiser. start: the first step it trains in."""
 
     name: str
+    start: int
 
     @property
     def model(self) -> nn.Module:
         """What is trained."""
+
+    def networks(self) -> Sequence[nn.Module]:
+        """The parts of it that `train.compile` compiles."""
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and scalar logs of a micro-batch; step: its rows."""
@@ -57,6 +69,7 @@ class Run:
     warmup: int
     stop: StopRequest
     step: int = 0
+    skipped: int = 0  # steps passed over for a non-finite loss
     ema: Ema | None = None
 
     @property
@@ -68,11 +81,11 @@ class Run:
 class _Steps(Dataset[Any]):
     """A step's micro-batches by step number, also for DataLoader's worker processes."""
 
-    def __init__(self, batch_at: BatchAt, parts: list[range]) -> None:
-        self.batch_at, self.parts = batch_at, parts
+    def __init__(self, batches: Batches, parts: list[range]) -> None:
+        self.batches, self.parts = batches, parts
 
     def __getitem__(self, step: int) -> list[Any]:
-        return [self.batch_at(step, rows) for rows in self.parts]
+        return [self.batches.batch_at(step, rows) for rows in self.parts]
 
 
 def micro_rows(rows: range, micro_batch: int | None) -> list[range]:
@@ -102,7 +115,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
 
 
 def fit(
-    players: Sequence[Player], batch_at: BatchAt, cfg: TrainConfig, run: Run, observers: Sequence[Observer] = ()
+    players: Sequence[Player], batches: Batches, cfg: TrainConfig, run: Run, observers: Sequence[Observer] = ()
 ) -> None:
     """Train to run.steps, resuming from run.folder. Raises RunError on a non-finite loss, Stopped after a signal.
 
@@ -110,37 +123,28 @@ def fit(
     """
     rows = distributed.own_rows(cfg.batch)
     parts = micro_rows(rows, cfg.micro_batch)
-    optimizers = [make_optimizer(player.model, cfg) for player in players]
     for player in players:
-        distributed.broadcast_model(player.model)
+        _prepare(player, cfg)
+    pairs = [(player, make_optimizer(player.model, cfg)) for player in players]
     run.ema = Ema(players[0].model, cfg.ema) if cfg.ema else None
-    _resume(players, optimizers, run)
+    _resume(pairs, run)
     log = MetricsLog(run.folder, run.step) if world()[0] == 0 else None
     started, first = time.monotonic(), run.step
-    for batches in _batches(batch_at, cfg, run, parts):
-        steps = [TrainStep(run.seed, run.step, part, cfg.batch, run.device) for part in parts]
-        whole = TrainStep(run.seed, run.step, rows, cfg.batch, run.device)
-        torch.manual_seed(noise.seed_of("torch", run.seed, run.step, world()[0]))  # dropout and the like
-        pairs = list(zip(players, optimizers, strict=True))
-        found = [_gradients(player, optimizer, batches, steps, cfg, run) for player, optimizer in pairs]
-        logs = _update(pairs, found, whole)
-        if run.ema:
-            run.ema.update(players[0].model)
+    for data in _data(batches, cfg, run, parts):
+        logs = _step(pairs, data, batches, cfg, run, parts)
         run.step += 1
         values = None
-        if run.step % cfg.log_every == 0 or run.done:
+        if logs and (run.step % cfg.log_every == 0 or run.done):
             rate = (run.step - first) * cfg.batch / (time.monotonic() - started)
-            lr = optimizers[0].param_groups[0]["lr"]
+            lr = pairs[0][1].param_groups[0]["lr"]
             values = {**distributed.average_logs(logs), "lr": lr, "images_per_second": rate}
         more = [observer(run, values) for observer in observers]
-        if log and values:
-            log.write(run.step, values)
-        for extra in more:
-            if log and extra:
-                log.write(run.step, extra)
+        for line in (values, *more):
+            if log and line:
+                log.write(run.step, line)
         stopping = distributed.any_process(run.stop.asked, run.device)
         if run.step % cfg.save_every == 0 or run.done or stopping:
-            _save(players, optimizers, run, cfg)
+            _save(pairs, run, cfg)
         if stopping and not run.done:
             run.stop.name = run.stop.name or "a signal to another process"
             run.stop.leave(f"step {run.step} of {run.steps} is saved in {run.folder / 'checkpoints'}")
@@ -148,9 +152,19 @@ def fit(
         log.close()
 
 
-def _batches(batch_at: BatchAt, cfg: TrainConfig, run: Run, parts: list[range]) -> Iterator[list[Any]]:
+def _prepare(player: Player, cfg: TrainConfig) -> None:
+    """The first process's weights everywhere, in the layout and form that the recipe asks for."""
+    distributed.broadcast_model(player.model)
+    if cfg.channels_last:
+        player.model.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        for network in player.networks():
+            network.compile()
+
+
+def _data(batches: Batches, cfg: TrainConfig, run: Run, parts: list[range]) -> Iterator[list[Any]]:
     """The micro-batches of each step that is left."""
-    data = _Steps(batch_at, parts)
+    data = _Steps(batches, parts)
     if cfg.workers == 0:
         return (data[step] for step in range(run.step, run.steps))
     loader = DataLoader(
@@ -163,23 +177,46 @@ def _batches(batch_at: BatchAt, cfg: TrainConfig, run: Run, parts: list[range]) 
     return iter(loader)
 
 
-def _gradients(
-    player: Player,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Any],
-    steps: list[TrainStep],
-    cfg: TrainConfig,
-    run: Run,
-) -> dict[str, Tensor]:
-    """One player's losses over the micro-batches, their gradients, and the check that both are finite. -> logs.
+Pair = tuple[Player, torch.optim.Optimizer]
 
-    Nothing moves before every player has passed, so a bad batch leaves all of them as they were.
+
+def _step(
+    pairs: Sequence[Pair], data: list[Any], batches: Batches, cfg: TrainConfig, run: Run, parts: list[range]
+) -> dict[str, Tensor]:
+    """One optimiser step of every player that trains yet. -> logs; none after a step that was passed over.
+
+    Nothing moves before every player's loss and gradients are found finite, so a bad batch leaves all as it was.
     """
+    whole = TrainStep(run.seed, run.step, range(parts[0].start, parts[-1].stop), cfg.batch, run.device)
+    steps = [TrainStep(run.seed, run.step, part, cfg.batch, run.device) for part in parts]
+    torch.manual_seed(noise.seed_of("torch", run.seed, run.step, world()[0]))  # dropout and the like
+    active = [(player, optimizer) for player, optimizer in pairs if run.step >= player.start]
+    found = [_gradients(pair, data, steps, cfg, run) for pair in active]
+    bad = next(
+        (p.name for (p, _), logs in zip(active, found, strict=True) if not _finite(logs["loss"] + logs["grad_norm"])),
+        "",
+    )
+    if distributed.any_process(bool(bad), run.device):
+        _pass_over(bad, batches, cfg, run, whole.rows)
+        return {}
+    logs = _update(active, found, whole)
+    if run.ema:
+        run.ema.update(pairs[0][0].model)
+    return logs
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value))
+
+
+def _gradients(pair: Pair, data: list[Any], steps: list[TrainStep], cfg: TrainConfig, run: Run) -> dict[str, Tensor]:
+    """One player's losses over the micro-batches and their gradients, clipped. -> logs."""
+    player, optimizer = pair
     for group in optimizer.param_groups:
         group["lr"] = lr_at(run.step, cfg, run.steps, run.warmup)
     optimizer.zero_grad()
     loss, logs = torch.zeros((), device=run.device), dict[str, Tensor]()
-    for batch, step in zip(batches, steps, strict=True):
+    for batch, step in zip(data, steps, strict=True):
         share = len(step.rows) / sum(len(s.rows) for s in steps)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
             part, found = player.loss(batch.to(run.device), step)
@@ -189,18 +226,24 @@ def _gradients(
     parameters = [p for p in player.model.parameters() if p.requires_grad]
     distributed.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-    if distributed.any_process(not bool(torch.isfinite(loss + norm)), run.device):
-        raise RunError(
-            f"{player.name}: loss or gradient is not finite at step {run.step} (loss {float(loss):.4g}); "
-            "nothing was changed by this step",
-            f"lower train.lr, or look at the batch; the last good checkpoint is in {run.folder / 'checkpoints'}",
-        )
     return {"loss": loss, "grad_norm": norm, **logs}
 
 
-def _update(
-    pairs: Sequence[tuple[Player, torch.optim.Optimizer]], found: Sequence[dict[str, Tensor]], whole: TrainStep
-) -> dict[str, Tensor]:
+def _pass_over(bad: str, batches: Batches, cfg: TrainConfig, run: Run, rows: range) -> None:
+    """Say which batch was not finite; raise RunError once more than cfg.skip_bad were. bad: the player, if ours."""
+    mine = f"{bad}: loss or gradient is not finite at step {run.step}, {batches.describe(run.step, rows)}"
+    what = distributed.first_message(mine if bad else "")
+    if run.skipped >= cfg.skip_bad:
+        raise RunError(
+            f"{what}; nothing was changed by this step",
+            "lower train.lr, look at the batch, or pass it over by train.skip_bad=1; "
+            f"the last good checkpoint is in {run.folder / 'checkpoints'}",
+        )
+    run.skipped += 1
+    progress.say(f"passed over ({run.skipped} of {cfg.skip_bad}): {what}")
+
+
+def _update(pairs: Sequence[Pair], found: Sequence[dict[str, Tensor]], whole: TrainStep) -> dict[str, Tensor]:
     """Move every player. -> their logs; the names of all but the first carry the player's."""
     logs: dict[str, Tensor] = {}
     for place, ((player, optimizer), values) in enumerate(zip(pairs, found, strict=True)):
@@ -210,14 +253,15 @@ def _update(
     return logs
 
 
-def _save(players: Sequence[Player], optimizers: Sequence[torch.optim.Optimizer], run: Run, cfg: TrainConfig) -> None:
+def _save(pairs: Sequence[Pair], run: Run, cfg: TrainConfig) -> None:
     if world()[0] == 0:
         state = {
             "step": run.step,
+            "skipped": run.skipped,
             "threads": torch.get_num_threads(),
             "players": {
                 player.name: {"model": player.model.state_dict(), "optimizer": optimizer.state_dict()}
-                for player, optimizer in zip(players, optimizers, strict=True)
+                for player, optimizer in pairs
             },
             "ema": {"model": run.ema.model.state_dict(), "updates": run.ema.updates} if run.ema else None,
         }
@@ -225,16 +269,16 @@ def _save(players: Sequence[Player], optimizers: Sequence[torch.optim.Optimizer]
     distributed.barrier()
 
 
-def _resume(players: Sequence[Player], optimizers: Sequence[torch.optim.Optimizer], run: Run) -> None:
+def _resume(pairs: Sequence[Pair], run: Run) -> None:
     state = checkpoint.load_newest(run.folder / "checkpoints", run.device)
     if state is None:
         return
-    for player, optimizer in zip(players, optimizers, strict=True):
+    for player, optimizer in pairs:
         player.model.load_state_dict(state["players"][player.name]["model"])
         optimizer.load_state_dict(state["players"][player.name]["optimizer"])
     if run.ema and state["ema"]:
         run.ema.model.load_state_dict(state["ema"]["model"])
         run.ema.updates = state["ema"]["updates"]
-    run.step = state["step"]
+    run.step, run.skipped = state["step"], state["skipped"]
     if state["threads"] != torch.get_num_threads():
         progress.say(f"{state['threads']} threads then, {torch.get_num_threads()} now: not bitwise the same run")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rdpm_cli import config
-from rdpm_cli.config import Recipe, TokenizerConfig, TrainConfig, load_recipe
+from rdpm_cli import config, recipe_files
+from rdpm_cli.config import Recipe, TokenizerConfig, TrainConfig
 from rdpm_cli.errors import EXIT_USAGE, RecipeError
+from rdpm_cli.recipe_files import load_recipe
 
 SMALL = """
 seed: 3
@@ -46,21 +47,21 @@ def refusal(name_or_file: str, *overrides: str, section: str = "") -> RecipeErro
 
 
 def test_recipes_ship() -> None:
-    names = config.recipe_names()
+    names = recipe_files.recipe_names()
     assert {"digits", "cifar10-smoke", "imagenet256-tokenizer", "imagenet256-d16"} <= set(names)
     assert names == sorted(names)
 
 
-@pytest.mark.parametrize("name", config.recipe_names())
+@pytest.mark.parametrize("name", recipe_files.recipe_names())
 def test_every_shipped_recipe_loads(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.tokenizer or recipe.generator
 
 
-@pytest.mark.parametrize("name", config.recipe_names())
+@pytest.mark.parametrize("name", recipe_files.recipe_names())
 def test_every_shipped_recipe_opens_with_its_command(name: str) -> None:
-    head = config.find_recipe(name).read_text().splitlines()[0]
+    head = recipe_files.find_recipe(name).read_text().splitlines()[0]
     assert head.startswith("# rdpm ")
 
 
@@ -256,7 +257,7 @@ def test_unknown_recipe_names_the_nearest_and_all(typed: str, meant: str) -> Non
     error = refusal(typed)
     assert f"'{typed}'" in error.message
     assert f"did you mean '{meant}'?" in error.hint
-    assert all(name in error.hint for name in config.recipe_names())
+    assert all(name in error.hint for name in recipe_files.recipe_names())
 
 
 @pytest.mark.parametrize("overrides", [[], ["train.steps=5"]], ids=["plain", "with-override"])
@@ -365,7 +366,7 @@ def test_recipes_are_frozen() -> None:
 
 
 def sections(section: type[config.Section]) -> list[type[config.Section]]:
-    inner = [config._section_of(field.annotation) for field in section.model_fields.values()]
+    inner = [recipe_files._section_of(field.annotation) for field in section.model_fields.values()]
     return [section, *(deeper for found in inner if found for deeper in sections(found))]
 
 
@@ -374,13 +375,13 @@ def test_every_value_has_a_description(section: type[config.Section]) -> None:
     bare = [
         name
         for name, field in section.model_fields.items()
-        if not field.description and config._section_of(field.annotation) is None
+        if not field.description and recipe_files._section_of(field.annotation) is None
     ]
     assert bare == []
 
 
 def test_leaf_keys_are_the_values_of_the_schema() -> None:
-    keys = list(config.leaf_keys())
+    keys = list(recipe_files.leaf_keys())
     assert {"seed", "tokenizer.quantizer.codes", "generator.network.depth", "judge.train.lr"} <= set(keys)
     assert "tokenizer" not in keys
     assert len(keys) == len(set(keys))
@@ -402,8 +403,8 @@ def test_digest_does_not_depend_on_how_the_recipe_is_written(tmp_path: Path) -> 
 
 def test_config_imports_no_torch_and_digests_alike_in_every_process() -> None:
     code = (
-        "import sys; from rdpm_cli import config; "
-        "print(config.load_recipe('digits').digest(), 'torch' in sys.modules, 'numpy' in sys.modules)"
+        "import sys; from rdpm_cli import recipe_files; "
+        "print(recipe_files.load_recipe('digits').digest(), 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
