@@ -83,6 +83,9 @@ class TokenizerLossConfig(Section):
 
     quant: float = Field(0.25, ge=0, description="factor of L_quant, Eq. 4")
     weight: bool = Field(True, description="gamma_t = alpha_t in L_quant; false: 1")
+    perceptual: Literal["lpips", "none"] = Field("none", description="L_lpips: LPIPS with VGG16, or no such term")
+    perceptual_factor: float = Field(1.0, ge=0, description="factor of L_lpips")
+    perceptual_weights: str | None = Field(None, description="VGG16 weight file; default: looked up, never fetched")
 
 
 class TrainConfig(Section):

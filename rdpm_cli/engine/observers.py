@@ -123,7 +123,7 @@ def tokenizer_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
     rows = read_metrics(folder)
     steps = [float(r["step"]) for r in rows]
     losses: dict[str, writers.Curve] = {
-        name: (steps, [r[name] for r in rows]) for name in ("recon", "quant") if rows and name in rows[-1]
+        name: (steps, [r[name] for r in rows]) for name in ("recon", "quant", "lpips") if rows and name in rows[-1]
     }
     per_t = sorted(k for k in rows[-1] if k.startswith("perplexity/"))
     health: dict[str, writers.Curve] = {"perplexity": ([float(k[-2:]) for k in per_t], [rows[-1][k] for k in per_t])}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdpm_cli import noise
 from rdpm_cli.config import TokenizerConfig
@@ -35,9 +35,9 @@ class TokenizerTask:
 
     name = "tokenizer"
 
-    def __init__(self, tokenizer: Tokenizer, cfg: TokenizerConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, cfg: TokenizerConfig, perceptual: nn.Module | None = None) -> None:
         self.model, self.cfg = tokenizer, cfg
-        self.loss_terms = TokenizerLoss(cfg.loss)
+        self.loss_terms = TokenizerLoss(cfg.loss, perceptual)
         self.usage: Usage | None = None
 
     def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
