@@ -3,6 +3,9 @@
 Anything that is not an `RdpmError` is a bug and keeps its traceback.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 EXIT_FAILED = 1  # the run failed: disk full, out of memory, NaN, lock held
 EXIT_USAGE = 2  # usage or recipe
 EXIT_DATA = 3  # data, checkpoint or weights unreadable, empty, of the wrong kind, mismatched or absent
@@ -43,6 +46,15 @@ class DataError(RdpmError):
 
 class CheckpointError(DataError):
     """A checkpoint or weight file that is unreadable, of the wrong kind, or absent."""
+
+
+class AbsentWeightsError(CheckpointError):
+    """A published weight file that is in none of its places. reason: what a score that needs it says instead."""
+
+    def __init__(self, file: str, places: Sequence[Path], hint: str) -> None:
+        looked = ", ".join(map(str, places))
+        super().__init__(f"weights {file} are not here (looked at: {looked})", hint)
+        self.reason = f"weights absent: {file} (looked at: {looked})"
 
 
 class Stopped(RdpmError):

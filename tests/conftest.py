@@ -1,4 +1,6 @@
-"""Fixtures that test files share: a small untrained tokenizer, a folder of random images, a code store of both."""
+"""Fixtures that test files share: a small untrained tokenizer, a folder of random images, a code store of both;
+weight files of the published layouts, drawn at random.
+"""
 
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from PIL import Image
 from rdpm_cli import engine, modelfile, threads
 from rdpm_cli.config import AutoencoderConfig, QuantizerConfig, ScheduleConfig, TokenizerArchitecture
 from rdpm_cli.tokenizer import model
+from rdpm_cli.tokenizer.perceptual import Net
 
 IMAGES_PER_CLASS = 12
 
@@ -56,3 +59,44 @@ def digits_codes(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, t
     out = tmp_path_factory.mktemp("store") / "codes"
     engine.tokenize(str(image_folder), out, tiny_tokenizer_file, views=2, keep_latents=True, device="cpu")
     return out
+
+
+@pytest.fixture
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty places where published weights would be looked for: weights/ and torch/hub/checkpoints/."""
+    monkeypatch.setenv("RDPM_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "weights").mkdir()
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of Inception's layout, drawn at random: torch-fidelity's network, made without its download."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.save(fidelity.FeatureExtractorInceptionV3("inception", ["2048"]).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[Net, Path]:
+    """The convolutions of VGG16 and AlexNet in torchvision's layout, drawn at random, in torch's old and new format."""
+    from torchvision import models
+
+    folder, generator = tmp_path_factory.mktemp("backbones"), torch.Generator().manual_seed(0)
+    paths: dict[Net, Path] = {"vgg": folder / "vgg.pth", "alex": folder / "alex.pth"}
+    for net, path in paths.items():
+        with torch.device("meta"):
+            empty = (models.vgg16() if net == "vgg" else models.alexnet()).features.state_dict()
+        state = {}
+        for name, value in empty.items():
+            scale = (2 / value[0].numel()) ** 0.5 if value.ndim > 1 else 0.1
+            state[f"features.{name}"] = scale * torch.randn(value.shape, generator=generator)
+        torch.save(state, path, _use_new_zipfile_serialization=net == "alex")  # the published VGG16 is of the old one
+    return paths

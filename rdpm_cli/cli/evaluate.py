@@ -42,17 +42,35 @@ def recon(
     images: options.Images,
     tokenizer: options.Tokenizer = None,
     seed: options.Seed = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="noise seeds to average over")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="noise seeds to average over; rFID takes the first alone")] = 4,
     limit: options.Limit = None,
+    extractor: Annotated[Path | None, typer.Option(help="a judge's checkpoint instead of Inception")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Inception weight file, for rFID")] = None,
+    lpips_alex: Annotated[Path | None, typer.Option(help="AlexNet weight file, for LPIPS")] = None,
+    lpips_vgg: Annotated[Path | None, typer.Option(help="VGG16 weight file, for LPIPS")] = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """MSE, PSNR and SSIM of reconstructions, with their spread over noise seeds.
+    """rFID, PSNR, SSIM, LPIPS and MSE of reconstructions, with their spread over noise seeds.
+
+    rFID and LPIPS need weights: where they are absent, the score says so and which file it needs.
 
     Example: rdpm eval recon digits:heldout --tokenizer tokenizer.pt --seeds 4
     """
     report.begin(quiet)
     from rdpm_cli import engine
 
-    report.show(engine.eval_recon(images, tokenizer, seed=seed, seeds=seeds, limit=limit, device=device), json)
+    result = engine.eval_recon(
+        images,
+        tokenizer,
+        seed=seed,
+        seeds=seeds,
+        limit=limit,
+        extractor=extractor,
+        weights=weights,
+        lpips_alex=lpips_alex,
+        lpips_vgg=lpips_vgg,
+        device=device,
+    )
+    report.show(result, json)

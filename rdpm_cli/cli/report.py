@@ -36,9 +36,15 @@ def _first_process() -> bool:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Rows of the table. What is None is left out, unless `not_computed` has a reason for it."""
     rows: list[tuple[str, str]] = []
+    reasons = values.get("not_computed", {})
     for name, value in values.items():
-        if isinstance(value, dict):
+        if name in reasons:
+            rows.append((prefix + name, f"not computed, {reasons[name]}"))
+        elif name == "not_computed":
+            continue
+        elif isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name}.")
         elif value is not None:
             rows.append((prefix + name, _text(value)))

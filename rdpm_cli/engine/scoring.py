@@ -38,37 +38,41 @@ def eval_recon(
     tokenizer: Path | None = None,
     *,
     seed: int = 0,
-    seeds: int = 1,
+    seeds: int = 4,
     limit: int | None = None,
+    extractor: Path | None = None,
+    weights: Path | None = None,
+    lpips_alex: Path | None = None,
+    lpips_vgg: Path | None = None,
     device: str = "auto",
 ) -> Result:
-    """MSE, PSNR and SSIM of reconstructions: mean over noise seeds seed..seed+seeds-1, and their spread."""
+    """Scores of reconstructions: means over noise seeds seed..seed+seeds-1, their spread; rFID of the first seed."""
     path = find_tokenizer(tokenizer)
     from rdpm_cli.images.sources import open_source
 
     source = open_source(images)
-    import numpy as np
-
-    from rdpm_cli.evaluation import evaluate
+    from rdpm_cli.evaluation import recon
     from rdpm_cli.tokenizer import model
     from rdpm_cli.training.distributed import process_group
 
     loaded, content = model.load(path)
-    count = min(len(source), limit or len(source))
-    scores = []
-    with process_group(device) as chosen, progress.Bar("reconstruct", seeds * count, "images") as bar:
-        for one in range(seed, seed + seeds):
-            sums = evaluate.ReconstructionScores()
-            for indices, originals, recon in evaluate.reconstructions(source, loaded.to(chosen), one, chosen, limit):
-                sums.add(originals, recon)
-                bar.advance(len(indices))
-            scores.append(sums.means())
-    values: dict[str, Any] = {"metric": "reconstruction", "n": count, "seeds": list(range(seed, seed + seeds))}
-    for name in scores[0]:
-        values[name] = float(np.mean([s[name] for s in scores]))
-    values["spread_over_seeds"] = {n: float(np.std([s[n] for s in scores])) for n in scores[0]} if seeds > 1 else None
+    count, size = min(len(source), limit or len(source)), loaded.cfg.autoencoder.resolution
+    with process_group(device) as chosen:
+        rulers = recon.find_rulers(
+            count, size, chosen, extractor=extractor, weights=weights, lpips={"alex": lpips_alex, "vgg": lpips_vgg}
+        )
+        every = range(seed, seed + seeds)
+        with progress.Bar("reconstruct", seeds * count, "images") as bar:
+            values = recon.score(source, loaded.to(chosen), rulers, every, chosen, limit, bar.advance)
     values |= {"target": {"name": source.spec, "sha256": source.digest()}, "tokenizer": content["digest"]}
-    return Result("score", {**values, "versions": versions()})
+    values |= {"options": {"resolution": size, "limit": limit}, "versions": {**versions(), **_metric_versions()}}
+    return Result("score", {"metric": "reconstruction", **values})
+
+
+def _metric_versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("lpips", "torch-fidelity", "torchmetrics")}
 
 
 def train_judge(images: str, heldout: str, out: Path, recipe: Recipe, device: str = "auto") -> Result:

@@ -1,10 +1,11 @@
 """Scores as records: value, N, reference and hash, extractor and hash, options."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import metrics
@@ -15,6 +16,7 @@ from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
 from rdpm_cli.images.transform import Pixels
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
+from rdpm_cli.tokenizer.perceptual import Net, Perceptual
 
 RECON_BATCH = 16
 
@@ -30,11 +32,8 @@ def frechet(extractor: Extractor, target: ImageSet, reference: ImageSet, subset:
     against = metrics.statistics(theirs.features_ND)
     values = [metrics.frechet_distance(metrics.statistics(ours.features_ND[rows]), against) for rows in groups]
     width = ours.features_ND.shape[1]
-    notes = [extractor.note] if extractor.note else []
-    if min(len(groups[0]), len(theirs)) <= width:
-        notes.append(f"fewer images than the {width} features: the covariance has no full rank")
     return {
-        "metric": "fid" if extractor.name.startswith("inception-2015") else "frechet_distance",
+        "metric": "fid" if is_published_inception(extractor) else "frechet_distance",
         "value": float(np.mean(values)),
         "spread_over_subsets": float(np.std(values)) if len(values) > 1 else None,
         "n": len(groups[0]),
@@ -43,8 +42,21 @@ def frechet(extractor: Extractor, target: ImageSet, reference: ImageSet, subset:
         "reference": {"name": reference.name, "count": len(theirs), "sha256": theirs.sha256},
         "extractor": {"name": extractor.name, "sha256": extractor.sha256},
         "class_accuracy": class_accuracy(extractor, target, ours),
-        "notes": notes,
+        "notes": frechet_notes(extractor, min(len(groups[0]), len(theirs)), width),
     }
+
+
+def is_published_inception(extractor: Extractor) -> bool:
+    """May its distance be called a FID?"""
+    return extractor.name.startswith("inception-2015")
+
+
+def frechet_notes(extractor: Extractor, count: int, width: int) -> list[str]:
+    """What a reader of a Fréchet distance of so many images in so many features should know."""
+    notes = [extractor.note] if extractor.note else []
+    if count <= width:
+        notes.append(f"fewer images than the {width} features: the covariance has no full rank")
+    return notes
 
 
 def _groups(target: ImageSet, count: int, subset: int | None) -> list[Any]:
@@ -84,22 +96,35 @@ def reconstructions(
 
 
 class ReconstructionScores:
-    """Running sums over images: mse on [-1, 1], psnr in dB, ssim. Flat memory."""
+    """Running sums over images: mse on [-1, 1], psnr in dB, ssim, and lpips where there are networks. Flat memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, perceptual: Mapping[Net, Perceptual] | None = None) -> None:
+        """perceptual: LPIPS by backbone, on the device to compute on."""
+        self.perceptual = perceptual or {}
         self.sums, self.count = {"mse": 0.0, "psnr": 0.0, "ssim": 0.0}, 0
+        self.sums |= {f"lpips_{net}": 0.0 for net in self.perceptual}
 
     def add(self, originals: Pixels, recon: Pixels) -> None:
         """One batch, (B, H, W, 3) uint8 each."""
         a, b = chw(originals), chw(recon)
-        for name, values in (
-            ("mse", metrics.mean_squared_error(b, a)),
-            ("psnr", metrics.psnr(b, a).clamp_max(100.0)),  # an exact copy counts as 100 dB: means stay finite
-            ("ssim", metrics.ssim(b, a)),
-        ):
-            self.sums[name] += float(values.double().sum())
+        values = {
+            "mse": metrics.mean_squared_error(b, a),
+            "psnr": metrics.psnr(b, a).clamp_max(100.0),  # an exact copy counts as 100 dB: means stay finite
+            "ssim": metrics.ssim(b, a),
+        }
+        values |= {f"lpips_{net}": lpips(network, b, a) for net, network in self.perceptual.items()}
+        for name, value in values.items():
+            self.sums[name] += float(value.double().sum())
         self.count += len(originals)
 
     def means(self) -> dict[str, float]:
         """Mean of each over images."""
         return {name: total / self.count for name, total in self.sums.items()}
+
+
+@torch.no_grad()
+def lpips(network: Perceptual, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+    """Per image, uint8 inputs taken to [-1, 1]: (B,)."""
+    device = next(network.parameters()).device
+    distances: Tensor = network(to_model(a_BCHW).to(device), to_model(b_BCHW).to(device))
+    return distances

@@ -1,9 +1,6 @@
 """Extractors: uint8 images -> features. The default is always Inception, never silently another."""
 
 import hashlib
-import os
-import pickle
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rdpm_cli import files
-from rdpm_cli.errors import CheckpointError, DataError
+from rdpm_cli import weights as weight_files
+from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation import judge as judge_file
 from rdpm_cli.images.tensors import chw, to_model
 from rdpm_cli.images.transform import Pixels
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_SHA = "6726825d"
+INCEPTION = weight_files.Published(
+    "weights-inception-2015-12-05-6726825d.pth",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+)
+OPTION = "--weights FILE or --extractor judge.pt"
 
 
 class Extractor(Protocol):
@@ -39,14 +39,13 @@ class Extractor(Protocol):
 class Inception:
     """Inception 2015-12-05 by torch-fidelity: TF1 bilinear resize to 299, pool_3 features (2048)."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.sha256 = files.sha256_file(path)
-        known = self.sha256.startswith(INCEPTION_SHA)
-        self.name = "inception-2015-12-05" if known else f"inception-v3 layout, weights {self.sha256[:8]}"
-        self.note = "" if known else f"the weights in {path} are not the published ones ({INCEPTION_SHA}...)"
+    def __init__(self, found: weight_files.Found, device: torch.device) -> None:
+        self.sha256 = found.sha256
+        self.name = "inception-2015-12-05" if found.published else f"inception-v3 layout, weights {self.sha256[:8]}"
+        self.note = "" if found.published else f"the weights in {found.path} are not the published ones"
         self.class_names: list[str] = []
         self.device = device
-        self.network = _inception_network(path).to(device)
+        self.network = _inception_network(found.path).to(device)
 
     @torch.no_grad()
     def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -56,24 +55,14 @@ class Inception:
 def _inception_network(path: Path) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    hint = weight_files.where_to_put(INCEPTION, OPTION)
+    weight_files.read(path, "Inception", hint)  # first: torch-fidelity's own load would run any pickle
     try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity's own load would run any pickle
         network: nn.Module = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
         )
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(
-            f"{path} does not hold Inception weights: {first}", _where_to_put(INCEPTION_FILE)
-        ) from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise weight_files.misfit(path, "Inception", hint, error) from error
     return network
 
 
@@ -94,32 +83,13 @@ class JudgeExtractor:
         return features, logits
 
 
-def _where_to_put(name: str) -> str:
-    return (
-        f"give --weights FILE, or put {name} into the folder $RDPM_WEIGHTS or {_hub_folder()}; or --extractor judge.pt"
-    )
-
-
-def _hub_folder() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def find_weights(name: str, given: Path | None) -> Path:
-    """A weight file: the path given, $RDPM_WEIGHTS, torch hub's folder. Never fetched. Raises CheckpointError."""
-    folder = os.environ.get("RDPM_WEIGHTS")
-    places = [given] if given else [*([Path(folder) / name] if folder else []), _hub_folder() / name]
-    for place in places:
-        if place.is_file():
-            return place
-    looked = ", ".join(str(p) for p in places)
-    raise CheckpointError(f"weights {name} are not here (looked at: {looked})", _where_to_put(name))
-
-
 def make_extractor(extractor: Path | None, weights: Path | None, device: torch.device) -> Extractor:
     """A judge's file where one is named, else Inception. Raises CheckpointError before any image is read."""
+    if extractor is not None and weights is not None:
+        raise UsageError("--extractor and --weights name two extractors", "give one of them")
     if extractor is not None:
         return JudgeExtractor(extractor, device)
-    return Inception(find_weights(INCEPTION_FILE, weights), device)
+    return Inception(weight_files.find(INCEPTION, weights, OPTION), device)
 
 
 @dataclass
@@ -134,14 +104,19 @@ class Features:
         return len(self.features_ND)
 
 
+def hash_pixels(digest: "hashlib._Hash", pixels: Pixels) -> None:
+    """Add images (B, H, W, 3) to the identity of their set, which does not depend on how it is cut into batches."""
+    for image in pixels:
+        digest.update(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+
+
 def collect(extractor: Extractor, batches: Iterable[Pixels]) -> Features:
     """Run an extractor over (B, H, W, 3) uint8 batches."""
     features: list[NDArray[np.float32]] = []
     predicted: list[NDArray[np.int64]] = []
     digest = hashlib.sha256()
     for pixels in batches:
-        for image in pixels:
-            digest.update(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+        hash_pixels(digest, pixels)
         found, logits = extractor(chw(pixels))
         features.append(found.float().cpu().numpy())
         if logits is not None:

@@ -26,10 +26,37 @@ class Statistics:
 
 def statistics(features_ND: NDArray[np.floating]) -> Statistics:
     """float64 mean and covariance, ddof 1. Raises DataError for fewer than 2 images."""
-    if len(features_ND) < 2:
-        raise DataError(f"a covariance needs at least 2 images, not {len(features_ND)}")
+    _need_two(len(features_ND))
     wide = features_ND.astype(np.float64)
     return Statistics(wide.mean(0), np.atleast_2d(np.cov(wide, rowvar=False, ddof=1)), len(wide))
+
+
+def _need_two(count: int) -> None:
+    if count < 2:
+        raise DataError(f"a covariance needs at least 2 images, not {count}")
+
+
+class RunningStatistics:
+    """`statistics` of features that come in batches: float64, memory flat in N (Chan et al. 1979)."""
+
+    def __init__(self, width: int) -> None:
+        """width: D."""
+        self.count, self.mean_D, self.scatter_DD = 0, np.zeros(width), np.zeros((width, width))
+
+    def add(self, features_ND: NDArray[np.floating]) -> None:
+        """One batch."""
+        wide = features_ND.astype(np.float64)
+        mean_D = wide.mean(0)
+        centred = wide - mean_D
+        step_D, total = mean_D - self.mean_D, self.count + len(wide)
+        self.scatter_DD += centred.T @ centred + np.outer(step_D, step_D) * (self.count * len(wide) / total)
+        self.mean_D += step_D * (len(wide) / total)
+        self.count = total
+
+    def statistics(self) -> Statistics:
+        """Of all batches so far. Raises DataError for fewer than 2 images."""
+        _need_two(self.count)
+        return Statistics(self.mean_D.copy(), self.scatter_DD / (self.count - 1), self.count)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

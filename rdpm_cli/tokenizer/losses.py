@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdpm_cli.config import TokenizerLossConfig
 from rdpm_cli.step import TrainStep
@@ -49,8 +49,10 @@ class Adversary:
 class TokenizerLoss:
     """Named terms and their factors."""
 
-    def __init__(self, cfg: TokenizerLossConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: TokenizerLossConfig, perceptual: nn.Module | None = None) -> None:
+        """perceptual: (x, x') -> distances (B,), where cfg asks for it; it is frozen and part of no checkpoint."""
+        assert (perceptual is not None) == (cfg.perceptual != "none"), "the recipe decides whether there is the term"
+        self.cfg, self.perceptual = cfg, perceptual
 
     def __call__(
         self, x: Tensor, recon: Tensor, quant: Tensor, adversary: Adversary | None = None
@@ -58,6 +60,9 @@ class TokenizerLoss:
         """-> total and the unweighted terms by name (scalars, detached). recon: fp32, in the graph of the decoder."""
         perceived = reconstruction(x, recon)
         logs = {"recon": perceived.detach(), "quant": quant.detach()}
+        if self.perceptual is not None:
+            lpips = self.perceptual(x, recon).mean()
+            perceived, logs["lpips"] = perceived + self.cfg.perceptual_factor * lpips, lpips.detach()
         if adversary is not None:
             perceived, more = self._with_adversary(perceived, recon, adversary)
             logs |= more

@@ -43,10 +43,16 @@ class TokenizerTask:
     name = "tokenizer"
     start = 0
 
-    def __init__(self, tokenizer: Tokenizer, cfg: TokenizerConfig, critic: PatchDiscriminator | None = None) -> None:
-        """critic: the discriminator, which `DiscriminatorTask` trains beside this."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        cfg: TokenizerConfig,
+        perceptual: nn.Module | None = None,
+        critic: PatchDiscriminator | None = None,
+    ) -> None:
+        """perceptual: LPIPS, where the loss has it. critic: the discriminator that `DiscriminatorTask` trains."""
         self.model, self.cfg, self.critic = tokenizer, cfg, critic
-        self.loss_terms = TokenizerLoss(cfg.loss)
+        self.loss_terms = TokenizerLoss(cfg.loss, perceptual)
         self.step = -1
         self.usage: Usage | None = None
         self.made: list[tuple[Tensor, Tensor]] = []  # (x, x') of this step's micro-batches, for the critic
@@ -124,10 +130,12 @@ class DiscriminatorTask:
 Players = list[TokenizerTask | DiscriminatorTask]
 
 
-def players_of(tokenizer: Tokenizer, cfg: TokenizerConfig, device: torch.device) -> Players:
+def players_of(
+    tokenizer: Tokenizer, cfg: TokenizerConfig, device: torch.device, perceptual: nn.Module | None = None
+) -> Players:
     """The tokenizer, and its discriminator where the loss has an adversarial term."""
     if cfg.loss.adversarial == "none":
-        return [TokenizerTask(tokenizer, cfg)]
+        return [TokenizerTask(tokenizer, cfg, perceptual)]
     critic = PatchDiscriminator(cfg.discriminator).to(device)
-    task = TokenizerTask(tokenizer, cfg, critic)
+    task = TokenizerTask(tokenizer, cfg, perceptual, critic)
     return [task, DiscriminatorTask(critic, task)]

@@ -1,0 +1,144 @@
+"""Scores of reconstructions: which can be computed here, over which noise seeds, and why the others are not."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rdpm_cli.errors import AbsentWeightsError, DataError
+from rdpm_cli.evaluation import evaluate, metrics
+from rdpm_cli.evaluation.features import Extractor, hash_pixels, make_extractor
+from rdpm_cli.images.sources import ImageSource
+from rdpm_cli.images.tensors import chw
+from rdpm_cli.images.transform import Pixels
+from rdpm_cli.tokenizer import perceptual
+from rdpm_cli.tokenizer.model import Tokenizer
+from rdpm_cli.tokenizer.perceptual import Net, Perceptual
+
+
+@dataclass
+class Rulers:
+    """What needs weights. missing: a score's name -> why it is not computed."""
+
+    extractor: Extractor | None = None
+    perceptual: dict[Net, Perceptual] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def find_rulers(
+    count: int,
+    resolution: int,
+    device: torch.device,
+    *,
+    extractor: Path | None = None,
+    weights: Path | None = None,
+    lpips: Mapping[Net, Path | None] | None = None,
+) -> Rulers:
+    """What is here, for so many images of this size. A file that is named and absent, or does not fit, raises."""
+    rulers = Rulers()
+    judge = _find_extractor(count, device, extractor, weights)
+    if isinstance(judge, str):
+        rulers.missing["rfid"] = judge
+    else:
+        rulers.extractor = judge
+    for net in perceptual.BACKBONES:
+        network = _find_lpips(net, resolution, lpips.get(net) if lpips else None)
+        if isinstance(network, str):
+            rulers.missing[f"lpips_{net}"] = network
+        else:
+            rulers.perceptual[net] = network.to(device)
+    return rulers
+
+
+def _find_extractor(count: int, device: torch.device, extractor: Path | None, weights: Path | None) -> Extractor | str:
+    """The extractor, or why there is none."""
+    if count < 2:
+        why = f"a Fréchet distance needs at least 2 images, not {count}"
+        if extractor or weights:
+            raise DataError(why, "take more images")
+        return why
+    try:
+        return make_extractor(extractor, weights, device)
+    except AbsentWeightsError as error:
+        if weights:
+            raise
+        return error.reason
+
+
+def _find_lpips(net: Net, resolution: int, given: Path | None) -> Perceptual | str:
+    """LPIPS with one backbone, or why there is none."""
+    if given is None and resolution < perceptual.BACKBONES[net].smallest:
+        return perceptual.too_small(net, resolution)
+    try:
+        return perceptual.load(net, given, f"--lpips-{net} FILE", f"leave --lpips-{net} out", resolution)
+    except AbsentWeightsError as error:
+        if given:
+            raise
+        return error.reason
+
+
+class RunningFrechet:
+    """Fréchet distance of reconstructions to their originals, the same cropped uint8 inputs. Memory flat in N."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor = extractor
+        self.sides: list[metrics.RunningStatistics] = []
+
+    def add(self, originals: Pixels, recon: Pixels) -> None:
+        """One batch, (B, H, W, 3) uint8 each."""
+        found = [self.extractor(chw(side))[0].float().cpu().numpy() for side in (originals, recon)]
+        self.sides = self.sides or [metrics.RunningStatistics(part.shape[1]) for part in found]
+        for side, part in zip(self.sides, found, strict=True):
+            side.add(part)
+
+    def result(self) -> tuple[str, float, list[str]]:
+        """(name, value, notes). Only the published Inception's is called rfid."""
+        theirs, ours = (side.statistics() for side in self.sides)
+        name = "rfid" if evaluate.is_published_inception(self.extractor) else "frechet_distance"
+        notes = evaluate.frechet_notes(self.extractor, ours.count, len(ours.mean_D))
+        return name, metrics.frechet_distance(ours, theirs), notes
+
+
+def score(
+    source: ImageSource,
+    tokenizer: Tokenizer,
+    rulers: Rulers,
+    seeds: range,
+    device: torch.device,
+    limit: int | None,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Means over images and seeds, standard deviation over seeds; the Fréchet distance of the first seed alone."""
+    distance = RunningFrechet(rulers.extractor) if rulers.extractor else None
+    identity, by_seed, count = hashlib.sha256(), [], 0
+    for seed in seeds:
+        sums = evaluate.ReconstructionScores(rulers.perceptual)
+        for indices, originals, recon in evaluate.reconstructions(source, tokenizer, seed, device, limit):
+            sums.add(originals, recon)
+            if seed == seeds[0]:
+                hash_pixels(identity, originals)
+                if distance:
+                    distance.add(originals, recon)
+            advance(len(indices))
+        by_seed.append(sums.means())
+        count = sums.count
+    notes = [network.note for network in rulers.perceptual.values() if network.note]
+    values: dict[str, Any] = {"n": count, "seed": seeds[0], "seeds": list(seeds), **dict.fromkeys(rulers.missing)}
+    if distance:
+        name, values[name], more = distance.result()
+        notes += [*more, *([f"{name} is of seed {seeds[0]} alone"] if len(seeds) > 1 else [])]
+    values |= {name: float(np.mean([one[name] for one in by_seed])) for name in by_seed[0]}
+    spread = {name: float(np.std([one[name] for one in by_seed])) for name in by_seed[0]}
+    return {
+        **values,
+        "not_computed": rulers.missing,
+        "spread_over_seeds": spread if len(seeds) > 1 else None,
+        "reference": {"name": source.spec, "count": count, "sha256": identity.hexdigest()},
+        "extractor": rulers.extractor and {"name": rulers.extractor.name, "sha256": rulers.extractor.sha256},
+        "lpips": {net: {"name": found.name, "sha256": found.sha256} for net, found in rulers.perceptual.items()},
+        "notes": notes,
+    }

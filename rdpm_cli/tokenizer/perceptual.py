@@ -1,0 +1,114 @@
+"""LPIPS (Zhang et al. 2018, version 0.1): the distance of two images in the features of a frozen classifier.
+
+Network and linear heads are the `lpips` package's; the backbone's weights are torchvision's and are looked up, never
+fetched. Part of no checkpoint.
+"""
+
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rdpm_cli import weights
+from rdpm_cli.errors import UsageError
+
+Net = Literal["alex", "vgg"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A classifier that LPIPS has heads for. smallest: pixels a side; below, its last layer has no position left."""
+
+    published: weights.Published
+    smallest: int
+
+
+BACKBONES: dict[Net, Backbone] = {
+    "alex": Backbone(
+        weights.Published("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
+        31,
+    ),
+    "vgg": Backbone(
+        weights.Published("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth"), 16
+    ),
+}
+
+
+class Perceptual(nn.Module):
+    """LPIPS with one backbone: frozen, always in evaluation mode, fp32 also inside autocast."""
+
+    def __init__(self, net: Net, found: weights.Found, hint: str) -> None:
+        """Raises CheckpointError, with the hint, for a file of another layout."""
+        super().__init__()
+        self.sha256 = found.sha256
+        self.name = f"lpips {version('lpips')} {net}"
+        self.note = "" if found.published else f"LPIPS: the weights in {found.path} are not the published ones"
+        self.network = _network(net, found.path, hint).eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Perceptual":
+        """Stays in evaluation mode: the heads hold dropout."""
+        return super().train(False)
+
+    def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+        """Distances (B,) of images in [-1, 1]; gradients reach the images."""
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            distances: Tensor = self.network(x_BCHW.float(), y_BCHW.float())
+        return distances.flatten()
+
+
+def load(net: Net, given: Path | None, option: str, without: str, resolution: int) -> Perceptual:
+    """LPIPS on the CPU. option: how to name another weight file; without: how to go on without any; for the hints.
+
+    Raises UsageError where images of this resolution are too small, AbsentWeightsError and CheckpointError.
+    """
+    backbone = BACKBONES[net]
+    if resolution < backbone.smallest:
+        raise UsageError(too_small(net, resolution), f"use larger images, or {without}")
+    either = f"{option} (or {without})"
+    found = weights.find(backbone.published, given, either)
+    return Perceptual(net, found, weights.where_to_put(backbone.published, either))
+
+
+def too_small(net: Net, resolution: int) -> str:
+    """What is wrong with images smaller than the backbone takes."""
+    return f"LPIPS ({net}) needs images of at least {BACKBONES[net].smallest} pixels a side, not {resolution}"
+
+
+def _network(net: Net, path: Path, hint: str) -> nn.Module:
+    """The package's network, filled strictly. On `meta` first: its own way fetches weights, or draws 138M values."""
+    import lpips
+
+    content = weights.read(path, net, hint)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore", UserWarning)  # torchvision, about an argument that lpips 0.1.4 still gives
+        network: nn.Module = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    scaling: nn.Module = lpips.ScalingLayer()
+    network.scaling_layer = scaling
+    heads_file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+    heads = torch.load(heads_file, map_location="cpu", weights_only=True)
+    state = {f"scaling_layer.{name}": value for name, value in scaling.state_dict().items()}
+    state |= heads | {
+        name.replace("lin", "lins.", 1): value for name, value in heads.items()
+    }  # the same modules, listed twice
+    state |= _slices(network, content, path, net, hint)
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        last = RuntimeError(str(error).splitlines()[-1].strip())
+        raise weights.misfit(path, net, hint, last) from error
+    return network
+
+
+def _slices(network: nn.Module, content: dict[str, Tensor], path: Path, net: str, hint: str) -> dict[str, Tensor]:
+    """torchvision's names -> the package's: features.N.weight -> net.sliceK.N.weight. A classifier is left out."""
+    names = [name for name in network.state_dict() if name.startswith("net.")]
+    wanted = {f"features.{name.split('.', 2)[2]}": name for name in names}
+    there = {name for name in content if not name.startswith("classifier.")}
+    if wrong := sorted(wanted.keys() ^ there):
+        what = "lacks" if wrong[0] in wanted else "holds a foreign"
+        raise weights.misfit(path, net, hint, ValueError(f"it {what} '{wrong[0]}'"))
+    return {wanted[name]: content[name].detach().float() for name in wanted}
