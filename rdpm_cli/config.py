@@ -35,6 +35,7 @@ class AutoencoderConfig(Section):
     attention: bool = Field(True, description="self-attention at the lowest resolution")
     groups: int = Field(32, gt=0, description="groups of every GroupNorm")
     channels: int = Field(32, gt=0, description="C, channels of the latent z")
+    features: int | None = Field(None, gt=0, description="channels outside quant_conv and post_quant_conv; default C")
     quant_kernel: Literal[1, 3] = Field(3, description="kernel of quant_conv and post_quant_conv (VAR 3, VQGAN 1)")
     latent_norm: Literal["layernorm", "none"] = Field("layernorm", description="z = LN(E(x)) over channels, no affine")
 
@@ -42,6 +43,11 @@ class AutoencoderConfig(Section):
     def factor(self) -> int:
         """f, image pixels per latent position and side."""
         return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the encoder's output and the decoder's input (256 in taming and LlamaGen)."""
+        return self.features or self.channels
 
     @property
     def grid(self) -> tuple[int, int]:

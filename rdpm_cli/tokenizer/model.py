@@ -24,10 +24,9 @@ class Tokenizer(nn.Module):
         auto = cfg.autoencoder
         self.cfg = cfg
         self.encoder, self.decoder = Encoder(auto), Decoder(auto)
-        self.quant_conv = nn.Conv2d(auto.channels, auto.channels, auto.quant_kernel, padding=auto.quant_kernel // 2)
-        self.post_quant_conv = nn.Conv2d(
-            auto.channels, auto.channels, auto.quant_kernel, padding=auto.quant_kernel // 2
-        )
+        outer, inner, kernel = auto.feature_channels, auto.channels, auto.quant_kernel
+        self.quant_conv = nn.Conv2d(outer, inner, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(inner, outer, kernel, padding=kernel // 2)
         self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, auto.channels, weight)
 
     @property
