@@ -6,6 +6,7 @@ forward pass by torch.nn.functional over those names.
 
 import argparse
 import itertools
+import json
 import os
 import pickle
 import shlex
@@ -20,13 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdpm_cli import config, modelfile
+from rdpm_cli import config, files, modelfile
+from rdpm_cli.cli.app import run
 from rdpm_cli.config import TokenizerArchitecture
+from rdpm_cli.engine import warming
 from rdpm_cli.errors import CheckpointError
 from rdpm_cli.images.tensors import to_model
 from rdpm_cli.step import TrainStep
 from rdpm_cli.tokenizer import model
-from rdpm_cli.tokenizer.importers import load_weights
+from rdpm_cli.tokenizer.importers import load_weights, reading
+from rdpm_cli.training import checkpoint
 
 Weights = dict[str, Tensor]
 
@@ -595,3 +599,95 @@ def test_the_command_in_the_hint_copies_the_tensors_alone(tmp_path: Path) -> Non
     assert command[-1] == str(copy)
     found = load_weights(ours(layout), copy)
     assert sorted([*found.taken, *found.left]) == sorted(weights)
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+TINY = [
+    "--recipe", "digits", "--device", "cpu", "train.batch=16", "train.steps=4", "train.save_every=2", "train.lr=1e-6",
+    "autoencoder.groups=32", "autoencoder.width=32", "autoencoder.attention=true", "autoencoder.multipliers=[1,2]",
+    "autoencoder.res_blocks=2", "autoencoder.channels=4", "quantizer.codes=16", "quantizer.steps=3",
+]  # fmt: skip
+
+
+def train(out: Path, *more: object) -> int:
+    return run(["train-tokenizer", "digits", "--out", str(out), *TINY, *map(str, more)])
+
+
+def test_a_run_begins_with_the_weights_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = public(tmp_path, "VAR"), tmp_path / "run"
+    assert train(out, "--from-weights", path, "--json") == 0
+    said = capsys.readouterr()
+    json.loads(said.out)
+    assert f"warm start from public.pt (VAR): {len(var_weights()) - 7} tensors taken, 7 left" in said.err
+    assert "left quantize.quant_resi (6): the bias is one convolution here" in said.err
+    tokenizer, content = model.load(out / "tokenizer.pt")
+    expected = var_weights()["encoder.mid.attn_1.qkv.weight"]
+    torch.testing.assert_close(tokenizer.state_dict()["encoder.mid.attn_1.qkv.weight"], expected, atol=1e-4, rtol=0)
+    found = content["provenance"]["from_weights"]
+    sha256 = files.sha256_file(path)
+    assert (found["file"], found["sha256"], found["layout"]) == ("public.pt", sha256, "VAR")
+    assert (found["taken"], len(found["left"])) == (len(var_weights()) - 7, 7)
+    settings = files.read_json(out / "run.json")["settings"]
+    assert settings["from_weights"] == {"file": str(path), "sha256": sha256}
+
+
+def test_a_resumed_run_goes_on_from_its_own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = public(tmp_path, "VAR"), tmp_path / "run"
+    assert train(out, "--from-weights", path) == 0
+    whole = (out / "tokenizer.pt").read_bytes()
+    (out / "tokenizer.pt").unlink()
+    checkpoint.found(out / "checkpoints")[-1][1].unlink()
+    assert [step for step, _ in checkpoint.found(out / "checkpoints")] == [2]
+    monkeypatch.setattr(reading, "read", lambda path: pytest.fail("read again"))
+    assert train(out, "--from-weights", path) == 0
+    assert (out / "tokenizer.pt").read_bytes() == whole
+    assert train(out, "--from-weights", path) == 0  # finished
+
+
+@pytest.mark.parametrize("change", ["other content", "other path", "none"])
+def test_a_run_is_not_resumed_with_other_weights(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = public(tmp_path, "VAR"), tmp_path / "run"
+    assert train(out, "--from-weights", path, "train.steps=1") == 0
+    again = ["--from-weights", path, "train.steps=1"]
+    if change == "other content":
+        save(tmp_path, "VAR", {name: 2 * value for name, value in var_weights().items()})
+    elif change == "other path":
+        again[1] = path.rename(tmp_path / "moved.pt")
+    else:
+        del again[:2]
+    assert train(out, *again) == 2
+    assert "from_weights" in capsys.readouterr().err
+
+
+def test_a_cold_run_is_not_resumed_warm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "run", "train.steps=1") == 0
+    assert train(tmp_path / "run", "train.steps=1", "--from-weights", public(tmp_path, "VAR")) == 2
+    assert "from_weights" in capsys.readouterr().err
+
+
+def test_a_file_of_no_use_claims_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, path = tmp_path / "run", public(tmp_path, "VAR")
+    for file, change in [(path, "autoencoder.width=64"), (tmp_path / "absent.pt", ""), (spoiled(tmp_path, "text"), "")]:
+        assert train(out, "--from-weights", file, *[change] if change else []) == 3
+        error = capsys.readouterr().err
+        assert error.count("error:") == 1
+        assert str(file) in error
+        assert not out.exists()
+    assert train(out, "--from-weights", path, "train.steps=1") == 0
+
+
+def test_what_the_file_does_not_fill_is_what_a_cold_run_begins_with(tmp_path: Path) -> None:
+    recipe = config.load_recipe("digits", [*[o for o in TINY if "=" in o], "autoencoder.channels=5"], "tokenizer")
+    assert recipe.tokenizer is not None
+    torch.manual_seed(recipe.seed)
+    cold = model.Tokenizer(recipe.tokenizer).state_dict()
+    torch.manual_seed(99)
+    warm = warming.prepare(recipe.tokenizer, recipe.seed, tmp_path / "run", public(tmp_path, "VAR"))
+    assert warm is not None
+    state = warm.tokenizer.state_dict()
+    assert warm.imported.fresh
+    assert all(torch.equal(state[name], cold[name]) for name in warm.imported.fresh)
+    assert not torch.equal(state["encoder.conv_in.weight"], cold["encoder.conv_in.weight"])

@@ -30,14 +30,21 @@ SHARD_IMAGES = 4096
 
 
 def train_tokenizer(
-    images: str, out: Path | None, recipe_name: str, overrides: Sequence[str] = (), device: str = "auto"
+    images: str,
+    out: Path | None,
+    recipe_name: str,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    from_weights: Path | None = None,
 ) -> Result:
-    """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once."""
+    """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once. from_weights: what a run begins with."""
     recipe = config.load_recipe(recipe_name, overrides, "tokenizer")
     cfg = recipe.tokenizer
     assert cfg is not None
+    from rdpm_cli.engine import warming
     from rdpm_cli.images.sources import open_source
 
+    given = warming.identity(from_weights)
     source = open_source(images)
     out = out or Path("runs") / f"{recipe.name}-tokenizer"
     from rdpm_cli.engine import observers
@@ -45,9 +52,12 @@ def train_tokenizer(
     from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
 
     data = {"source": source.spec, "digest": source.digest()}
+    warm = warming.prepare(cfg, recipe.seed, out, from_weights)  # before the run folder is claimed for these settings
 
     def make(training: Training) -> dict[str, Any]:
-        tokenizer = model.Tokenizer(cfg, cfg.loss.weight).to(training.device).train()
+        tokenizer = warm.tokenizer if warm else model.Tokenizer(cfg, cfg.loss.weight)
+        tokenizer.to(training.device).train()
+        imported = warming.record(out, given, warm)
         progress.say(f"{len(source):,} images, {len(source.class_names):,} classes")
         batches = ImageBatches(source, cfg, recipe.seed)
         watch = [observers.tokenizer_preview(tokenizer, source, cfg.train)]
@@ -55,11 +65,11 @@ def train_tokenizer(
         assert isinstance(kept, model.Tokenizer)
         if first_process():
             training_curves(out / "curves.png", tokenizer_run=out)
-        provenance = {"recipe": recipe.model_dump(mode="json"), "data": data, **versions()}
+        provenance = {"recipe": recipe.model_dump(mode="json"), "data": data, **imported, **versions()}
         return model.pack(kept, class_names=source.class_names, provenance=provenance)
 
     final, chosen = out / "tokenizer.pt", {"seed": recipe.seed, "tokenizer": cfg.model_dump(mode="json")}
-    settings = {"command": "train-tokenizer", "recipe": chosen, "data": data}
+    settings = {"command": "train-tokenizer", "recipe": chosen, "data": data, **given}
     train_once(final, recipe.seed, settings, device, make)
     tokenizer, content = model.load(final)
     values = {"tokenizer": str(final), "digest": content["digest"], **last_metrics(out, ["loss", "recon", "quant"])}
