@@ -45,11 +45,6 @@ class AutoencoderConfig(Section):
         return 2 ** (len(self.multipliers) - 1)
 
     @property
-    def feature_channels(self) -> int:
-        """Channels of the encoder's output and the decoder's input (256 in taming and LlamaGen)."""
-        return self.features or self.channels
-
-    @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the latent."""
         return self.resolution // self.factor, self.resolution // self.factor

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from rdpm_cli.config import AutoencoderConfig
 
 
+def feature_channels(cfg: AutoencoderConfig) -> int:
+    """F, channels of the encoder's output and the decoder's input (256 in taming and LlamaGen)."""
+    return cfg.features or cfg.channels
+
+
 def norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -125,7 +130,7 @@ class Encoder(nn.Module):
             previous = width
         self.mid = Middle(previous, cfg.attention, cfg.groups)
         self.norm_out = norm(previous, cfg.groups)
-        self.conv_out = nn.Conv2d(previous, cfg.feature_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(previous, feature_channels(cfg), 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y = self.conv_in(x_BCHW)
@@ -144,7 +149,7 @@ class Decoder(nn.Module):
         widths = [cfg.width * m for m in cfg.multipliers]
         last = len(widths) - 1
         previous = widths[-1]
-        self.conv_in = nn.Conv2d(cfg.feature_channels, previous, 3, padding=1)
+        self.conv_in = nn.Conv2d(feature_channels(cfg), previous, 3, padding=1)
         self.mid = Middle(previous, cfg.attention, cfg.groups)
         levels = []
         for level in reversed(range(len(widths))):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rdpm_cli import modelfile, noise
 from rdpm_cli.config import TokenizerArchitecture
-from rdpm_cli.tokenizer.autoencoder import Decoder, Encoder, layer_norm, round_to_half
+from rdpm_cli.tokenizer.autoencoder import Decoder, Encoder, feature_channels, layer_norm, round_to_half
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
 
 KIND = "rdpm-tokenizer"
@@ -24,7 +24,7 @@ class Tokenizer(nn.Module):
         auto = cfg.autoencoder
         self.cfg = cfg
         self.encoder, self.decoder = Encoder(auto), Decoder(auto)
-        outer, inner, kernel = auto.feature_channels, auto.channels, auto.quant_kernel
+        outer, inner, kernel = feature_channels(auto), auto.channels, auto.quant_kernel
         self.quant_conv = nn.Conv2d(outer, inner, kernel, padding=kernel // 2)
         self.post_quant_conv = nn.Conv2d(inner, outer, kernel, padding=kernel // 2)
         self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, auto.channels, weight)
