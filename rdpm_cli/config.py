@@ -26,6 +26,7 @@ class AutoencoderConfig(Section):
     attention: bool = Field(True, description="self-attention at the lowest resolution")
     groups: int = Field(32, gt=0, description="groups of every GroupNorm")
     channels: int = Field(32, gt=0, description="C, channels of the latent z")
+    features: int | None = Field(None, gt=0, description="channels outside quant_conv and post_quant_conv; default C")
     quant_kernel: Literal[1, 3] = Field(3, description="kernel of quant_conv and post_quant_conv (VAR 3, VQGAN 1)")
     latent_norm: Literal["layernorm", "none"] = Field("layernorm", description="z = LN(E(x)) over channels, no affine")
 

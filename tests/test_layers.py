@@ -147,6 +147,7 @@ EXIT_CODES = {
     "train-tokenizer digits --recipe digits train.stepz=3": 2,
     "train-gen codes --recipe digits train.stepz=3": 2,
     "train-tokenizer no/such/folder --recipe digits": 2,
+    "train-tokenizer digits --recipe digits --from-weights no-such.pt": 3,
 }
 
 

@@ -78,6 +78,30 @@ def test_latent_shape_is_what_latents_have(autoencoder: dict[str, Any], shape: t
     assert tokenizer.decode(codes).shape == x.shape
 
 
+def test_features_widen_what_lies_around_the_latent_and_nothing_else() -> None:
+    plain, same, wide = make(), make(features=4), make(features=10)
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in plain.state_dict().items())
+    assert plain.state_dict().keys() == same.state_dict().keys()
+    shapes = {name: tuple(value.shape) for name, value in plain.state_dict().items()}
+    changed = {n: tuple(v.shape) for n, v in wide.state_dict().items() if tuple(v.shape) != shapes[n]}
+    assert changed == {
+        "encoder.conv_out.weight": (10, 16, 3, 3), "encoder.conv_out.bias": (10,),
+        "quant_conv.weight": (4, 10, 3, 3), "decoder.conv_in.weight": (16, 10, 3, 3),
+        "post_quant_conv.weight": (10, 4, 3, 3), "post_quant_conv.bias": (10,),
+    }  # fmt: skip
+    assert wide.latent_shape == plain.latent_shape
+    assert wide.decode_latents(wide.latents(images())).shape == images().shape
+
+
+def test_file_from_before_the_features_loads(tmp_path: Path) -> None:
+    content = model.pack(make(), class_names=[], provenance={})
+    del content["config"]["autoencoder"]["features"]
+    content["digest"] = modelfile.model_digest(content["weights"], content["config"])
+    modelfile.save(tmp_path / "old.pt", content)
+    loaded, _ = model.load(tmp_path / "old.pt")
+    assert torch.equal(loaded.latents(images()), make().latents(images()))
+
+
 def test_latents_are_layer_normed_over_channels() -> None:
     z = make().latents(images())
     torch.testing.assert_close(z.mean(1), torch.zeros(4, 4, 4), rtol=0, atol=1e-3)

@@ -13,6 +13,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides, e.g. train.steps=100")
 ]
 RunFolder = Annotated[Path | None, typer.Option("--out", metavar="RUN", help="run folder; default runs/<recipe>-...")]
+FromWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-weights", metavar="FILE", help="begin from VAR, taming or LlamaGen weights, or a tokenizer.pt"
+    ),
+]
 Tokenizer = Annotated[
     Path | None,
     typer.Option("--tokenizer", metavar="FILE", help="default: $RDPM_TOKENIZER, else tokenizer.pt in this folder"),

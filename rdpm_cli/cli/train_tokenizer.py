@@ -10,6 +10,7 @@ def train_tokenizer(
     overrides: options.Overrides = None,
     recipe: options.Recipe = "imagenet256-tokenizer",
     out: options.RunFolder = None,
+    from_weights: options.FromWeights = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -21,4 +22,4 @@ def train_tokenizer(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    report.show(engine.train_tokenizer(images, out, recipe, overrides or [], device), json)
+    report.show(engine.train_tokenizer(images, out, recipe, overrides or [], device, from_weights), json)

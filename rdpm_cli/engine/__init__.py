@@ -8,7 +8,8 @@ from rdpm_cli.engine.generating import parse_classes, sample, train_gen
 from rdpm_cli.engine.inspection import inspect
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
-from rdpm_cli.engine.tokenizing import find_tokenizer, reconstruct, tokenize, train_tokenizer
+from rdpm_cli.engine.tokenizer_training import train_tokenizer
+from rdpm_cli.engine.tokenizing import find_tokenizer, reconstruct, tokenize
 
 __all__ = [
     "Result",

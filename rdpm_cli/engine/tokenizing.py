@@ -8,83 +8,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import files, progress, recipe_files
+from rdpm_cli import files, progress
 from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
-    Training,
-    first_process,
-    last_metrics,
-    train_once,
-    training_curves,
     versions,
 )
 from rdpm_cli.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from rdpm_cli.codes.store import Manifest
-    from rdpm_cli.config import TokenizerConfig
     from rdpm_cli.images.sources import ImageSource
     from rdpm_cli.images.transform import Pixels
-    from rdpm_cli.tokenizer.perceptual import Perceptual
 
 SHARD_IMAGES = 4096
-
-
-def train_tokenizer(
-    images: str, out: Path | None, recipe_name: str, overrides: Sequence[str] = (), device: str = "auto"
-) -> Result:
-    """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once."""
-    recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
-    cfg = recipe.tokenizer
-    assert cfg is not None
-    from rdpm_cli.images.sources import open_source
-
-    source = open_source(images)
-    out = out or Path("runs") / f"{recipe.name}-tokenizer"
-    perceptual = _perceptual(cfg)
-    from rdpm_cli.engine import observers
-    from rdpm_cli.tokenizer import codebook, model
-    from rdpm_cli.tokenizer.task import ImageBatches, players_of
-
-    data = {"source": source.spec, "digest": source.digest()}
-    backbone = {"name": perceptual.name, "sha256": perceptual.sha256} if perceptual else None
-
-    def make(training: Training) -> dict[str, Any]:
-        tokenizer = model.Tokenizer(cfg, cfg.loss.weight).to(training.device).train()
-        progress.say(f"{len(source):,} images, {len(source.class_names):,} classes")
-        batches = ImageBatches(source, cfg, recipe.seed)
-        if not training.begun:
-            codebook.initialise(tokenizer, batches.batch_at(0, range(cfg.train.batch)), recipe.seed)
-        watch = [observers.tokenizer_preview(tokenizer, source, cfg.train), observers.codebook_alarm(cfg)]
-        players = players_of(tokenizer, cfg, training.device, perceptual and perceptual.to(training.device))
-        kept = training.fit(players, batches, cfg.train, len(source), watch)
-        assert isinstance(kept, model.Tokenizer)
-        if first_process():
-            training_curves(out / "curves.png", tokenizer_run=out)
-        provenance = {"recipe": recipe.model_dump(mode="json"), "data": data, "perceptual": backbone, **versions()}
-        return model.pack(kept, class_names=source.class_names, provenance=provenance)
-
-    resolved = cfg.model_dump(mode="json", exclude={"loss": {"perceptual_weights"}})  # its sha256 counts, not its place
-    final, chosen = out / "tokenizer.pt", {"seed": recipe.seed, "tokenizer": resolved}
-    settings = {"command": "train-tokenizer", "recipe": chosen, "data": data, "perceptual": backbone}
-    train_once(final, recipe.seed, settings, device, make)
-    tokenizer, content = model.load(final)
-    losses = last_metrics(out, ["loss", "recon", "quant", "lpips"])
-    values = {"tokenizer": str(final), "digest": content["digest"], **losses}
-    values["parameters"] = sum(p.numel() for p in tokenizer.parameters())
-    return Result("tokenizer trained", values, f"rdpm tokenize {images} out/codes --tokenizer {final}")
-
-
-def _perceptual(cfg: TokenizerConfig) -> Perceptual | None:
-    """The perceptual network of a recipe, where it asks for one: before a run folder is claimed."""
-    if cfg.loss.perceptual == "none":
-        return None
-    from rdpm_cli.tokenizer import perceptual
-
-    given = Path(cfg.loss.perceptual_weights) if cfg.loss.perceptual_weights else None
-    option, without = "loss.perceptual_weights=FILE", "go on without by loss.perceptual=none"
-    return perceptual.load("vgg", given, option, without, cfg.autoencoder.resolution)
 
 
 def find_tokenizer(given: Path | None) -> Path:

@@ -1,6 +1,6 @@
 """The VQGAN encoder and decoder, in VAR's layout and names so that public weights map onto them.
 
-Shapes: x (B,3,H,W) in [-1,1]; z (B,C,h,w) with H/h = f = 2^(levels-1).
+Shapes: x (B,3,H,W) in [-1,1]; z (B,C,h,w) with H/h = f = 2^(levels-1); features (B,F,h,w), F = C unless configured.
 """
 
 import itertools
@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli.config import AutoencoderConfig
+
+
+def feature_channels(cfg: AutoencoderConfig) -> int:
+    """F, channels of the encoder's output and the decoder's input (256 in taming and LlamaGen)."""
+    return cfg.features or cfg.channels
 
 
 def norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -109,7 +114,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """x (B,3,H,W) -> features (B,C,h,w), before quant_conv."""
+    """x (B,3,H,W) -> features (B,F,h,w), before quant_conv."""
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
@@ -125,7 +130,7 @@ class Encoder(nn.Module):
             previous = width
         self.mid = Middle(previous, cfg.attention, cfg.groups)
         self.norm_out = norm(previous, cfg.groups)
-        self.conv_out = nn.Conv2d(previous, cfg.channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(previous, feature_channels(cfg), 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y = self.conv_in(x_BCHW)
@@ -137,14 +142,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """features (B,C,h,w), after post_quant_conv -> x' (B,3,H,W). `up[i]` is indexed from high to low resolution."""
+    """features (B,F,h,w), after post_quant_conv -> x' (B,3,H,W). `up[i]` is indexed from high to low resolution."""
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
         widths = [cfg.width * m for m in cfg.multipliers]
         last = len(widths) - 1
         previous = widths[-1]
-        self.conv_in = nn.Conv2d(cfg.channels, previous, 3, padding=1)
+        self.conv_in = nn.Conv2d(feature_channels(cfg), previous, 3, padding=1)
         self.mid = Middle(previous, cfg.attention, cfg.groups)
         levels = []
         for level in reversed(range(len(widths))):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rdpm_cli import modelfile, noise
 from rdpm_cli.config import TokenizerArchitecture
-from rdpm_cli.tokenizer.autoencoder import Decoder, Encoder, layer_norm, round_to_half
+from rdpm_cli.tokenizer.autoencoder import Decoder, Encoder, feature_channels, layer_norm, round_to_half
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
 
 KIND = "rdpm-tokenizer"
@@ -24,10 +24,9 @@ class Tokenizer(nn.Module):
         auto = cfg.autoencoder
         self.cfg = cfg
         self.encoder, self.decoder = Encoder(auto), Decoder(auto)
-        self.quant_conv = nn.Conv2d(auto.channels, auto.channels, auto.quant_kernel, padding=auto.quant_kernel // 2)
-        self.post_quant_conv = nn.Conv2d(
-            auto.channels, auto.channels, auto.quant_kernel, padding=auto.quant_kernel // 2
-        )
+        outer, inner, kernel = feature_channels(auto), auto.channels, auto.quant_kernel
+        self.quant_conv = nn.Conv2d(outer, inner, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(inner, outer, kernel, padding=kernel // 2)
         self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, auto.channels, weight)
 
     @property
@@ -64,6 +63,18 @@ class Tokenizer(nn.Module):
     def decode(self, codes_BTHW: Tensor) -> Tensor:
         """codes -> x' (B, 3, H, W)."""
         return self.decode_latents(self.quantizer.decode(codes_BTHW))
+
+
+def parameters(tokenizer: Tokenizer) -> int:
+    """Trained numbers."""
+    return sum(p.numel() for p in tokenizer.parameters())
+
+
+def parameter_table(tokenizer: Tokenizer) -> dict[str, int]:
+    """Trained numbers of each part; the EMA codebook, which no gradient trains, under its own name."""
+    table = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
+    quantizer = tokenizer.quantizer
+    return {**table, "codebook": quantizer.books.numel() if quantizer.cfg.codebook == "ema" else 0}
 
 
 def pack(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""train-tokenizer: images -> RUN/tokenizer.pt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpm_cli import progress, recipe_files
+from rdpm_cli.engine import warming
+from rdpm_cli.engine.runs import Result, Training, first_process, last_metrics, train_once, training_curves, versions
+
+if TYPE_CHECKING:
+    from rdpm_cli.config import TokenizerConfig
+    from rdpm_cli.images.sources import ImageSource
+    from rdpm_cli.tokenizer.model import Tokenizer
+    from rdpm_cli.tokenizer.perceptual import Perceptual
+
+
+def train_tokenizer(
+    images: str,
+    out: Path | None,
+    recipe_name: str,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    from_weights: Path | None = None,
+) -> Result:
+    """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once. from_weights: what a run begins with."""
+    recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
+    cfg = recipe.tokenizer
+    assert cfg is not None
+    from rdpm_cli.images.sources import open_source
+
+    given = warming.identity(from_weights)
+    source = open_source(images)
+    out = out or Path("runs") / f"{recipe.name}-tokenizer"
+    perceptual = _perceptual(cfg)
+    warm = warming.prepare(cfg, recipe.seed, out, from_weights)  # before the run folder is claimed for these settings
+    from rdpm_cli.tokenizer import model
+
+    data = {"source": source.spec, "digest": source.digest()}
+    backbone = {"name": perceptual.name, "sha256": perceptual.sha256} if perceptual else None
+
+    def make(training: Training) -> dict[str, Any]:
+        tokenizer = warm.tokenizer if warm else model.Tokenizer(cfg, cfg.loss.weight)
+        imported = warming.record(out, given, warm)
+        placed = warm is not None and warm.placed_codebook
+        kept = _train(training, tokenizer.to(training.device).train(), cfg, source, perceptual, placed)
+        provenance = {"recipe": recipe.model_dump(mode="json"), "data": data, "perceptual": backbone, **imported}
+        return model.pack(kept, class_names=source.class_names, provenance={**provenance, **versions()})
+
+    resolved = cfg.model_dump(mode="json", exclude={"loss": {"perceptual_weights"}})  # its sha256 counts, not its place
+    final, chosen = out / "tokenizer.pt", {"seed": recipe.seed, "tokenizer": resolved}
+    settings = {"command": "train-tokenizer", "recipe": chosen, "data": data, "perceptual": backbone, **given}
+    train_once(final, recipe.seed, settings, device, make)
+    tokenizer, content = model.load(final)
+    losses = last_metrics(out, ["loss", "recon", "quant", "lpips", "gan"])
+    counts = {"parameters": model.parameters(tokenizer), "parameters_of": model.parameter_table(tokenizer)}
+    values = {"tokenizer": str(final), "digest": content["digest"], **losses, **counts}
+    return Result("tokenizer trained", values, f"rdpm tokenize {images} out/codes --tokenizer {final}")
+
+
+def _train(
+    training: Training,
+    tokenizer: Tokenizer,
+    cfg: TokenizerConfig,
+    source: ImageSource,
+    perceptual: Perceptual | None,
+    placed: bool,
+) -> Tokenizer:
+    """Train in the run's folder; with its curves. placed: the codebook has its start already. -> what to keep."""
+    from rdpm_cli.engine import observers
+    from rdpm_cli.tokenizer import codebook, model
+    from rdpm_cli.tokenizer.task import ImageBatches, players_of
+
+    batches = ImageBatches(source, cfg, training.seed)
+    progress.say(
+        f"{len(source):,} images, {len(source.class_names):,} classes; {model.parameters(tokenizer):,} parameters"
+    )
+    if not (placed or training.begun):
+        codebook.initialise(tokenizer, batches.batch_at(0, range(cfg.train.batch)), training.seed)
+    players = players_of(tokenizer, cfg, training.device, perceptual and perceptual.to(training.device))
+    watch = [observers.tokenizer_preview(tokenizer, source, cfg.train), observers.codebook_alarm(cfg)]
+    kept = training.fit(players, batches, cfg.train, len(source), watch)
+    assert isinstance(kept, model.Tokenizer)
+    if first_process():
+        training_curves(training.out / "curves.png", tokenizer_run=training.out)
+    return kept
+
+
+def _perceptual(cfg: TokenizerConfig) -> Perceptual | None:
+    """The perceptual network of a recipe, where it asks for one: before a run folder is claimed."""
+    if cfg.loss.perceptual == "none":
+        return None
+    from rdpm_cli.tokenizer import perceptual
+
+    given = Path(cfg.loss.perceptual_weights) if cfg.loss.perceptual_weights else None
+    option, without = "loss.perceptual_weights=FILE", "go on without by loss.perceptual=none"
+    return perceptual.load("vgg", given, option, without, cfg.autoencoder.resolution)
