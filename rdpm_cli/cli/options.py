@@ -24,7 +24,7 @@ Tokenizer = Annotated[
     typer.Option("--tokenizer", metavar="FILE", help="default: $RDPM_TOKENIZER, else tokenizer.pt in this folder"),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="of the noise")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only the first N images")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only N images, evenly spaced")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, only errors")]

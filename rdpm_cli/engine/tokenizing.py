@@ -114,7 +114,7 @@ def reconstruct(
             raise UsageError("--seed means nothing for a code store, which has its own noise", "leave it out")
         return _decode_store(Path(target), out, tokenizer, limit, device)
     path = find_tokenizer(tokenizer)
-    from rdpm_cli.images.sources import open_source
+    from rdpm_cli.images.sources import open_source, spread
 
     source = open_source(target)
     from rdpm_cli.evaluation import evaluate
@@ -123,7 +123,8 @@ def reconstruct(
     from rdpm_cli.training.distributed import process_group
 
     loaded, content = model.load(path)
-    count, size = min(len(source), limit or len(source)), loaded.cfg.autoencoder.resolution
+    images, size = spread(len(source), limit), loaded.cfg.autoencoder.resolution
+    count = len(images)
     record = pictures.picture_record(
         "rdpm-reconstructions",
         {"tokenizer": content["digest"]},
@@ -131,7 +132,7 @@ def reconstruct(
         resolution=size,
         class_names=source.class_names,
         reference=pictures.source_reference(source, size),
-        rows=[_row(i, source.names[i], source.labels[i] if source.labels else None) for i in range(count)],
+        rows=[_row(i, source.names[i], source.labels[i] if source.labels else None) for i in images],
     )
     sums = evaluate.ReconstructionScores()
     shown: list[Pixels] = []
@@ -184,6 +185,7 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
 
     from rdpm_cli.codes.store import CodeStore
     from rdpm_cli.evaluation import evaluate
+    from rdpm_cli.images.sources import spread
     from rdpm_cli.images.tensors import hwc, to_pixels
     from rdpm_cli.signals import stop_on_signal
     from rdpm_cli.threads import one_thread
@@ -193,7 +195,7 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
     loaded, content = model.load(tokenizer or root / "tokenizer.pt")
     store = CodeStore(root, content["digest"])
     m = store.manifest
-    rows = np.arange(0, len(store), m.views)[:limit]
+    rows = np.array(spread(m.images, limit)) * m.views
     record = pictures.picture_record(
         "rdpm-reconstructions",
         {"tokenizer": content["digest"], "store": m.digest()},

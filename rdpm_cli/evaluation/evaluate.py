@@ -11,7 +11,7 @@ from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import metrics
 from rdpm_cli.evaluation.features import Extractor, Features, collect
 from rdpm_cli.evaluation.reference import ImageSet
-from rdpm_cli.images.sources import ImageSource
+from rdpm_cli.images.sources import ImageSource, spread
 from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
 from rdpm_cli.images.transform import Pixels
 from rdpm_cli.threads import one_thread
@@ -81,13 +81,16 @@ def class_accuracy(extractor: Extractor, target: ImageSet, features: Features) -
 
 def reconstructions(
     source: ImageSource, tokenizer: Tokenizer, seed: int, device: torch.device, limit: int | None = None
-) -> Iterator[tuple[range, Pixels, Pixels]]:
-    """(indices, originals, reconstructions) under the `eval` noise of a seed, in padded batches on one thread."""
+) -> Iterator[tuple[list[int], Pixels, Pixels]]:
+    """(indices, originals, reconstructions) under the `eval` noise of a seed, in padded batches on one thread.
+
+    limit: so many images, evenly spaced.
+    """
     size = tokenizer.cfg.autoencoder.resolution
-    count = min(len(source), limit or len(source))
-    for start in range(0, count, RECON_BATCH):
-        part = range(start, min(start + RECON_BATCH, count))
-        padded = list(part) + [part[-1]] * (RECON_BATCH - len(part))
+    chosen = spread(len(source), limit)
+    for start in range(0, len(chosen), RECON_BATCH):
+        part = chosen[start : start + RECON_BATCH]
+        padded = part + [part[-1]] * (RECON_BATCH - len(part))
         originals = np.stack([source.pixels(i, size) for i in padded])
         eps = tokenizer.noise("eval", seed, padded, [0] * RECON_BATCH).to(device)
         with one_thread(), torch.no_grad():

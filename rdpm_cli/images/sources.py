@@ -203,6 +203,12 @@ def _hidden(name: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) and part != ".." for part in PurePosixPath(name).parts)
 
 
+def spread(count: int, limit: int | None) -> list[int]:
+    """`limit` of the indices 0..count-1, evenly spaced: sources are sorted by class, so the first ones are of one."""
+    few = min(count, limit or count)
+    return [place * count // few for place in range(few)]
+
+
 def is_builtin(spec: str) -> bool:
     """Is `spec` the built-in data? A folder of that name is given as ./digits."""
     return spec == "digits" or spec.startswith("digits:")

@@ -38,8 +38,24 @@ BACKBONES: dict[Net, Backbone] = {
 }
 
 
+class Trunk(nn.Module):
+    """The backbone's convolutions, in bf16 where `low` is set; features come out in fp32."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.low = layers, False
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Features after each of the five stages."""
+        with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=self.low):
+            return [features.float() for features in self.layers(x_BCHW)]
+
+
 class Perceptual(nn.Module):
-    """LPIPS with one backbone: frozen, always in evaluation mode, fp32 also inside autocast."""
+    """LPIPS with one backbone: frozen, always in evaluation mode.
+
+    Distances are fp32 also inside autocast, where only the convolutions follow it: they cost 120 GF an image of 256².
+    """
 
     def __init__(self, net: Net, found: weights.Found, hint: str) -> None:
         """Raises CheckpointError, with the hint, for a file of another layout."""
@@ -48,6 +64,8 @@ class Perceptual(nn.Module):
         self.name = f"lpips {version('lpips')} {net}"
         self.note = "" if found.published else f"LPIPS: the weights in {found.path} are not the published ones"
         self.network = _network(net, found.path, hint).eval().requires_grad_(False)
+        self.trunk = Trunk(self.network.get_submodule("net"))
+        self.network.add_module("net", self.trunk)
 
     def train(self, mode: bool = True) -> "Perceptual":
         """Stays in evaluation mode: the heads hold dropout."""
@@ -55,6 +73,7 @@ class Perceptual(nn.Module):
 
     def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
         """Distances (B,) of images in [-1, 1]; gradients reach the images."""
+        self.trunk.low = torch.is_autocast_enabled(x_BCHW.device.type)
         with torch.autocast(x_BCHW.device.type, enabled=False):
             distances: Tensor = self.network(x_BCHW.float(), y_BCHW.float())
         return distances.flatten()

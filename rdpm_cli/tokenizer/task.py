@@ -72,8 +72,7 @@ class TokenizerTask:
         recon, chain = self.model(x, eps)
         recon = recon.float()
         adversary = self._adversary(x, recon, step)
-        with torch.autocast(x.device.type, enabled=False):
-            total, terms = self.loss_terms(x, recon, chain.loss, adversary)
+        total, terms = self.loss_terms(x, recon, chain.loss, adversary)
         assert chain.usage is not None, "the tokenizer is in training mode"
         self.usage = self.usage.merged(chain.usage) if self.usage else chain.usage
         latent = {f"latent_error/t{t:02d}": e for t, e in enumerate(chain.error_T, 1)}

@@ -1,0 +1,75 @@
+"""Scores of an ablation's cells, NAME.<seed>.json each -> table.md, table.csv, plot.png: mean and spread over seeds."""
+
+import argparse
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+def read_cells(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Cell -> its scores, a seed each, in the order in which the cells were first finished."""
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.*.json"), key=lambda p: p.stat().st_mtime):
+        cells.setdefault(path.name.rsplit(".", 2)[0], []).append(json.loads(path.read_text()))
+    return cells
+
+
+def summary(scores: list[dict[str, Any]], column: str) -> tuple[float, float] | None:
+    """Mean and standard deviation over seeds, or None where a seed lacks the score."""
+    values = [score.get(column) for score in scores]
+    known = [float(value) for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return None
+    return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0
+
+
+def text(found: tuple[float, float] | None, seeds: int) -> str:
+    """`12.34 ± 0.05`, or n/a."""
+    if found is None:
+        return "n/a"
+    digits = 2 if abs(found[0]) >= 10 else 4
+    spread = f" ± {found[1]:.{digits}f}" if seeds > 1 else ""
+    return f"{found[0]:.{digits}f}{spread}"
+
+
+def plot(path: Path, cells: dict[str, list[dict[str, Any]]], column: str, title: str) -> None:
+    """One bar a cell with its spread; the axis starts below the smallest, since the differences are small."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = {name: value for name, scores in cells.items() if (value := summary(scores, column))}
+    means, spreads = [m for m, _ in found.values()], [s for _, s in found.values()]
+    figure = Figure(figsize=(7, 0.32 * len(found) + 1.2), layout="constrained")
+    axis = figure.add_subplot()
+    axis.barh(list(found), means, xerr=spreads, color="#7a9cc6", ecolor="#333333", capsize=3)
+    axis.set_xlim(min(means) - 0.2 * (max(means) - min(means) or 1), None)
+    axis.invert_yaxis()
+    axis.set(xlabel=column, title=title)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--title", default="")
+    parser.add_argument("--columns", nargs="+", required=True)
+    options = parser.parse_args()
+    cells = read_cells(options.folder)
+    header = ["cell", "seeds", *options.columns]
+    rows = [
+        [name, str(len(scores)), *(text(summary(scores, column), len(scores)) for column in options.columns)]
+        for name, scores in cells.items()
+    ]
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    (options.folder / "table.md").write_text(table)
+    with (options.folder / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    plot(options.folder / "plot.png", cells, options.columns[0], options.title)
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+#!/bin/sh
+# The tokenizer's ablation, after Table 2 of the paper: T, weight, bias and schedule, one factor at a time.
+#
+#   SCALE=digits recipes/ablations/table2.sh           about 25 CPU minutes (36 tokenizers of 300 steps)
+#   SCALE=cifar10 CIFAR10=cifar10.zip recipes/ablations/table2.sh      about 45 CPU minutes (12 tokenizers of 400 steps)
+#   SCALE=imagenet256 IMAGENET=train IMAGENET_VAL=val recipes/ablations/table2.sh     not yet run
+#
+# A finished cell is not run again. Ends with $OUT/table.md, table.csv and plot.png.
+. "$(dirname "$0")/lib.sh"
+
+# The default cell is the paper's: pow, T = 10, weights and bias on. At the small scales C = 32 as there.
+default="schedule.kind=pow schedule.base=0.75 quantizer.steps=10 loss.weight=true quantizer.bias=blend"
+case $SCALE in
+digits) BUDGET="train.steps=300 autoencoder.channels=32 train.save_every=1000 $default" ;;
+cifar10) BUDGET="train.steps=400 autoencoder.channels=32 train.save_every=1000 $default" ;;
+imagenet256) BUDGET="$default" ;;
+esac
+
+tokenizer_cell default
+tokenizer_cell T2 quantizer.steps=2
+tokenizer_cell T5 quantizer.steps=5
+tokenizer_cell T20 quantizer.steps=20
+tokenizer_cell no-weight loss.weight=false
+tokenizer_cell no-bias quantizer.bias=none
+tokenizer_cell no-weight-no-bias loss.weight=false quantizer.bias=none
+tokenizer_cell bias-add quantizer.bias=add
+tokenizer_cell linear schedule.kind=linear
+tokenizer_cell linear-T5 schedule.kind=linear quantizer.steps=5
+tokenizer_cell linear-T20 schedule.kind=linear quantizer.steps=20
+tokenizer_cell sin schedule.kind=sin
+
+python "$here/table.py" "$OUT" --title "Tokenizer ablation, $SCALE" --columns psnr ssim mse rfid lpips_vgg
