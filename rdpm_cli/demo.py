@@ -17,6 +17,7 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
     """Everything from images to scores under `out`. Run again, it goes on where it stopped."""
     changes = [f"seed={seed}", *overrides]
     recipe = recipe_files.load_recipe("digits", changes)
+    assert recipe.tokenizer is not None
     if (out / "result.json").is_file() and (done := files.read_json(out / "result.json")).get(
         "recipe"
     ) == recipe.digest():
@@ -27,7 +28,8 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
     say = _steps(7)
     say("a judge: a classifier of real digits, which scores the samples later")
     judge = engine.train_judge(TRAIN, HELDOUT, out / "runs" / "judge", recipe)
-    say("train-tokenizer: images -> codebook of 256 codes, T = 8 noisy residual steps")
+    quantizer = recipe.tokenizer.quantizer
+    say(f"train-tokenizer: images -> codebook of {quantizer.codes} codes, T = {quantizer.steps} noisy residual steps")
     engine.train_tokenizer(TRAIN, out / "runs" / "tokenizer", "digits", changes)
     tokenizer = out / "tokenizer.pt"
     engine.copy_file(out / "runs" / "tokenizer" / "tokenizer.pt", tokenizer)
