@@ -319,7 +319,7 @@ ANSWERS = {
     "inspect {images}": {"images", "classes", "digest"},
     "tokenize {images} {out} --tokenizer {tokenizer} --views 2": {"store", "digest", "images", "views"},
     "reconstruct {images} {out} --tokenizer {tokenizer} --limit 5": {"folder", "grid", "mse", "psnr", "ssim"},
-    "reconstruct {codes} {out} --limit 5": {"folder", "grid", "images"},
+    "reconstruct {codes} {out} --limit 5": {"folder", "grid", "n"},
     "eval recon {images} --tokenizer {tokenizer} --limit 5 --seeds 2": {"mse", "psnr", "ssim", "spread_over_seeds"},
     "sample --ckpt {generator} --out {out} --classes 0,2 --per-class 2": {"folder", "samples", "checkpoint", "seed"},
 }

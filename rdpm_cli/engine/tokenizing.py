@@ -1,27 +1,31 @@
-"""train-tokenizer, tokenize, reconstruct."""
+"""tokenize, reconstruct."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import files, progress
 from rdpm_cli.engine import pictures
-from rdpm_cli.engine.runs import (
-    Result,
-    versions,
-)
+from rdpm_cli.engine.runs import Result, versions
 from rdpm_cli.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from rdpm_cli.codes.store import Manifest
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rdpm_cli.codes.store import CodeStore, Manifest
     from rdpm_cli.images.sources import ImageSource
     from rdpm_cli.images.transform import Pixels
+    from rdpm_cli.tokenizer.model import Tokenizer
+
+    Reconstructed = tuple[list[int], Pixels | None, Pixels]  # indices, originals, reconstructions
 
 SHARD_IMAGES = 4096
+SHOWN = 16  # images in the grid of reconstructions
 
 
 def find_tokenizer(given: Path | None) -> Path:
@@ -106,7 +110,7 @@ def reconstruct(
     limit: int | None = None,
     device: str = "auto",
 ) -> Result:
-    """Images, or a code store, -> PNGs; with images also a side-by-side grid and PSNR, SSIM."""
+    """Images, or a code store, -> PNGs; where the images are there, also a side-by-side grid and PSNR, SSIM."""
     from rdpm_cli.images.sources import is_builtin
 
     if not is_builtin(target) and (Path(target) / "manifest.json").is_file():
@@ -118,13 +122,11 @@ def reconstruct(
 
     source = open_source(target)
     from rdpm_cli.evaluation import evaluate
-    from rdpm_cli.signals import stop_on_signal
     from rdpm_cli.tokenizer import model
     from rdpm_cli.training.distributed import process_group
 
     loaded, content = model.load(path)
     images, size = spread(len(source), limit), loaded.cfg.autoencoder.resolution
-    count = len(images)
     record = pictures.picture_record(
         "rdpm-reconstructions",
         {"tokenizer": content["digest"]},
@@ -134,26 +136,84 @@ def reconstruct(
         reference=pictures.source_reference(source, size),
         rows=[_row(i, source.names[i], source.labels[i] if source.labels else None) for i in images],
     )
-    sums = evaluate.ReconstructionScores()
+    with process_group(device) as chosen:
+        batches = evaluate.reconstructions(source, loaded.to(chosen), seed, chosen, limit)
+        grid, scores = _write_pictures(out, record, batches, {"n": len(images), "seed": seed})
+    values = {"folder": str(out), "grid": grid, **record["made_from"], **scores}
+    return Result("images reconstructed", values, f"rdpm eval fid {out}")
+
+
+def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | None, device: str) -> Result:
+    """The first view of every image in a store, decoded."""
+    import numpy as np
+
+    from rdpm_cli.codes.store import CodeStore
+    from rdpm_cli.images.sources import spread
+    from rdpm_cli.tokenizer import model
+    from rdpm_cli.training.distributed import process_group
+
+    loaded, content = model.load(tokenizer or root / "tokenizer.pt")
+    store = CodeStore(root, content["digest"])
+    m = store.manifest
+    rows = np.array(spread(m.images, limit)) * m.views
+    record = pictures.picture_record(
+        "rdpm-reconstructions",
+        {"tokenizer": content["digest"], "store": m.digest()},
+        {"view": 0},
+        resolution=m.resolution,
+        class_names=list(m.class_names),
+        reference=pictures.store_reference(m),
+        rows=[_row(int(store.index[r]), "", int(store.labels[r])) for r in rows],
+    )
+    with process_group(device) as chosen:
+        batches = _decoded(store, rows, loaded.to(chosen), _source_of(m))
+        grid, scores = _write_pictures(out, record, batches, {"n": len(rows)})
+    values = {"folder": str(out), "grid": grid, **record["made_from"], **scores}
+    return Result("codes decoded", values, f"rdpm eval fid {out}")
+
+
+def _decoded(
+    store: CodeStore, rows: NDArray[np.int64], tokenizer: Tokenizer, source: ImageSource | None
+) -> Iterator[Reconstructed]:
+    """Rows of a store, decoded in its own micro-batch on one thread, beside their originals where those are there."""
+    import numpy as np
+    import torch
+
+    from rdpm_cli.images.tensors import hwc, to_pixels
+    from rdpm_cli.threads import one_thread
+
+    m, device = store.manifest, tokenizer.quantizer.books.device
+    for start in range(0, len(rows), m.micro_batch):
+        part = rows[start : start + m.micro_batch]
+        codes = torch.from_numpy(store.codes(part).astype(np.int64)).to(device)
+        with one_thread():
+            recon = hwc(to_pixels(tokenizer.decode(codes)))
+        indices = store.index[part].tolist()
+        yield indices, np.stack([source.pixels(i, m.resolution) for i in indices]) if source else None, recon
+
+
+def _write_pictures(
+    out: Path, record: dict[str, Any], batches: Iterable[Reconstructed], facts: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Reconstructions -> PNGs, a grid of the first batch, and the folder's record. -> grid, facts and scores."""
+    from rdpm_cli.evaluation import evaluate
+    from rdpm_cli.signals import stop_on_signal
+
+    count, sums = len(record["samples"]), evaluate.ReconstructionScores()
     shown: list[Pixels] = []
-    with (
-        process_group(device) as chosen,
-        files.only_writer(out),
-        stop_on_signal() as stop,
-        progress.Bar("reconstruct", count, "images") as bar,
-    ):
+    with files.only_writer(out), stop_on_signal() as stop, progress.Bar("reconstruct", count, "images") as bar:
         pictures.claim(out, record)
-        for indices, originals, recon in evaluate.reconstructions(source, loaded.to(chosen), seed, chosen, limit):
+        for indices, originals, recon in batches:
             _save_all(out, indices, recon)
-            sums.add(originals, recon)
-            shown = shown or [originals, recon]
+            if originals is not None:
+                sums.add(originals, recon)
+            shown = shown or [side[:SHOWN] for side in (originals, recon) if side is not None]
             bar.advance(len(indices))
             stop.leave(f"{bar.done} of {count} pictures are in {out}")
-    grid = _save_grid(out, shown, ["real", "recon"])
-    scores = {"n": count, "seed": seed, **sums.means()}
+    grid = _save_grid(out, shown, ["real", "recon"][-len(shown) :])
+    scores = {**facts, **(sums.means() if sums.count else {})}
     pictures.finish(out, {**record, "scores": scores})
-    values = {"folder": str(out), "grid": grid, "tokenizer": content["digest"], **scores}
-    return Result("images reconstructed", values, f"rdpm eval fid {out}")
+    return grid, scores
 
 
 def _row(index: int, name: str, label: int | None) -> dict[str, Any]:
@@ -176,64 +236,6 @@ def _save_grid(out: Path, rows: list[Pixels], labels: Sequence[str] = ()) -> str
     path = out / "previews" / "grid.png"
     writers.save_png(path, writers.grid(np.concatenate(rows), len(rows[0]), labels))
     return str(path)
-
-
-def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | None, device: str) -> Result:
-    """The first view of every image in a store, decoded."""
-    import numpy as np
-    import torch
-
-    from rdpm_cli.codes.store import CodeStore
-    from rdpm_cli.evaluation import evaluate
-    from rdpm_cli.images.sources import spread
-    from rdpm_cli.images.tensors import hwc, to_pixels
-    from rdpm_cli.signals import stop_on_signal
-    from rdpm_cli.threads import one_thread
-    from rdpm_cli.tokenizer import model
-    from rdpm_cli.training.distributed import process_group
-
-    loaded, content = model.load(tokenizer or root / "tokenizer.pt")
-    store = CodeStore(root, content["digest"])
-    m = store.manifest
-    rows = np.array(spread(m.images, limit)) * m.views
-    record = pictures.picture_record(
-        "rdpm-reconstructions",
-        {"tokenizer": content["digest"], "store": m.digest()},
-        {"view": 0},
-        resolution=m.resolution,
-        class_names=list(m.class_names),
-        reference=pictures.store_reference(m),
-        rows=[_row(int(store.index[r]), "", int(store.labels[r])) for r in rows],
-    )
-    source = _source_of(m)
-    sums = evaluate.ReconstructionScores()
-    shown: list[Pixels] = []
-    with (
-        process_group(device) as chosen,
-        files.only_writer(out),
-        stop_on_signal() as stop,
-        progress.Bar("decode", len(rows), "images") as bar,
-        one_thread(),
-    ):
-        pictures.claim(out, record)
-        loaded.to(chosen)
-        for start in range(0, len(rows), m.micro_batch):
-            part = rows[start : start + m.micro_batch]
-            codes = torch.from_numpy(store.codes(part).astype(np.int64)).to(chosen)
-            recon = hwc(to_pixels(loaded.decode(codes)))
-            indices = store.index[part].tolist()
-            _save_all(out, indices, recon)
-            originals = np.stack([source.pixels(i, m.resolution) for i in indices]) if source else None
-            if originals is not None:
-                sums.add(originals, recon)
-            shown = shown or [side[:16] for side in (originals, recon) if side is not None]
-            bar.advance(len(part))
-            stop.leave(f"{bar.done} of {len(rows)} pictures are in {out}")
-    grid = _save_grid(out, shown, ["real", "recon"][-len(shown) :])
-    scores = sums.means() if source else {}
-    pictures.finish(out, {**record, "scores": scores})
-    values = {"folder": str(out), "grid": grid, "images": len(rows), **scores, **record["made_from"]}
-    return Result("codes decoded", values, f"rdpm eval fid {out}")
 
 
 def _source_of(manifest: Manifest) -> ImageSource | None:
