@@ -82,7 +82,9 @@ class TokenizerLoss:
         if self.cfg.adaptive:
             last = adversary.last_layer
             pair = [torch.autograd.grad(recon, last, g, retain_graph=True)[0].float() for g in at_image]
-            weight = adaptive_weight(*adversary.step.sum_(torch.stack(pair)))
+            # a process whose gradient is not finite fails by its own loss, and does not spoil the others' weight
+            both = torch.stack(pair).nan_to_num(0.0, 0.0, 0.0)
+            weight = adaptive_weight(*adversary.step.sum_(both))
         factor = adversary.ramp * self.cfg.adversarial_factor * weight
         value = (perceived + factor * gan).detach()
         logs = {"gan": gan.detach(), "gan_weight": weight}
