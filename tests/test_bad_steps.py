@@ -117,9 +117,14 @@ def same(a: Any, b: Any) -> bool:
 
 def test_a_step_passed_over_does_not_shift_the_next(tmp_path: Path) -> None:
     """Its batch is skipped, not taken again: step 3 sees the images of step 3."""
-    players, seen = spoiled({2}), []
+    players, seen = spoiled({2}), list[Tensor]()
     plain = players[0].loss
-    setattr(players[0], "loss", lambda batch, step: (seen.append(batch), plain(batch, step))[1])  # noqa: B010
+
+    def noted(batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append(batch)
+        return plain(batch, step)
+
+    setattr(players[0], "loss", noted)  # noqa: B010
     train(players, config(skip_bad=1, steps=4), tmp_path)
     batches = digits(config())
     assert all(torch.equal(batch, batches.batch_at(step, range(16))) for step, batch in enumerate(seen))
@@ -163,7 +168,7 @@ def second_rank_goes_bad(environment: dict[str, str], out: Path) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     with distributed.process_group("cpu", several=True):
-        rank, found = world()[0], {}
+        rank, found = world()[0], dict[str, dict[str, Any]]()
         for what in ("images", "gradient"):
             cfg = tiny_config(train={"steps": 6, "batch": 32, "skip_bad": 1, "save_every": 1})
             players = tiny_players(cfg)

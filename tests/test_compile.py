@@ -80,7 +80,11 @@ def test_a_run_in_channels_last_resumes_exactly(tmp_path: Path) -> None:
 
 def compares_equal(tmp_path: Path) -> None:
     """Two steps of both players with the adaptive weight, eager and compiled, with the same names in the state."""
-    options = {"loss": {"adversarial": "hinge"}, "autoencoder": {"multipliers": [1, 2]}, "discriminator": {"layers": 1}}
+    options: dict[str, dict[str, Any]] = {
+        "loss": {"adversarial": "hinge"},
+        "autoencoder": {"multipliers": [1, 2]},
+        "discriminator": {"layers": 1},
+    }
     for name, compiled in (("eager", False), ("compiled", True)):
         cfg = tiny_config(**options, train={"steps": 2, "compile": compiled})
         trained(tmp_path / name, cfg)
