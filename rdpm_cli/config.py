@@ -160,6 +160,15 @@ class TokenizerConfig(TokenizerArchitecture):
             raise ValueError(f"discriminator.layers = {layers} leaves no patch of a {size}×{size} image; lower it")
         return self
 
+    @model_validator(mode="after")
+    def _codes_can_start(self) -> Self:
+        q, (h, w) = self.quantizer, self.autoencoder.grid
+        vectors = self.train.batch * h * w * (1 if q.codebooks == "per_step" else q.steps)
+        if q.init != "normal" and vectors < q.codes:
+            few = f"quantizer.init = {q.init}: {vectors} vectors in a batch for {q.codes} codes"
+            raise ValueError(f"{few}; raise train.batch, or give quantizer.init=normal")
+        return self
+
 
 class NetworkConfig(Section):
     """The transformer, shared by the families."""

@@ -2,15 +2,11 @@
 
 import functools
 import math
-import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +14,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    CPU,
+    assert_same,
+    command_line,
+    distance,
+    exit_code,
+    leaves,
+    metrics,
+    newest_state,
+    spawn,
+    tokenizer_command,
+    torchrun,
+)
 from torch import Tensor, nn
 
 from rdpm_cli import noise
@@ -47,8 +56,6 @@ from rdpm_cli.training import checkpoint, distributed
 from rdpm_cli.training.ema import Ema
 from rdpm_cli.training.logging import read_metrics
 from rdpm_cli.training.loop import Batches, Player, Run, fit, lr_at, make_optimizer
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -160,36 +167,6 @@ def start(job: Job, folder: Path, *, stop_at: int = 0) -> Run:
     folder.mkdir(exist_ok=True)
     fit(job.players, job.batches, job.cfg, run, [stopper])
     return run
-
-
-def newest_state(folder: Path) -> dict[str, Any]:
-    state = checkpoint.load_newest(folder / "checkpoints", CPU)
-    assert state is not None
-    return state
-
-
-def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Every leaf of nested dicts and lists, by its path."""
-    if isinstance(value, dict):
-        items = [(str(k), v) for k, v in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(k), v) for k, v in enumerate(value)]
-    else:
-        return {name: value}
-    return {k: v for key, inner in items for k, v in leaves(inner, f"{name}/{key}").items()}
-
-
-def assert_same(found: Any, wanted: Any) -> None:
-    """Bitwise equal, leaf by leaf."""
-    a, b = leaves(found), leaves(wanted)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name], name
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The log without the rate, which depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(folder)]
 
 
 # ---- learning rate, decay, average ---------------------------------------------------------------------------------
@@ -405,11 +382,6 @@ def test_worker_processes_give_the_same_batches(tmp_path: Path) -> None:
     assert torch.equal(seen[0][3], ToyBatches().batch_at(3, range(16)))
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """Relative distance of two tensors: sums in another order flip a near-tie of a code now and then, no more."""
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-6))
-
-
 def test_accumulated_gradients_are_those_of_the_whole_batch(make_job: MakeJob, tmp_path: Path) -> None:
     for name, micro in (("whole", None), ("parts", 16)):
         torch.manual_seed(0)
@@ -530,57 +502,6 @@ def test_one_process_shares_with_nobody() -> None:
     assert distributed.average_logs({"a": torch.tensor(2.0)}) == {"a": 2.0}
     assert distributed.any_process(True, CPU)
     assert not distributed.any_process(False, CPU)
-
-
-# Child processes come from a server that has imported torch already: an import costs more than these trainings.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "rdpm_cli.engine.observers"]
-)
-
-
-def command_line(args: list[str], environment: dict[str, str]) -> None:
-    """Be `rdpm ARGS` in this process."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = ["rdpm", *args]
-    from rdpm_cli.cli import main
-
-    main()
-
-
-def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
-    process = FORKS.Process(target=target, args=args)
-    process.start()
-    return process
-
-
-def exit_code(process: ForkServerProcess) -> int | None:
-    process.join(timeout=120)
-    if process.is_alive():
-        process.kill()
-    return process.exitcode
-
-
-def torchrun(processes: int) -> list[dict[str, str]]:
-    """The environment torchrun gives to each of its processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
-def tokenizer_command(out: Path, *overrides: str) -> list[str]:
-    small = [
-        "autoencoder.width=8",
-        "autoencoder.channels=8",
-        "autoencoder.res_blocks=1",
-        "quantizer.codes=64",
-        "quantizer.steps=2",
-    ]
-    fixed = ["train-tokenizer", "digits", "--recipe", "digits", "--quiet", "--out", str(out)]
-    return [*fixed, *small, "train.log_every=1", *overrides]
 
 
 def test_a_real_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

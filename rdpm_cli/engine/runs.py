@@ -142,13 +142,17 @@ def last_metrics(folder: Path, names: Sequence[str]) -> dict[str, float]:
 
 
 def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run: Path | None = None) -> None:
-    """Draw the curves of one run or both: losses on a logarithmic axis, codebook and accuracy per t."""
+    """Draw the curves of one run or both: losses on a logarithmic axis, codebook and accuracy per t.
+
+    No file where nothing was logged, as when every step was passed over.
+    """
     from rdpm_cli.engine import observers
     from rdpm_cli.images import writers
 
     panels = observers.tokenizer_curves(tokenizer_run) if tokenizer_run else {}
     panels |= observers.generator_curves(generator_run) if generator_run else {}
-    writers.save_curves(path, panels, log_panels=[title for title in panels if "loss" in title])
+    if panels:
+        writers.save_curves(path, panels, log_panels=[title for title in panels if "loss" in title])
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from rdpm_cli import noise
-from rdpm_cli.errors import UsageError
 from rdpm_cli.images.tensors import to_model
 from rdpm_cli.step import TrainStep
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -18,7 +17,7 @@ def initialise(tokenizer: Tokenizer, pixels_BCHW: Tensor, seed: int) -> None:
     """Place the codes on vectors v_t of these images: K drawn ones (`init: data`) or K centres (`kmeans`).
 
     Every process that is given the same images and seed finds the same. A book of its own a step gets its step's
-    vectors. `init: normal` changes nothing. Raises UsageError when there are fewer vectors than codes.
+    vectors. `init: normal` changes nothing. The recipe has seen to it that there are as many vectors as codes.
     """
     quantizer, cfg = tokenizer.quantizer, tokenizer.cfg.quantizer
     if cfg.init == "normal":
@@ -27,11 +26,6 @@ def initialise(tokenizer: Tokenizer, pixels_BCHW: Tensor, seed: int) -> None:
     books = []
     for t in range(len(quantizer.books)):
         pool_MC = vectors_TMC[t] if len(quantizer.books) > 1 else vectors_TMC.flatten(0, 1)
-        if len(pool_MC) < cfg.codes:
-            raise UsageError(
-                f"quantizer.init={cfg.init}: {len(pool_MC)} vectors in the first batch for {cfg.codes} codes",
-                "raise train.batch, or give quantizer.init=normal",
-            )
         order = torch.randperm(len(pool_MC), generator=torch.Generator().manual_seed(seed + t))
         few_MC = pool_MC[order[: VECTORS_PER_CODE * cfg.codes]]
         books.append(few_MC[: cfg.codes] if cfg.init == "data" else _centres(few_MC, cfg.codes, seed))

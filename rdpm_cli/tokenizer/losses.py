@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli.config import TokenizerLossConfig
-from rdpm_cli.step import TrainStep
+from rdpm_cli.step import TrainStep, world
 
 LARGEST_WEIGHT = 1e4
 TINY_NORM = 1e-4  # added to the denominator of w, as VQGAN does
@@ -74,7 +74,7 @@ class TokenizerLoss:
         """perceived + 0.75 w L_gan, ramped.
 
         The gradients of both terms at the image serve w and the training pass, so the networks behind the two terms
-        are walked back once. w comes from last-layer gradients summed over processes: it is the global batch's.
+        are walked back once. w comes from the mean of last-layer gradients over processes: it is the global batch's.
         """
         gan = generator_hinge(adversary.logits)
         at_image = [torch.autograd.grad(term, recon)[0] for term in (perceived, gan)]
@@ -82,7 +82,9 @@ class TokenizerLoss:
         if self.cfg.adaptive:
             last = adversary.last_layer
             pair = [torch.autograd.grad(recon, last, g, retain_graph=True)[0].float() for g in at_image]
-            weight = adaptive_weight(*adversary.step.sum_(torch.stack(pair)))
+            # a process whose gradient is not finite fails by its own loss, and does not spoil the others' weight
+            both = torch.stack(pair).nan_to_num(0.0, 0.0, 0.0)
+            weight = adaptive_weight(*adversary.step.sum_(both / world()[1]))
         factor = adversary.ramp * self.cfg.adversarial_factor * weight
         value = (perceived + factor * gan).detach()
         logs = {"gan": gan.detach(), "gan_weight": weight}

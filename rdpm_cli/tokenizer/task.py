@@ -58,8 +58,12 @@ class TokenizerTask:
         self.made: list[tuple[Tensor, Tensor]] = []  # (x, x') of this step's micro-batches, for the critic
 
     def networks(self) -> list[nn.Module]:
-        """Encoder and decoder; the quantiser's loop stays eager."""
-        return [self.model.encoder, self.model.decoder]
+        """Encoder and decoder; the quantiser's loop stays eager, and so does the decoder's last layer.
+
+        The adaptive weight walks back through that layer alone, more than once: a compiled backward pass is a whole
+        that allows neither.
+        """
+        return [self.model.encoder, self.model.decoder.mid, *self.model.decoder.up]
 
     def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """batch uint8 (B,3,H,W) -> loss and logs."""

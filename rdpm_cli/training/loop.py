@@ -192,14 +192,13 @@ def _step(
     torch.manual_seed(noise.seed_of("torch", run.seed, run.step, world()[0]))  # dropout and the like
     active = [(player, optimizer) for player, optimizer in pairs if run.step >= player.start]
     found = [_gradients(pair, data, steps, cfg, run) for pair in active]
-    bad = next(
-        (p.name for (p, _), logs in zip(active, found, strict=True) if not _finite(logs["loss"] + logs["grad_norm"])),
-        "",
-    )
+    names = [player.name for player, _ in active]
+    bad = [name for name, (logs, _) in zip(names, found, strict=True) if not _finite(logs["loss"] + logs["grad_norm"])]
     if distributed.any_process(bool(bad), run.device):
-        _pass_over(bad, batches, cfg, run, whole.rows)
+        ours = [name for name, (_, own) in zip(names, found, strict=True) if not _finite(own)]
+        _pass_over(ours, bad, batches, cfg, run, whole.rows)
         return {}
-    logs = _update(active, found, whole)
+    logs = _update(active, [logs for logs, _ in found], whole)
     if run.ema:
         run.ema.update(pairs[0][0].model)
     return logs
@@ -209,8 +208,13 @@ def _finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value))
 
 
-def _gradients(pair: Pair, data: list[Any], steps: list[TrainStep], cfg: TrainConfig, run: Run) -> dict[str, Tensor]:
-    """One player's losses over the micro-batches and their gradients, clipped. -> logs."""
+def _gradients(
+    pair: Pair, data: list[Any], steps: list[TrainStep], cfg: TrainConfig, run: Run
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One player's losses over the micro-batches and their gradients, clipped. -> logs; what tells a bad batch of ours.
+
+    The latter is loss + gradient norm before any mean over processes, for a mean makes one's NaN everybody's.
+    """
     player, optimizer = pair
     for group in optimizer.param_groups:
         group["lr"] = lr_at(run.step, cfg, run.steps, run.warmup)
@@ -224,15 +228,23 @@ def _gradients(pair: Pair, data: list[Any], steps: list[TrainStep], cfg: TrainCo
         loss = loss + share * part.detach()
         logs = {name: logs.get(name, 0.0) + share * value for name, value in found.items()}
     parameters = [p for p in player.model.parameters() if p.requires_grad]
+    own = loss + torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     distributed.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-    return {"loss": loss, "grad_norm": norm, **logs}
+    return {"loss": loss, "grad_norm": norm, **logs}, own
 
 
-def _pass_over(bad: str, batches: Batches, cfg: TrainConfig, run: Run, rows: range) -> None:
-    """Say which batch was not finite; raise RunError once more than cfg.skip_bad were. bad: the player, if ours."""
-    mine = f"{bad}: loss or gradient is not finite at step {run.step}, {batches.describe(run.step, rows)}"
-    what = distributed.first_message(mine if bad else "")
+def _pass_over(ours: list[str], bad: list[str], batches: Batches, cfg: TrainConfig, run: Run, rows: range) -> None:
+    """Say which batch was not finite; raise RunError once more than cfg.skip_bad were.
+
+    ours: the players that this process's rows made so; bad: those that are so here, by whoever's rows.
+    """
+
+    def about(players: list[str]) -> str:
+        what = f"loss or gradient is not finite at step {run.step}, {batches.describe(run.step, rows)}"
+        return distributed.first_message(f"{players[0]}: {what}" if players else "")
+
+    what = about(ours) or about(bad)
     if run.skipped >= cfg.skip_bad:
         raise RunError(
             f"{what}; nothing was changed by this step",

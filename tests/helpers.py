@@ -1,0 +1,148 @@
+"""What several test files share: child processes, torchrun's environment, comparisons of two runs, a tiny tokenizer."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdpm_cli.config import TokenizerConfig
+from rdpm_cli.images.sources import open_source
+from rdpm_cli.signals import StopRequest
+from rdpm_cli.tokenizer.model import Tokenizer
+from rdpm_cli.tokenizer.task import ImageBatches, Players, players_of
+from rdpm_cli.training import checkpoint
+from rdpm_cli.training.logging import read_metrics
+from rdpm_cli.training.loop import Batches, Run, fit
+
+CPU = torch.device("cpu")
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    state = checkpoint.load_newest(folder / "checkpoints", CPU)
+    assert state is not None
+    return state
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Every leaf of nested dicts and lists, by its path."""
+    if isinstance(value, dict):
+        items = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(k), v) for k, v in enumerate(value)]
+    else:
+        return {name: value}
+    return {k: v for key, inner in items for k, v in leaves(inner, f"{name}/{key}").items()}
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    """Bitwise equal, leaf by leaf."""
+    a, b = leaves(found), leaves(wanted)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name], name
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The log without the rate, which depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(folder)]
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Relative distance of two tensors: sums in another order flip a near-tie of a code now and then, no more."""
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-6))
+
+
+# Child processes come from a server that has imported torch already: an import costs more than these trainings.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "rdpm_cli.engine.observers"]
+)
+
+
+def command_line(args: list[str], environment: dict[str, str]) -> None:
+    """Be `rdpm ARGS` in this process."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["rdpm", *args]
+    from rdpm_cli.cli import main
+
+    main()
+
+
+def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
+    process = FORKS.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def exit_code(process: ForkServerProcess) -> int | None:
+    process.join(timeout=120)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode
+
+
+def torchrun(processes: int) -> list[dict[str, str]]:
+    """The environment torchrun gives to each of its processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def tokenizer_command(out: Path, *overrides: str) -> list[str]:
+    small = [
+        "autoencoder.width=8",
+        "autoencoder.channels=8",
+        "autoencoder.res_blocks=1",
+        "quantizer.codes=64",
+        "quantizer.steps=2",
+    ]
+    fixed = ["train-tokenizer", "digits", "--recipe", "digits", "--quiet", "--out", str(out)]
+    return [*fixed, *small, "train.log_every=1", *overrides]
+
+
+# ---- a tokenizer so small that a step takes milliseconds ----------------------------------------------------------
+
+TINY: dict[str, Any] = {
+    "autoencoder": {
+        "resolution": 16, "width": 8, "multipliers": [1, 1, 2], "res_blocks": 1, "attention": False, "groups": 4,
+        "channels": 4,
+    },
+    "schedule": {"kind": "sin"},
+    "quantizer": {"codes": 32, "steps": 2, "decay": 0.5},
+    "loss": {"adversarial": "hinge"},
+    "discriminator": {"width": 8, "layers": 2},
+    "train": {"batch": 16, "steps": 4, "lr": 1e-3, "ema": 0.9, "log_every": 1},
+}  # fmt: skip
+
+
+def tiny_config(**sections: dict[str, Any]) -> TokenizerConfig:
+    """TINY, a tokenizer with a critic, with some fields of its sections changed."""
+    return TokenizerConfig.model_validate({**TINY, **{name: {**TINY[name], **more} for name, more in sections.items()}})
+
+
+def tiny_players(cfg: TokenizerConfig, seed: int = 0) -> Players:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return players_of(Tokenizer(cfg, cfg.loss.weight).train(), cfg, CPU)
+
+
+def digits(cfg: TokenizerConfig) -> ImageBatches:
+    return ImageBatches(open_source("digits"), cfg, 0)
+
+
+def train(players: Players, cfg: TokenizerConfig, folder: Path, batches: Batches | None = None) -> Run:
+    """Fit the players on the digits in a folder."""
+    folder.mkdir(exist_ok=True)
+    run = Run(folder, 0, CPU, cfg.train.total_steps(1000), cfg.train.warmup(1000), StopRequest())
+    fit(players, batches or digits(cfg), cfg.train, run)
+    return run

@@ -1,0 +1,164 @@
+"""A tokenizer and its discriminator through the real command line: killed, stopped, resumed, on two processes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    assert_same,
+    command_line,
+    distance,
+    exit_code,
+    leaves,
+    metrics,
+    newest_state,
+    spawn,
+    tokenizer_command,
+    torchrun,
+)
+from torch import Tensor
+
+from rdpm_cli import modelfile
+from rdpm_cli.cli.app import run as run_cli
+from rdpm_cli.threads import one_thread
+from rdpm_cli.training.logging import MetricsLog, read_metrics
+
+ADVERSARIAL = [
+    "autoencoder.channels=4", "quantizer.codes=32", "quantizer.decay=0.5", "loss.adversarial=hinge",
+    "discriminator.width=8", "discriminator.layers=2", "train.ema=0.9", "--device", "cpu",
+]  # fmt: skip
+STEPS = 60
+
+
+def command(out: Path, *more: str) -> list[str]:
+    batch = ["train.batch=16", f"train.steps={STEPS}", "train.save_every=30", "discriminator.start=10"]
+    return tokenizer_command(out, *ADVERSARIAL, *batch, *more)
+
+
+def killed_at(step: int, args: list[str]) -> None:
+    """Be `rdpm ARGS`, killed as it has logged this step."""
+    write = MetricsLog.write
+
+    def write_and_die(log: MetricsLog, at: int, values: dict[str, Any]) -> None:
+        write(log, at, values)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MetricsLog.write = write_and_die  # type: ignore[method-assign]
+    command_line(args, {})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 steps without a break."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with one_thread():
+        assert run_cli(command(out)) == 0
+    return out
+
+
+def the_same_run(out: Path, whole: Path) -> None:
+    """Parameters and optimisers of both players, the average, the codebook's statistics, the log, the model file."""
+    found, wanted = newest_state(out), newest_state(whole)
+    assert found["step"] == STEPS
+    assert_same(found, wanted)
+    assert metrics(out) == metrics(whole)
+    assert [row["step"] for row in metrics(out)] == list(range(1, STEPS + 1))
+    assert modelfile.load(out / "tokenizer.pt")["digest"] == modelfile.load(whole / "tokenizer.pt")["digest"]
+
+
+def test_the_run_in_question_has_all_that_a_resume_must_keep(whole: Path) -> None:
+    state = newest_state(whole)
+    assert state["players"].keys() == {"tokenizer", "discriminator"}
+    assert all(player["optimizer"]["state"] for player in state["players"].values())
+    assert {"quantizer.ema_counts", "quantizer.ema_sums", "quantizer.books"} <= state["players"]["tokenizer"][
+        "model"
+    ].keys()
+    assert state["ema"]["updates"] == STEPS
+    assert sum(row["restarted"] for row in metrics(whole)) > 0
+    assert "gan_weight" not in metrics(whole)[9]
+    assert all(0 < row["gan_weight"] < 1e4 for row in metrics(whole)[10:])
+
+
+def test_a_killed_run_resumes_as_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
+    """Killed at step 33: steps 31 to 33 stand in the log, and are taken again from the checkpoint of step 30."""
+    out = tmp_path / "run"
+    assert exit_code(spawn(killed_at, 33, command(out))) == -signal.SIGKILL
+    assert read_metrics(out)[-1]["step"] == 33
+    assert newest_state(out)["step"] == 30
+    assert not (out / "tokenizer.pt").exists()
+    with one_thread():
+        assert run_cli(command(out)) == 0
+    the_same_run(out, whole)
+
+
+def test_a_stopped_run_saves_and_resumes_as_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = spawn(command_line, command(out), {})
+    deadline = time.monotonic() + 120
+    while len(read_metrics(out)) < 12:  # both players train
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    assert exit_code(process) == 75
+    assert 12 <= newest_state(out)["step"] < STEPS
+    with one_thread():
+        assert run_cli(command(out)) == 0
+    the_same_run(out, whole)
+
+
+def test_the_model_file_holds_the_average_of_the_weights(whole: Path) -> None:
+    state, weights = newest_state(whole), modelfile.load(whole / "tokenizer.pt")["weights"]
+    assert_same(weights, state["ema"]["model"])
+    trained = state["players"]["tokenizer"]["model"]
+    moved = [name for name, value in weights.items() if not torch.equal(value, trained[name])]
+    assert "decoder.conv_out.weight" in moved
+    assert not [name for name in moved if "books" in name or "ema_" in name]  # the codebook is copied, not averaged
+    assert not [name for name in weights if name.startswith("layers.")]  # nothing of the discriminator
+
+
+def test_two_processes_train_two_players_as_one_does(tmp_path: Path) -> None:
+    """12 steps with the adaptive weight, restarts and the average: both ranks hold the same, one process nearly so."""
+
+    def args(name: str) -> list[str]:
+        more = ["train.batch=32", "train.steps=12", "quantizer.restart_below=0.1", "train.lr=1e-3"]
+        return tokenizer_command(tmp_path / name, *ADVERSARIAL, *more)
+
+    pair = [spawn(keep_what_a_rank_holds, args("two"), environment, tmp_path) for environment in torchrun(2)]
+    with one_thread():
+        assert run_cli(args("one")) == 0
+    assert [exit_code(process) for process in pair] == [0, 0]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(ranks[1], ranks[0])
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert sum(row["restarted"] for row in one) > 0
+    for name in ("loss", "recon", "quant", "gan", "gan_weight", "discriminator/loss", "restarted", "usage/t01"):
+        values = [np.array([row[name] for row in rows]) for rows in (one, two)]
+        np.testing.assert_allclose(values[1], values[0], atol=1e-4, rtol=1e-4, err_msg=name)
+    assert two[0]["gan_weight"] == pytest.approx(one[0]["gan_weight"], rel=1e-6)  # of the mean gradient, not the sum
+    state = newest_state(tmp_path / "one")["players"]["tokenizer"]["model"]
+    for name in ("books", "ema_counts", "ema_sums"):
+        assert distance(ranks[0][f"/tokenizer/quantizer.{name}"], state[f"quantizer.{name}"]) < 1e-3, name
+
+
+def keep_what_a_rank_holds(args: list[str], environment: dict[str, str], out: Path) -> None:
+    """Be one of torchrun's processes; keep what its players hold at the end."""
+    from rdpm_cli.training import loop
+
+    plain = loop._save
+
+    def save(pairs: Any, run: Any, cfg: Any) -> None:
+        state = {player.name: dict(player.model.state_dict()) for player, _ in pairs}
+        tensors = {name: value for name, value in leaves(state).items() if isinstance(value, Tensor)}
+        torch.save(tensors, out / f"{environment['RANK']}.pt")
+        plain(pairs, run, cfg)
+
+    loop._save = save
+    command_line(args, environment)
