@@ -29,13 +29,15 @@ class Search:
 
     def __init__(self, codebook_KC: Tensor) -> None:
         book_KC = codebook_KC.detach().float()
-        padding = -len(book_KC) % TILE
-        half_norm_K = F.pad(0.5 * book_KC.pow(2).sum(1), (0, padding), value=math.inf)
-        keys_KC = F.pad(-book_KC, (0, 0, 0, padding))
-        self.keys = torch.cat([keys_KC.T, half_norm_K.unsqueeze(0)])  # (C + 1, K), K a multiple of TILE
+        codes, width = book_KC.shape
+        padded = codes + -codes % TILE
+        self.keys = book_KC.new_zeros(width + 1, padded)
+        self.keys[:-1, :codes] = -book_KC.T
+        self.keys[-1] = math.inf  # of the padding, which is never the nearest
+        self.keys[-1, :codes] = 0.5 * book_KC.pow(2).sum(1)
         limit = BLOCK_BYTES.get(book_KC.device.type, BLOCK_BYTES["cuda"])
-        self.rows = max(1, limit // (4 * len(half_norm_K)))
-        self.scores_NK = self.keys.new_empty(0, len(half_norm_K))
+        self.rows = max(1, limit // (4 * padded))
+        self.scores_NK = self.keys.new_empty(0, padded)
 
     def nearest(self, v_NC: Tensor) -> Tensor:
         """-> (N,) int64, the lowest index on a tie."""
@@ -52,7 +54,7 @@ class Search:
 def lowest(scores_NK: Tensor) -> Tensor:
     """argmin over K, a multiple of TILE; the lowest index on a tie. -> (N,) int64.
 
-    torch's argmin costs more than the product that made the scores. On CPUs numpy's takes a twelfth of it.
+    torch's argmin costs more than the product that made the scores. On CPUs numpy's takes a twelfth to a fifth of it.
     """
     if scores_NK.device.type == "cpu":
         return torch.from_numpy(scores_NK.numpy().argmin(1))
