@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdpm_cli.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.step import TrainStep
 from rdpm_cli.threads import one_thread
-from rdpm_cli.tokenizer.quantizer import Quantizer, Usage, nearest_code
+from rdpm_cli.tokenizer.quantizer import BLOCK_BYTES, Quantizer, Usage, lowest, lowest_by_tiles, nearest_code
 
 B, C, H, W, K, T = 3, 8, 4, 5, 48, 5
 BIASES = ["none", "add", "blend"]
@@ -125,6 +126,52 @@ def test_nearest_code_stays_fp32_inside_bf16_autocast() -> None:
     assert not torch.equal(rounded, outside), "bf16 scores would have changed codes here"
 
 
+@pytest.mark.parametrize("codes", [64, 128, 4096])
+def test_both_ways_to_the_lowest_score_equal_a_search_by_hand(codes: int) -> None:
+    """Scores of few values: most rows hold their minimum many times, within a tile and across tiles."""
+    scores = draw(300, codes).mul(2).round()
+    expected = [row.index(min(row)) for row in scores.tolist()]
+    assert lowest(scores).tolist() == expected
+    assert lowest_by_tiles(scores).tolist() == expected
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches how many numbers the largest tensor made inside holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                self.numbers = max(
+                    self.numbers, value.numel(), value.untyped_storage().nbytes() // value.element_size()
+                )
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_all_scores_never_exist_at_once(training: bool) -> None:
+    """1,024 vectors and 4,096 codes: 4.2M scores a step, of which one block of 2 MiB is held."""
+    quantizer = make(codes=4096, steps=2).train(training)
+    with LargestTensor() as largest:
+        quantizer(draw(4, C, 16, 16), draw(4, 2, C, 16, 16, seed=2))
+    assert largest.numbers == BLOCK_BYTES["cpu"] // 4 < 1024 * 4096
+
+
+def test_codes_of_the_recipes_size_equal_float64_at_every_step() -> None:
+    """K = 4096, C = 32, T = 10: v_t of the chain, each searched by brute force."""
+    quantizer = make("pow", channels=32, codes=4096, steps=10)
+    chain = quantizer(draw(1, 32, 4, 4), draw(1, 10, 32, 4, 4, seed=2))
+    v_NC = chain.usage.vectors_TBNC.reshape(-1, 32)
+    expected, gap = brute_force(v_NC, quantizer.books[0])
+    clear = gap > 1e-6 * (1 + v_NC.double().pow(2).sum(1))
+    assert clear.all()
+    assert torch.equal(chain.codes_BTHW.transpose(0, 1).flatten(), expected)
+
+
 # ---- the loop against a direct transcription ---------------------------------------------------------------------
 
 
@@ -208,6 +255,17 @@ def test_evaluation_changes_neither_codes_nor_latents() -> None:
     assert torch.equal(training.z_BCHW, evaluating.z_BCHW)
     assert torch.equal(quantizer.encode(z, eps), training.codes_BTHW)
     assert evaluating.usage is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_codes_alone_are_the_codes_without_losses_and_usage(training: bool) -> None:
+    quantizer, (z, eps) = make().train(training), inputs()
+    whole, alone = quantizer(z, eps), quantizer(z, eps, codes_only=True)
+    assert torch.equal(alone.codes_BTHW, whole.codes_BTHW)
+    assert torch.equal(alone.z_BCHW, whole.z_BCHW)
+    assert alone.usage is None
+    assert float(alone.loss) == 0
+    assert len(alone.error_T) == 0
 
 
 @pytest.mark.parametrize("bias_kind", BIASES)

@@ -16,36 +16,72 @@ from rdpm_cli.step import TrainStep
 from rdpm_cli.tokenizer.schedule import alphas, beta
 
 TILE = 64  # width of the tiles of the two-stage argmin
-BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # scores held at once
+BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of scores held at once
+
+
+class Search:
+    """Q(.) of Eq. 2 over one codebook: argmin_k |v - e_k|² = argmin_k |e_k|²/2 - v·e_k, as |v|² is constant in k.
+
+    What depends on the codebook alone is computed once, here: the keys -e_k, with |e_k|²/2 for a vector's (C+1)th
+    number, 1. fp32 also inside autocast (bf16 scores flip 5% of the codes); the N × K scores never exist at once, a
+    block of rows does, in one buffer. No gradient passes.
+    """
+
+    def __init__(self, codebook_KC: Tensor) -> None:
+        book_KC = codebook_KC.detach().float()
+        codes, width = book_KC.shape
+        padded = codes + -codes % TILE
+        self.keys = book_KC.new_zeros(width + 1, padded)
+        self.keys[:-1, :codes] = -book_KC.T
+        self.keys[-1] = math.inf  # of the padding, which is never the nearest
+        self.keys[-1, :codes] = 0.5 * book_KC.pow(2).sum(1)
+        limit = BLOCK_BYTES.get(book_KC.device.type, BLOCK_BYTES["cuda"])
+        self.rows = max(1, limit // (4 * padded))
+        self.scores_NK = self.keys.new_empty(0, padded)
+
+    def nearest(self, v_NC: Tensor) -> Tensor:
+        """-> (N,) int64, the lowest index on a tie."""
+        with torch.autocast(v_NC.device.type, enabled=False):
+            return torch.cat([self._block(v) for v in v_NC.detach().float().split(self.rows)])
+
+    def _block(self, v_NC: Tensor) -> Tensor:
+        if len(self.scores_NK) < len(v_NC):
+            self.scores_NK = self.scores_NK.new_empty(len(v_NC), self.scores_NK.shape[1])
+        with_one = F.pad(v_NC, (0, 1), value=1.0)
+        return lowest(torch.mm(with_one, self.keys, out=self.scores_NK[: len(v_NC)]))
+
+
+def lowest(scores_NK: Tensor) -> Tensor:
+    """argmin over K, a multiple of TILE; the lowest index on a tie. -> (N,) int64.
+
+    torch's argmin costs more than the product that made the scores. On CPUs numpy's takes a twelfth to a fifth of it.
+    """
+    if scores_NK.device.type == "cpu":
+        return torch.from_numpy(scores_NK.numpy().argmin(1))
+    return lowest_by_tiles(scores_NK)
+
+
+def lowest_by_tiles(scores_NK: Tensor) -> Tensor:
+    """`lowest` in two stages: the first tile that holds the minimum, then the first place in it."""
+    tiles = scores_NK.view(len(scores_NK), -1, TILE)
+    tile_N = tiles.amin(2).argmin(1)
+    inside_N = tiles[torch.arange(len(tiles), device=tiles.device), tile_N].argmin(1)
+    return tile_N * TILE + inside_N
 
 
 def nearest_code(v_NC: Tensor, codebook_KC: Tensor) -> Tensor:
-    """Q(.) of Eq. 2: argmin_k |v - e_k|². |v|² is constant in k and dropped. -> (N,) int64, lowest index on a tie.
-
-    fp32 also inside autocast (bf16 scores flip 5% of the codes); the N × K scores never exist at once. The argmin
-    takes two stages because reducing over K costs more than the product.
-    """
-    with torch.autocast(v_NC.device.type, enabled=False):
-        codes, width = codebook_KC.shape[0], codebook_KC.shape[1]
-        padded = -codes % TILE
-        keys_KC = F.pad(codebook_KC.float(), (0, 0, 0, padded))
-        half_norm_K = F.pad(0.5 * codebook_KC.float().pow(2).sum(1), (0, padded), value=math.inf)
-        rows = max(1, BLOCK_BYTES.get(v_NC.device.type, BLOCK_BYTES["cuda"]) // (4 * (codes + padded)))
-        found = [_nearest_block(v, keys_KC, half_norm_K) for v in v_NC.float().reshape(-1, width).split(rows)]
-        return torch.cat(found)
-
-
-def _nearest_block(v_NC: Tensor, keys_KC: Tensor, half_norm_K: Tensor) -> Tensor:
-    scores_NK = torch.addmm(half_norm_K, v_NC, keys_KC.T, alpha=-1)  # |e|²/2 - v·e
-    tiles = scores_NK.view(len(v_NC), -1, TILE)
-    tile_N = tiles.amin(2).argmin(1)
-    inside_N = tiles[torch.arange(len(v_NC), device=v_NC.device), tile_N].argmin(1)
-    return tile_N * TILE + inside_N
+    """Q(.) of Eq. 2, for one use of a codebook. -> (N,) int64."""
+    return Search(codebook_KC).nearest(v_NC)
 
 
 def diffuse(z_t: Tensor, eps_t: Tensor, alpha_t: float) -> Tensor:
     """v_t = alpha_t z_t + beta_t eps_t, Eq. 2."""
     return alpha_t * z_t + beta(alpha_t) * eps_t
+
+
+def _straight_through(q_t: Tensor, v_t: Tensor) -> Tensor:
+    """sg(e) + v_t - sg(v_t): e in value, v_t in gradient."""
+    return q_t.detach() + (v_t - v_t.detach()) if v_t.requires_grad else q_t.detach()
 
 
 @dataclass
@@ -74,7 +110,7 @@ class Chain:
     codes_BTHW: Tensor  # int64
     z_BCHW: Tensor  # z'_T, straight-through to z
     loss: Tensor  # L_quant of Eq. 4, scalar
-    error_T: Tensor  # mean |z - z'_t|² a step, per channel and position, detached
+    error_T: Tensor  # mean |z - z'_t|² a step, per channel and position, detached; empty if codes_only
     usage: Usage | None  # in training mode
 
 
@@ -118,10 +154,11 @@ class Quantizer(nn.Module):
         """The codebook of step t, (K, C)."""
         return self.books[t - 1 if self.cfg.codebooks == "per_step" else 0]
 
-    def quantize(self, v_BCHW: Tensor, t: int) -> Tensor:
-        """C_t = Q(v_t): (B, H, W) int64."""
+    def quantize(self, v_BCHW: Tensor, t: int, search: Search | None = None) -> Tensor:
+        """C_t = Q(v_t): (B, H, W) int64. search: the one of step t's codebook, where it serves more than once."""
         B, C, H, W = v_BCHW.shape
-        return nearest_code(v_BCHW.movedim(1, -1).reshape(-1, C), self.book(t)).view(B, H, W)
+        search = search or Search(self.book(t))
+        return search.nearest(v_BCHW.movedim(1, -1).reshape(-1, C)).view(B, H, W)
 
     def look_up(self, codes_BHW: Tensor, t: int) -> Tensor:
         """e_{C_t}, (B, C, H, W)."""
@@ -148,30 +185,35 @@ class Quantizer(nn.Module):
 
     # ---- the loop --------------------------------------------------------------------------------------------
 
-    def forward(self, z_BCHW: Tensor, eps_BTCHW: Tensor) -> Chain:
+    def forward(self, z_BCHW: Tensor, eps_BTCHW: Tensor, codes_only: bool = False) -> Chain:
         """Alg. 1: v_t = alpha_t z_t + beta_t eps_t; C_t = Q(v_t); v'_t = bias(e); z_{t+1} = z_t - v'_t.
 
         Straight-through a step on the live residual, e + v_t - sg(v_t): with `bias: none` the gradient from z'_T to z
-        is exactly the identity, because alpha_T = 1. Runs in fp32 also inside autocast.
+        is exactly the identity, because alpha_T = 1. Runs in fp32 also inside autocast. codes_only: without loss,
+        errors (empty) and usage.
         """
+        learning = self.training and not codes_only
         with torch.autocast(z_BCHW.device.type, enabled=False):
             z_BCHW, eps_BTCHW = z_BCHW.float(), eps_BTCHW.float()
             z_t, total = z_BCHW, torch.zeros_like(z_BCHW)
             loss, codes, vectors, errors = z_BCHW.new_zeros(()), [], [], []
+            search: Search | None = None
             for t in range(1, self.steps + 1):
+                search = Search(self.book(t)) if search is None or len(self.books) > 1 else search
                 v_t = diffuse(z_t, eps_BTCHW[:, t - 1], self.alphas[t - 1])
-                codes_t = self.quantize(v_t.detach(), t)
+                codes_t = self.quantize(v_t, t, search)
                 q_t = self.look_up(codes_t, t)
-                chosen = self.bias(q_t.detach() + (v_t - v_t.detach()))
+                chosen = self.bias(_straight_through(q_t, v_t))
                 z_t, total = z_t - chosen, total + chosen
                 codes.append(codes_t)
-                errors.append(F.mse_loss(total.detach(), z_BCHW.detach()))
-                if self.training:
+                if not codes_only:
+                    errors.append(F.mse_loss(total.detach(), z_BCHW.detach()))
+                if learning:
                     loss = loss + self.gammas[t - 1] * self._quant_loss(v_t, chosen, q_t)
                     vectors.append(v_t.detach())
             codes_BTHW = torch.stack(codes, 1)
-            usage = self._usage(codes_BTHW, vectors) if self.training else None
-        return Chain(codes_BTHW, total, loss, torch.stack(errors), usage)
+            usage = self._usage(codes_BTHW, vectors) if learning else None
+        return Chain(codes_BTHW, total, loss, torch.stack(errors) if errors else z_BCHW.new_empty(0), usage)
 
     def _quant_loss(self, v_t: Tensor, chosen: Tensor, q_t: Tensor) -> Tensor:
         """One term of Eq. 4: mean[|v_t - sg v'_t|² + |sg v_t - bias(e')|²]; e' = sg(e) for an EMA book."""
@@ -181,7 +223,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def encode(self, z_BCHW: Tensor, eps_BTCHW: Tensor) -> Tensor:
         """codes (B, T, H, W) int64 of latents under given noise."""
-        codes: Tensor = self(z_BCHW, eps_BTCHW).codes_BTHW
+        codes: Tensor = self(z_BCHW, eps_BTCHW, codes_only=True).codes_BTHW
         return codes
 
     def prefix(self, codes_BTHW: Tensor, terms_B: Tensor) -> Tensor:
