@@ -2,15 +2,10 @@
 
 import functools
 import math
-import multiprocessing
 import os
 import signal
-import socket
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import command_line, exit_code, spawn, tokenizer_command, torchrun, wait_for
 from torch import Tensor, nn
 
 from rdpm_cli import noise
 from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import (
+    FREE_ON_RESUME,
     AutoencoderConfig,
     GeneratorConfig,
     NetworkConfig,
@@ -366,6 +363,23 @@ def test_a_crash_repeats_the_steps_since_the_last_checkpoint(tmp_path: Path) -> 
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")  # steps 5 to 7 stand there once
 
 
+OTHERWISE = {"keep": 5, "log_every": 4, "eval_every": 2, "save_every": 3, "workers": 1, "skip_bad": 2}
+
+
+@pytest.mark.parametrize("name", FREE_ON_RESUME)
+def test_a_run_resumed_with_another_free_value_is_the_run_begun_with_it(
+    make_job: MakeJob, name: str, tmp_path: Path
+) -> None:
+    changed = {name: OTHERWISE[name]}
+    torch.manual_seed(0)
+    start(make_job(**changed), tmp_path / "whole")
+    torch.manual_seed(0)
+    with pytest.raises(Stopped):
+        start(make_job(), tmp_path / "parts", stop_at=5)
+    start(make_job(**changed), tmp_path / "parts")
+    assert_same(newest_state(tmp_path / "parts"), newest_state(tmp_path / "whole"))
+
+
 def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
     start(toy_job(), tmp_path)
     before, logged = newest_state(tmp_path), metrics(tmp_path)
@@ -532,65 +546,10 @@ def test_one_process_shares_with_nobody() -> None:
     assert not distributed.any_process(False, CPU)
 
 
-# Child processes come from a server that has imported torch already: an import costs more than these trainings.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "rdpm_cli.engine.observers"]
-)
-
-
-def command_line(args: list[str], environment: dict[str, str]) -> None:
-    """Be `rdpm ARGS` in this process."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = ["rdpm", *args]
-    from rdpm_cli.cli import main
-
-    main()
-
-
-def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
-    process = FORKS.Process(target=target, args=args)
-    process.start()
-    return process
-
-
-def exit_code(process: ForkServerProcess) -> int | None:
-    process.join(timeout=120)
-    if process.is_alive():
-        process.kill()
-    return process.exitcode
-
-
-def torchrun(processes: int) -> list[dict[str, str]]:
-    """The environment torchrun gives to each of its processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
-def tokenizer_command(out: Path, *overrides: str) -> list[str]:
-    small = [
-        "autoencoder.width=8",
-        "autoencoder.channels=8",
-        "autoencoder.res_blocks=1",
-        "quantizer.codes=64",
-        "quantizer.steps=2",
-    ]
-    fixed = ["train-tokenizer", "digits", "--recipe", "digits", "--quiet", "--out", str(out)]
-    return [*fixed, *small, "train.log_every=1", *overrides]
-
-
 def test_a_real_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = tokenizer_command(tmp_path / "run", "train.batch=16", "train.steps=60")
     process = spawn(command_line, command, {})
-    deadline = time.monotonic() + 60
-    while not read_metrics(tmp_path / "run"):
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: read_metrics(tmp_path / "run"), process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGTERM)
     assert exit_code(process) == 75
@@ -601,6 +560,22 @@ def test_a_real_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys
     assert (tmp_path / "run" / "tokenizer.pt").exists()
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
     assert "tokenizer trained" in capsys.readouterr().out
+
+
+def leader(args: list[str]) -> None:
+    """Be `rdpm ARGS` in a process group of its own."""
+    os.setpgid(0, 0)
+    command_line(args, {})
+
+
+def test_a_signal_to_a_whole_group_leaves_the_data_workers_at_work(tmp_path: Path) -> None:
+    """torchrun, `--gpus` and Slurm signal every process of a group: a step that has begun still needs its batch."""
+    process = spawn(leader, tokenizer_command(tmp_path, "train.batch=16", "train.steps=2000", "train.workers=2"))
+    wait_for(lambda: read_metrics(tmp_path), process)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGTERM)
+    assert exit_code(process) == 75
+    assert newest_state(tmp_path)["step"] == metrics(tmp_path)[-1]["step"]
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:

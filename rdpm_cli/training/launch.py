@@ -136,7 +136,7 @@ def _failures(ended: dict[int, ProcessFailure], folder: Path, processes: int) ->
 
 def _silent(rank: int, found: ProcessFailure, processes: int) -> Failure:
     """The failure of a process that could not say anything."""
-    who = f"process {rank} of 0..{processes - 1} (pid {found.pid})"
+    who = f"rank {rank} of {processes} processes (pid {found.pid})"
     if found.exitcode >= 0:
         return Failure(EXIT_FAILED, f"{who} ended with exit code {found.exitcode}", AGAIN, rank=rank)
     killed = signal.Signals(-found.exitcode)
@@ -154,7 +154,7 @@ def _cause(found: Iterable[Failure]) -> Failure:
 def _error(found: Iterable[Failure]) -> RdpmError:
     """The error to show for processes that failed."""
     cause = _cause(found)
-    message = cause.message or f"process {cause.rank} failed; its traceback is above"
+    message = cause.message or f"a bug in rank {cause.rank}; its traceback is above"
     return ProcessError(message, cause.hint or AGAIN, cause.code, cause.trace)
 
 
