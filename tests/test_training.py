@@ -30,7 +30,7 @@ from rdpm_cli.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from rdpm_cli.errors import CheckpointError, RunError, Stopped, UsageError
+from rdpm_cli.errors import CheckpointError, LostProcessError, RunError, Stopped, UsageError
 from rdpm_cli.generator import model as generator_model
 from rdpm_cli.generator.task import CodeBatches, GeneratorTask
 from rdpm_cli.images.sources import open_source
@@ -622,6 +622,25 @@ def primitives(environment: dict[str, str], out: Path) -> None:
             "normal": step.normal(2),
         }
         torch.save(found, out / f"{rank}.pt")
+
+
+def left_alone(environment: dict[str, str], out: Path) -> None:
+    """The second process goes away without a word; the first writes what it makes of that."""
+    os.environ.update(environment)
+    try:
+        with distributed.process_group("cpu", several=True) as device:
+            distributed.barrier()
+            if world()[0] == 1:
+                os._exit(9)
+            distributed.any_process(False, device)
+    except LostProcessError as error:
+        (out / "said").write_text(error.message)
+
+
+def test_a_process_whose_peer_has_gone_says_so(tmp_path: Path) -> None:
+    pair = [spawn(left_alone, environment, tmp_path) for environment in torchrun(2)]
+    assert [exit_code(process) for process in pair] == [0, 9]
+    assert (tmp_path / "said").read_text().startswith("another process of this run has gone: ")
 
 
 def test_helpers_of_two_processes_agree(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def _group(device: torch.device) -> Iterator[None]:
             raise LostProcessError(what, "look for what it said") from error
         raise
     finally:
-        if dist.is_initialized() and (together or not nccl):  # NCCL would wait for a process that does not come
-            dist.destroy_process_group()
+        if together:  # else the others are elsewhere: NCCL would wait for them, and gloo's would fail before this error
+            dist.destroy_process_group()  # has been told
 
 
 def own_rows(batch: int) -> range:
