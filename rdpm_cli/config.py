@@ -3,7 +3,7 @@
 The field is the single source of an option: recipe key, override, help, manifest entry and error all derive from it.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -135,6 +135,27 @@ class TrainConfig(Section):
     def warmup(self, images: int) -> int:
         """Warm-up steps for a data set of so many images."""
         return self.warmup_steps + round(self.warmup_epochs * images / self.batch)
+
+
+# What a run may change when it resumes: no step depends on these, so that a run resumed with other values is the one
+# begun with them. Not micro_batch, compile and channels_last: they change the order of floating-point sums.
+FREE_ON_RESUME = {
+    "keep": "which checkpoints stay on the disk",
+    "log_every": "which steps are logged",
+    "eval_every": "which steps are looked at; evaluations draw from streams of their own",
+    "save_every": "which steps are saved",
+    "workers": "who prepares the batch of a step, which is a function of (seed, step)",
+    "skip_bad": "what follows a step that changed nothing: the run ends, or passes it over",
+}
+
+
+def binding(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings without what is free on resume: the fields above, of every `train` section."""
+    kept = {}
+    for name, value in settings.items():
+        inner = binding(value) if isinstance(value, dict) else value
+        kept[name] = {k: v for k, v in inner.items() if k not in FREE_ON_RESUME} if name == "train" else inner
+    return kept
 
 
 class TokenizerArchitecture(Section):

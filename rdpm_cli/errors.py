@@ -17,6 +17,7 @@ class RdpmError(Exception):
     """One clear line for the user. `message` says what and where, `hint` what to do next."""
 
     exit_code = EXIT_FAILED
+    trace = ""  # to be shown above it
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -26,6 +27,18 @@ class RdpmError(Exception):
 
 class RunError(RdpmError):
     """The run could not go on: NaN, disk full, somebody else holds the lock."""
+
+
+class LostProcessError(RunError):
+    """Another process of this run has gone, so this one cannot go on: a consequence, never the cause."""
+
+
+class ProcessError(RdpmError):
+    """A process that this one started has failed: its message, its exit code, and its traceback if it was a bug."""
+
+    def __init__(self, message: str, hint: str, exit_code: int, trace: str) -> None:
+        super().__init__(message, hint)
+        self.exit_code, self.trace = exit_code, trace
 
 
 class UsageError(RdpmError):

@@ -27,13 +27,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGUSR1 into a request; a second one takes its usual course."""
+def stop_on_signal(interrupt: bool = False) -> Iterator[StopRequest]:
+    """Turn the first SIGTERM or SIGUSR1 into a request; a second one takes its usual course.
+
+    interrupt: SIGINT too, as for one of several processes, to which a launcher passes Ctrl-C on.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    watched = (signal.SIGTERM, signal.SIGUSR1)
+    watched = (signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if interrupt else []))
     before = {number: signal.getsignal(number) for number in watched}
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -47,3 +50,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_signals_to_parent(_: int = 0) -> None:
+    """Ignore what also goes to this process's group: the parent decides, and ends this helper process itself."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,11 +1,5 @@
-"""What several test files share: child processes, torchrun's environment, comparisons of two runs, a tiny tokenizer."""
+"""What several test files share: comparisons of two runs, a tiny tokenizer."""
 
-import multiprocessing
-import os
-import socket
-import sys
-from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -57,57 +51,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def distance(found: Tensor, wanted: Tensor) -> float:
     """Relative distance of two tensors: sums in another order flip a near-tie of a code now and then, no more."""
     return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-6))
-
-
-# Child processes come from a server that has imported torch already: an import costs more than these trainings.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "rdpm_cli.engine.observers"]
-)
-
-
-def command_line(args: list[str], environment: dict[str, str]) -> None:
-    """Be `rdpm ARGS` in this process."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = ["rdpm", *args]
-    from rdpm_cli.cli import main
-
-    main()
-
-
-def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
-    process = FORKS.Process(target=target, args=args)
-    process.start()
-    return process
-
-
-def exit_code(process: ForkServerProcess) -> int | None:
-    process.join(timeout=120)
-    if process.is_alive():
-        process.kill()
-    return process.exitcode
-
-
-def torchrun(processes: int) -> list[dict[str, str]]:
-    """The environment torchrun gives to each of its processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
-def tokenizer_command(out: Path, *overrides: str) -> list[str]:
-    small = [
-        "autoencoder.width=8",
-        "autoencoder.channels=8",
-        "autoencoder.res_blocks=1",
-        "quantizer.codes=64",
-        "quantizer.steps=2",
-    ]
-    fixed = ["train-tokenizer", "digits", "--recipe", "digits", "--quiet", "--out", str(out)]
-    return [*fixed, *small, "train.log_every=1", *overrides]
 
 
 # ---- a tokenizer so small that a step takes milliseconds ----------------------------------------------------------

@@ -8,20 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    CPU,
-    assert_same,
-    digits,
-    exit_code,
-    leaves,
-    metrics,
-    newest_state,
-    spawn,
-    tiny_config,
-    tiny_players,
-    torchrun,
-    train,
-)
+from helpers import CPU, assert_same, digits, leaves, metrics, newest_state, tiny_config, tiny_players, train
+from processes import exit_code, spawn, torchrun
 from torch import Tensor
 
 from rdpm_cli.config import TokenizerConfig

@@ -9,18 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    CPU,
-    assert_same,
-    digits,
-    distance,
-    exit_code,
-    spawn,
-    tiny_config,
-    tiny_players,
-    torchrun,
-    train,
-)
+from helpers import CPU, assert_same, digits, distance, tiny_config, tiny_players, train
+from processes import exit_code, spawn, torchrun
 from pydantic import ValidationError
 from torch import Tensor
 

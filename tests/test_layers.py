@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": HELPERS | set(ROOMS) | {"engine", "training"},
     "demo": {"engine", "recipe_files", "errors", "files", "progress"},
     # the door also starts the demo, and sets up the process before anything is imported (threads)
-    "cli": {"engine", "config", "errors", "files", "progress", "threads", "demo", "cli"},
+    "cli": {"engine", "config", "errors", "files", "progress", "team", "threads", "demo", "cli"},
     "__main__": {"cli"},
     "__init__": set(),
     **dict.fromkeys(HELPERS, HELPERS),

@@ -330,6 +330,8 @@ def test_the_same_command_elsewhere_gives_the_same_digest(
     [
         ("train-tokenizer", "train.lr=0.5", "tokenizer.train.lr: 0.002 -> 0.5"),
         ("train-tokenizer", "seed=3", "seed: 0 -> 3"),
+        ("train-gen", "train.micro_batch=16", "generator.train.micro_batch: None -> 16"),
+        ("train-gen", "train.channels_last=true", "generator.train.channels_last: False -> True"),
         ("train-gen", "network.depth=2", "generator.network.depth: 1 -> 2"),
         ("tokenize", "--views=3", "views: 2 -> 3"),
         ("tokenize", "--seed=4", "seed: 0 -> 4"),
@@ -345,6 +347,26 @@ def test_other_settings_in_the_same_folder_are_refused_with_the_difference(
     assert difference in shown.err
     assert len(shown.err.splitlines()) == 2
     assert states("runs", "out") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("--keep=7", "recipe.generator.train.keep: 3 -> 7"),
+        ("train.keep=8", "recipe.generator.train.keep: 3 -> 8"),
+        ("train.log_every=2", "recipe.generator.train.log_every: 1 -> 2"),
+        ("train.workers=2", "recipe.generator.train.workers: 0 -> 2"),
+    ],
+)
+def test_what_no_step_depends_on_may_change_in_the_same_folder_and_is_noted(
+    walk: dict[str, dict[str, Any]], change: str, difference: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rdpm("train-gen", *AGAIN["train-gen"], change) == walk["train-gen"]
+    assert f"resuming with {difference}" in capsys.readouterr().err
+    note = json.loads(Path("runs/gen/run.json").read_text())
+    assert note["settings"]["recipe"]["generator"]["train"]["keep"] == 3  # as it was begun
+    assert note["resumed"][-1]["changed"] == [difference]
+    assert note["resumed"][-1]["processes"] == 1
 
 
 def test_other_images_in_the_same_run_are_refused(

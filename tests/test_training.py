@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +13,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    CPU,
-    assert_same,
-    command_line,
-    distance,
-    exit_code,
-    leaves,
-    metrics,
-    newest_state,
-    spawn,
-    tokenizer_command,
-    torchrun,
-)
+from helpers import CPU, assert_same, distance, leaves, metrics, newest_state
+from processes import command_line, exit_code, spawn, tokenizer_command, torchrun, wait_for
 from torch import Tensor, nn
 
 from rdpm_cli import noise
 from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import (
+    FREE_ON_RESUME,
     AutoencoderConfig,
     GeneratorConfig,
     NetworkConfig,
@@ -42,7 +31,7 @@ from rdpm_cli.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from rdpm_cli.errors import CheckpointError, RunError, Stopped, UsageError
+from rdpm_cli.errors import CheckpointError, LostProcessError, RunError, Stopped, UsageError
 from rdpm_cli.generator import model as generator_model
 from rdpm_cli.generator.task import CodeBatches, GeneratorTask
 from rdpm_cli.images.sources import open_source
@@ -343,6 +332,23 @@ def test_a_crash_repeats_the_steps_since_the_last_checkpoint(tmp_path: Path) -> 
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")  # steps 5 to 7 stand there once
 
 
+OTHERWISE = {"keep": 5, "log_every": 4, "eval_every": 2, "save_every": 3, "workers": 1, "skip_bad": 2}
+
+
+@pytest.mark.parametrize("name", FREE_ON_RESUME)
+def test_a_run_resumed_with_another_free_value_is_the_run_begun_with_it(
+    make_job: MakeJob, name: str, tmp_path: Path
+) -> None:
+    changed = {name: OTHERWISE[name]}
+    torch.manual_seed(0)
+    start(make_job(**changed), tmp_path / "whole")
+    torch.manual_seed(0)
+    with pytest.raises(Stopped):
+        start(make_job(), tmp_path / "parts", stop_at=5)
+    start(make_job(**changed), tmp_path / "parts")
+    assert_same(newest_state(tmp_path / "parts"), newest_state(tmp_path / "whole"))
+
+
 def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
     start(toy_job(), tmp_path)
     before, logged = newest_state(tmp_path), metrics(tmp_path)
@@ -507,11 +513,7 @@ def test_one_process_shares_with_nobody() -> None:
 def test_a_real_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = tokenizer_command(tmp_path / "run", "train.batch=16", "train.steps=60")
     process = spawn(command_line, command, {})
-    deadline = time.monotonic() + 60
-    while not read_metrics(tmp_path / "run"):
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: read_metrics(tmp_path / "run"), process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGTERM)
     assert exit_code(process) == 75
@@ -522,6 +524,22 @@ def test_a_real_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys
     assert (tmp_path / "run" / "tokenizer.pt").exists()
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
     assert "tokenizer trained" in capsys.readouterr().out
+
+
+def leader(args: list[str]) -> None:
+    """Be `rdpm ARGS` in a process group of its own."""
+    os.setpgid(0, 0)
+    command_line(args, {})
+
+
+def test_a_signal_to_a_whole_group_leaves_the_data_workers_at_work(tmp_path: Path) -> None:
+    """torchrun, `--gpus` and Slurm signal every process of a group: a step that has begun still needs its batch."""
+    process = spawn(leader, tokenizer_command(tmp_path, "train.batch=16", "train.steps=2000", "train.workers=2"))
+    wait_for(lambda: read_metrics(tmp_path), process)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGTERM)
+    assert exit_code(process) == 75
+    assert newest_state(tmp_path)["step"] == metrics(tmp_path)[-1]["step"]
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
@@ -568,6 +586,25 @@ def primitives(environment: dict[str, str], out: Path) -> None:
             "normal": step.normal(2),
         }
         torch.save(found, out / f"{rank}.pt")
+
+
+def left_alone(environment: dict[str, str], out: Path) -> None:
+    """The second process goes away without a word; the first writes what it makes of that."""
+    os.environ.update(environment)
+    try:
+        with distributed.process_group("cpu", several=True) as device:
+            distributed.barrier()
+            if world()[0] == 1:
+                os._exit(9)
+            distributed.any_process(False, device)
+    except LostProcessError as error:
+        (out / "said").write_text(error.message)
+
+
+def test_a_process_whose_peer_has_gone_says_so(tmp_path: Path) -> None:
+    pair = [spawn(left_alone, environment, tmp_path) for environment in torchrun(2)]
+    assert [exit_code(process) for process in pair] == [0, 9]
+    assert (tmp_path / "said").read_text().startswith("another process of this run has gone: ")
 
 
 def test_helpers_of_two_processes_agree(tmp_path: Path) -> None:

@@ -9,18 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    assert_same,
-    command_line,
-    distance,
-    exit_code,
-    leaves,
-    metrics,
-    newest_state,
-    spawn,
-    tokenizer_command,
-    torchrun,
-)
+from helpers import assert_same, distance, leaves, metrics, newest_state
+from processes import command_line, exit_code, spawn, tokenizer_command, torchrun
 from torch import Tensor
 
 from rdpm_cli import modelfile

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from rdpm_cli import __version__
-from rdpm_cli.errors import EXIT_FAILED, EXIT_INTERRUPT, EXIT_USAGE, RdpmError
+from rdpm_cli import __version__, team
+from rdpm_cli.cli import options
+from rdpm_cli.errors import EXIT_FAILED, EXIT_INTERRUPT, EXIT_USAGE, LostProcessError, RdpmError
 
 HELP = """Image generation by recurrent token prediction (RDPM, arXiv 2412.18390).
 
@@ -37,11 +38,19 @@ def root(
     """Options that stand before the subcommand."""
 
 
-def fail(message: str, hint: str) -> None:
-    """The two lines every error makes."""
-    print(f"rdpm: error: {message}", file=sys.stderr)
+def fail(code: int, message: str = "", hint: str = "", trace: str = "", lost: bool = False) -> int:
+    """The two lines every error makes, or a bug's traceback, or both. -> the exit code, which is `code`.
+
+    In a process that `--gpus` started the launcher shows them. lost: only because another process has gone.
+    """
+    if team.leave(team.Failure(code, message, hint, trace, lost)):
+        return code
+    print(trace, end="", file=sys.stderr)
+    if message:
+        print(f"rdpm: error: {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
+    return code
 
 
 def main() -> None:
@@ -49,12 +58,14 @@ def main() -> None:
     from rdpm_cli.threads import tune_allocator
 
     tune_allocator()
+    team.begin()
     sys.exit(run())
 
 
 def run(args: list[str] | None = None) -> int:
     """Run a command. -> exit code."""
     debug = os.environ.get("RDPM_DEBUG") == "1"
+    options.command_line = sys.argv[1:] if args is None else args
     try:
         code = app(args=args, prog_name="rdpm", standalone_mode=False)
         if code == EXIT_INTERRUPT:  # typer's answer to Ctrl-C
@@ -62,29 +73,25 @@ def run(args: list[str] | None = None) -> int:
         sys.stdout.flush()
         return int(code or 0)
     except RdpmError as error:
-        if debug:
-            traceback.print_exc()
-        fail(error.message, error.hint)
-        return error.exit_code
+        trace = error.trace or (traceback.format_exc() if debug else "")
+        return fail(error.exit_code, error.message, error.hint, trace, isinstance(error, LostProcessError))
     except typer.TyperException as error:
         if error.format_message().startswith("Usage:"):  # a command group without a command: its help
             print(error.format_message(), file=sys.stderr)
             return EXIT_USAGE
-        fail(error.format_message(), "see `rdpm --help`, or `rdpm COMMAND --help`")
-        return EXIT_USAGE
+        return fail(EXIT_USAGE, error.format_message(), "see `rdpm --help`, or `rdpm COMMAND --help`")
     except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted", "run the same command again; finished work is kept")
-        return EXIT_INTERRUPT
+        return fail(EXIT_INTERRUPT, "interrupted", "run the same command again; finished work is kept")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, MemoryError, RuntimeError) as error:
         known = _known(error)
-        if debug or not known:
-            traceback.print_exc()
-        if known:
-            fail(*known)
-        return EXIT_FAILED
+        return fail(EXIT_FAILED, *(known or ("", "")), trace=traceback.format_exc() if debug or not known else "")
+    except Exception:  # a bug
+        if not team.started():
+            raise
+        return fail(EXIT_FAILED, trace=traceback.format_exc())
 
 
 def _known(error: BaseException) -> tuple[str, str] | None:

@@ -1,9 +1,12 @@
 """Option types that every command shares, so that a name means the same everywhere."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from rdpm_cli import team
 
 Images = Annotated[
     str, typer.Argument(metavar="IMAGES", help="folder or .zip of class folders, flat folder, or digits")
@@ -23,8 +26,25 @@ Tokenizer = Annotated[
     Path | None,
     typer.Option("--tokenizer", metavar="FILE", help="default: $RDPM_TOKENIZER, else tokenizer.pt in this folder"),
 ]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", metavar="N", min=1, help="processes, one a GPU of this node; default: this process alone"),
+]
+Keep = Annotated[int | None, typer.Option("--keep", metavar="N", min=2, help="checkpoints kept, as train.keep=N")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="of the noise")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only N images, evenly spaced")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, only errors")]
+
+command_line: list[str] = []  # of the command that runs, without the program
+
+
+def several(gpus: int | None) -> team.Team | None:
+    """The processes that --gpus asks for. Raises UsageError under torchrun."""
+    return team.ask(gpus, command_line)
+
+
+def with_keep(overrides: Sequence[str] | None, keep: int | None) -> list[str]:
+    """The recipe overrides, with --keep as the last of them."""
+    return [*(overrides or []), *([] if keep is None else [f"train.keep={keep}"])]

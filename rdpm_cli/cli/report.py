@@ -4,7 +4,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import progress
+from rdpm_cli import progress, team
 
 if TYPE_CHECKING:
     from rdpm_cli.engine import Result
@@ -16,8 +16,8 @@ def begin(quiet: bool) -> None:
 
 
 def show(result: "Result", as_json: bool) -> None:
-    """Print a result on stdout."""
-    if not _first_process():
+    """Print a result on stdout. Several processes print it once; those that `--gpus` started leave it to it."""
+    if team.started() or not _first_process():
         return
     if as_json:
         print(json.dumps(result.values, indent=2, allow_nan=False))

@@ -15,6 +15,8 @@ def train_gen(
     overrides: options.Overrides = None,
     recipe: options.Recipe = "imagenet256-d16",
     out: options.RunFolder = None,
+    keep: options.Keep = None,
+    gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -26,4 +28,5 @@ def train_gen(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    report.show(engine.train_gen(codes, out, recipe, overrides or [], device), json)
+    changes, processes = options.with_keep(overrides, keep), options.several(gpus)
+    report.show(engine.train_gen(codes, out, recipe, changes, device, processes), json)

@@ -11,6 +11,8 @@ def train_tokenizer(
     recipe: options.Recipe = "imagenet256-tokenizer",
     out: options.RunFolder = None,
     from_weights: options.FromWeights = None,
+    keep: options.Keep = None,
+    gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -22,4 +24,5 @@ def train_tokenizer(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    report.show(engine.train_tokenizer(images, out, recipe, overrides or [], device, from_weights), json)
+    changes, processes = options.with_keep(overrides, keep), options.several(gpus)
+    report.show(engine.train_tokenizer(images, out, recipe, changes, device, from_weights, processes), json)

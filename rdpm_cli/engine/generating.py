@@ -12,6 +12,7 @@ from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import (
     Result,
     Training,
+    check_team,
     first_process,
     last_metrics,
     train_once,
@@ -22,12 +23,18 @@ from rdpm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rdpm_cli.generator.model import LoadedGenerator
+    from rdpm_cli.team import Team
 
 
 def train_gen(
-    codes: Path, out: Path | None, recipe_name: str, overrides: Sequence[str] = (), device: str = "auto"
+    codes: Path,
+    out: Path | None,
+    recipe_name: str,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    team: Team | None = None,
 ) -> Result:
-    """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once."""
+    """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once. team: as --gpus."""
     recipe = recipe_files.load_recipe(recipe_name, overrides, "generator")
     cfg = recipe.generator
     assert cfg is not None
@@ -39,6 +46,7 @@ def train_gen(
     from rdpm_cli.tokenizer import model as tokenizer_file
 
     m = Manifest.load(codes)
+    check_team(team, device, cfg.train.batch)
     tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt")
     store = CodeStore(codes, tokenizer_content["digest"])
     batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
@@ -64,7 +72,7 @@ def train_gen(
         return model.pack(generator, cfg, tokenizer_content, class_names, provenance=provenance)
 
     final, chosen = out / "generator.pt", {"seed": recipe.seed, "generator": cfg.model_dump(mode="json")}
-    train_once(final, recipe.seed, {"command": "train-gen", "recipe": chosen, "store": m.digest()}, device, make)
+    train_once(final, recipe.seed, {"command": "train-gen", "recipe": chosen, "store": m.digest()}, device, make, team)
     loaded = model.load(final)
     values = {
         "generator": str(final),

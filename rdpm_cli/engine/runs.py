@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import __version__, config, files, progress
-from rdpm_cli.errors import UsageError
+from rdpm_cli.errors import Stopped, UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from rdpm_cli.signals import StopRequest
+    from rdpm_cli.team import Team
     from rdpm_cli.training.loop import Batches, Observer, Player
 
 
@@ -81,11 +82,17 @@ class Training:
 
 
 def train_once(
-    final: Path, seed: int, settings: dict[str, Any], device: str, make: Callable[[Training], dict[str, Any]]
+    final: Path,
+    seed: int,
+    settings: dict[str, Any],
+    device: str,
+    make: Callable[[Training], dict[str, Any]],
+    team: Team | None = None,
 ) -> None:
     """Make the model file `final` by `make(training)` in its folder, unless it is finished.
 
-    One writer and one set of settings a folder: raises RunError and UsageError otherwise.
+    team: its processes run this same function. One writer and one set of settings a folder: raises RunError and
+    UsageError otherwise.
     """
     import torch
 
@@ -93,6 +100,9 @@ def train_once(
     from rdpm_cli.signals import stop_on_signal
     from rdpm_cli.training.distributed import barrier, process_group
 
+    if team and team.processes > 1:
+        _train_by(team, final, settings)
+        return
     with process_group(device, several=True) as chosen, contextlib.ExitStack() as stack:
         if first_process():
             stack.enter_context(files.only_writer(final.parent))
@@ -103,27 +113,66 @@ def train_once(
                 progress.say(f"{final} is finished already")
             return
         torch.manual_seed(seed)
-        content = make(Training(final.parent, seed, chosen, stack.enter_context(stop_on_signal())))
+        stop = stack.enter_context(stop_on_signal(interrupt=processes() > 1))
+        content = make(Training(final.parent, seed, chosen, stop))
         if first_process():
             modelfile.save(final, content)
         barrier()
 
 
-def _claim_run(out: Path, settings: dict[str, Any]) -> None:
-    """Begin or resume a run folder. Raises UsageError when it was begun with other settings."""
+def check_team(team: Team | None, device: str, batch: int) -> None:
+    """Raises UsageError, early, for processes that this node, device or batch cannot have. batch: images a step."""
+    if team:
+        from rdpm_cli.training import launch
+
+        launch.check(team, device, batch)
+
+
+def _train_by(team: Team, final: Path, settings: dict[str, Any]) -> None:
+    """Let the team make the model file, after the checks that its processes would fail in."""
+    from rdpm_cli.training.launch import launch
+
+    _check_run(final.parent, settings)
+    if final.exists():
+        progress.say(f"{final} is finished already")
+        return
+    try:
+        launch(team)
+    except Stopped:
+        if not final.exists():  # the signal came after the last step
+            raise
+
+
+def _check_run(out: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What run.json says of a run that has begun, and what is allowed to differ and does.
+
+    Raises UsageError for a folder that is no run, or one begun with other settings.
+    """
     note = out / "run.json"
-    began: dict[str, Any] = {"settings": settings, "argv": sys.argv, "versions": versions()}
     if note.exists():
         before = files.read_json(note)
-        again = {"argv": sys.argv, "versions": versions()}
-        began = {**before, "resumed": [*before.get("resumed", []), again]}
-        if changed := files.differences(before.get("settings", {}), settings):
+        begun = before.get("settings", {})
+        if changed := files.differences(config.binding(begun), config.binding(settings)):
             raise UsageError(f"{out} was begun with other settings: {'; '.join(changed[:6])}", "choose another --out")
-    elif foreign := [p.name for p in out.iterdir() if not p.name.startswith(".")]:
+        return before, files.differences(begun, settings)
+    if foreign := [p.name for p in out.glob("*") if not p.name.startswith(".")]:
         raise UsageError(f"{out} is not empty ({foreign[0]}, ...) and not a run", "choose another --out")
+    return {}, []
+
+
+def _claim_run(out: Path, settings: dict[str, Any]) -> None:
+    """Begin or resume a run folder. Raises UsageError when it was begun with other settings."""
+    before, changed = _check_run(out, settings)
+    now = {"argv": sys.argv, "processes": processes(), "versions": versions()}
+    began: dict[str, Any] = {"settings": settings, **now}
+    if before:
+        again = {**now, "changed": changed} if changed else now
+        began = {**before, "resumed": [*before.get("resumed", []), again]}
+        if changed:
+            progress.say(f"resuming with {'; '.join(changed)}")
     for left in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp")]:  # of a killed process
         left.unlink()
-    files.write_json(note, began)
+    files.write_json(out / "run.json", began)
 
 
 def first_process() -> bool:
@@ -131,6 +180,13 @@ def first_process() -> bool:
     from rdpm_cli.step import world
 
     return world()[0] == 0
+
+
+def processes() -> int:
+    """How many processes share this run."""
+    from rdpm_cli.step import world
+
+    return world()[1]
 
 
 def last_metrics(folder: Path, names: Sequence[str]) -> dict[str, float]:

@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import progress, recipe_files
 from rdpm_cli.engine import warming
-from rdpm_cli.engine.runs import Result, Training, first_process, last_metrics, train_once, training_curves, versions
+from rdpm_cli.engine.runs import (
+    Result,
+    Training,
+    check_team,
+    first_process,
+    last_metrics,
+    train_once,
+    training_curves,
+    versions,
+)
 
 if TYPE_CHECKING:
     from rdpm_cli.config import TokenizerConfig
     from rdpm_cli.images.sources import ImageSource
+    from rdpm_cli.team import Team
     from rdpm_cli.tokenizer.model import Tokenizer
     from rdpm_cli.tokenizer.perceptual import Perceptual
 
@@ -24,8 +34,12 @@ def train_tokenizer(
     overrides: Sequence[str] = (),
     device: str = "auto",
     from_weights: Path | None = None,
+    team: Team | None = None,
 ) -> Result:
-    """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once. from_weights: what a run begins with."""
+    """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once.
+
+    from_weights: what a run begins with. team: as --gpus.
+    """
     recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
     cfg = recipe.tokenizer
     assert cfg is not None
@@ -33,6 +47,7 @@ def train_tokenizer(
 
     given = warming.identity(from_weights)
     source = open_source(images)
+    check_team(team, device, cfg.train.batch)
     out = out or Path("runs") / f"{recipe.name}-tokenizer"
     perceptual = _perceptual(cfg)
     warm = warming.prepare(cfg, recipe.seed, out, from_weights)  # before the run folder is claimed for these settings
@@ -52,7 +67,7 @@ def train_tokenizer(
     resolved = cfg.model_dump(mode="json", exclude={"loss": {"perceptual_weights"}})  # its sha256 counts, not its place
     final, chosen = out / "tokenizer.pt", {"seed": recipe.seed, "tokenizer": resolved}
     settings = {"command": "train-tokenizer", "recipe": chosen, "data": data, "perceptual": backbone, **given}
-    train_once(final, recipe.seed, settings, device, make)
+    train_once(final, recipe.seed, settings, device, make, team)
     tokenizer, content = model.load(final)
     losses = last_metrics(out, ["loss", "recon", "quant", "lpips", "gan"])
     counts = {"parameters": model.parameters(tokenizer), "parameters_of": model.parameter_table(tokenizer)}

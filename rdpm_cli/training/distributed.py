@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rdpm_cli import noise
-from rdpm_cli.errors import UsageError
+from rdpm_cli.errors import LostProcessError, Stopped, UsageError
 from rdpm_cli.step import world
 
 BUCKET = 32 * 1024 * 1024  # elements averaged at once
@@ -39,22 +39,46 @@ def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield chosen
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
+    with _group(chosen):
         yield chosen
+
+
+@contextlib.contextmanager
+def _group(device: torch.device) -> Iterator[None]:
+    """The group of torchrun's processes. Raises LostProcessError where one of them has gone."""
+    nccl = device.type == "cuda"
+    together = False  # do all processes leave here?
+    try:
+        dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None)
+        yield
+        together = True
+    except Stopped:
+        together = True
+        raise
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class, but its path
+            what = f"another process of this run has gone: {str(error).splitlines()[0]}"
+            raise LostProcessError(what, "look for what it said") from error
+        raise
     finally:
-        dist.destroy_process_group()
+        if together:  # else the others are elsewhere: NCCL would wait for them, and gloo's would fail before this error
+            dist.destroy_process_group()  # has been told
 
 
 def own_rows(batch: int) -> range:
     """This process's rows of a global batch: whole blocks of 16, equally many in every process."""
     rank, size = world()
+    check_share(batch, size)
+    share = batch // size
+    return range(rank * share, (rank + 1) * share)
+
+
+def check_share(batch: int, size: int) -> None:
+    """Raises UsageError when so many processes cannot share a batch in whole blocks of 16."""
     if size > 1 and batch % (size * noise.BLOCK):
         raise UsageError(
             f"train.batch={batch} cannot be shared by {size} processes", f"give a multiple of {size * noise.BLOCK}"
         )
-    share = batch // size
-    return range(rank * share, (rank + 1) * share)
 
 
 def broadcast_model(model: nn.Module) -> None:

@@ -1,0 +1,87 @@
+"""Child processes of tests, from a server that has imported torch already: an import costs more than tiny trainings."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "sklearn.datasets",
+        "rdpm_cli.engine.observers",
+        "rdpm_cli.training.launch",
+    ]
+)
+
+
+def command_line(args: list[str], environment: dict[str, str]) -> None:
+    """Be `rdpm ARGS` in this process."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["rdpm", *args]
+    from rdpm_cli.cli import main
+
+    main()
+
+
+def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
+    process = FORKS.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def exit_code(process: ForkServerProcess, seconds: float = 120) -> int | None:
+    """Its exit code; None, and an end to it, where it takes longer."""
+    process.join(timeout=seconds)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode
+
+
+def torchrun(processes: int) -> list[dict[str, str]]:
+    """The environment torchrun gives to each of its processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def tokenizer_command(out: Path, *overrides: str) -> list[str]:
+    """train-tokenizer of a tiny recipe on the built-in digits."""
+    small = [
+        "autoencoder.width=8",
+        "autoencoder.channels=8",
+        "autoencoder.res_blocks=1",
+        "quantizer.codes=64",
+        "quantizer.steps=2",
+    ]
+    fixed = ["train-tokenizer", "digits", "--recipe", "digits", "--quiet", "--out", str(out)]
+    return [*fixed, *small, "train.log_every=1", *overrides]
+
+
+def wait_for(what: Callable[[], object], process: ForkServerProcess, seconds: float = 120) -> None:
+    """Until it is true, while the process lives."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Does the process run? What has ended and is not yet collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
