@@ -357,15 +357,19 @@ def test_the_panels_of_a_tokenizer_run(tmp_path: Path) -> None:
         "discriminator/logits_fake": 0.0,
     }
     panels = observers.tokenizer_curves(log(tmp_path / "run", [row(10, 10), row(20, 10, **adversary)]))
-    assert list(panels) == [
+    titles = list(panels)
+    assert titles == [
         "tokenizer losses|step", "adversary|step", "codebook usage|step", "dead codes|step", "codebook perplexity|t",
     ]  # fmt: skip
-    assert panels["tokenizer losses|step"] == {"recon": ([10, 20], [0.5, 0.5]), "quant": ([10, 20], [0.3, 0.3])}
-    assert panels["adversary|step"]["gan"] == ([20], [0.1])  # from its start on
+    assert panels["tokenizer losses|step"] == {
+        "recon": ([10.0, 20.0], [0.5, 0.5]),
+        "quant": ([10.0, 20.0], [0.3, 0.3]),
+    }
+    assert panels["adversary|step"]["gan"] == ([20.0], [0.1])  # from its start on
     assert list(panels["codebook usage|step"]) == ["usage/t01", "usage/t06", "usage/t10"]
-    assert panels["codebook perplexity|t"]["perplexity"] == (
-        pytest.approx(list(range(1, 11))), pytest.approx([0.1 * t for t in range(1, 11)]),
-    )  # fmt: skip
+    t, perplexity = panels["codebook perplexity|t"]["perplexity"]
+    assert t == [float(place) for place in range(1, 11)]
+    assert perplexity == pytest.approx([0.1 * place for place in t])
 
 
 def test_a_run_without_a_critic_has_no_such_panel(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def test_the_logits_of_an_image_do_not_depend_on_the_batch() -> None:
 def test_it_starts_undecided() -> None:
     logits = critic(3)(noise(4, 3, 64, 64))
     assert logits.abs().max() < 2
-    assert all(not layer.bias.any() for layer in critic(3).layers if getattr(layer, "bias", None) is not None
-               and isinstance(layer, torch.nn.Conv2d))  # fmt: skip
+    convolutions = [layer for layer in critic(3).layers if isinstance(layer, torch.nn.Conv2d)]
+    assert not any(layer.bias.any() for layer in convolutions if layer.bias is not None)
 
 
 # ---- the player ----------------------------------------------------------------------------------------------------
