@@ -3,7 +3,7 @@
 Anything that is not an `RdpmError` is a bug and keeps its traceback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 EXIT_FAILED = 1  # the run failed: disk full, out of memory, NaN, lock held
@@ -74,3 +74,10 @@ class Stopped(RdpmError):
     """A signal asked us to stop; the state is saved and the same command goes on from it."""
 
     exit_code = EXIT_STOPPED
+
+
+def some_of(names: Iterable[str], most: int = 8) -> str:
+    """The first few of many names: `a, b, c and 120 more`."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

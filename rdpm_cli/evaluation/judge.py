@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rdpm_cli import modelfile, noise
 from rdpm_cli.config import JudgeConfig
+from rdpm_cli.errors import some_of
 from rdpm_cli.evaluation.reference import read_batches
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import chw, to_model
@@ -86,7 +87,7 @@ class JudgeBatches:
     def describe(self, step: int, rows: range) -> str:
         """The names of those images."""
         own = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
-        return f"images {', '.join(self.source.names[int(i)] for i in own)}"
+        return f"images {some_of(self.source.names[int(i)] for i in own)}"
 
 
 class JudgeTask:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rdpm_cli import noise
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import GeneratorConfig
-from rdpm_cli.errors import DataError
+from rdpm_cli.errors import DataError, some_of
 from rdpm_cli.generator.contract import CodeBatch, Generator
 from rdpm_cli.step import TrainStep
 
@@ -63,7 +63,7 @@ class CodeBatches:
         """The source indices and views of those rows."""
         own = self.rows[noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.rows))[rows.start : rows.stop]]
         pairs = zip(self.store.index[own].tolist(), self.store.view(own).tolist(), strict=True)
-        return f"images:views {', '.join(f'{index}:{view}' for index, view in pairs)}"
+        return f"images:views {some_of(f'{index}:{view}' for index, view in pairs)}"
 
     def draw_t(self, uniform_B: NDArray[np.float32]) -> NDArray[np.int64]:
         """S values of t an image, one from each S-th of the distribution: their mixture follows the weights."""

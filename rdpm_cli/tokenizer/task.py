@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from rdpm_cli import noise
 from rdpm_cli.config import TokenizerConfig
+from rdpm_cli.errors import some_of
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import to_model
 from rdpm_cli.step import TrainStep
@@ -34,7 +35,7 @@ class ImageBatches:
     def describe(self, step: int, rows: range) -> str:
         """The names of those images."""
         indices = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
-        return f"images {', '.join(self.source.names[i] for i in indices)}"
+        return f"images {some_of(self.source.names[i] for i in indices)}"
 
 
 class TokenizerTask:

@@ -229,10 +229,11 @@ def _gradients(
         loss = loss + share * part.detach()
         logs = {name: logs.get(name, 0.0) + share * value for name, value in found.items()}
     parameters = [p for p in player.model.parameters() if p.requires_grad]
-    own = loss + torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    alone = world()[1] == 1
+    before = None if alone else torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     distributed.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-    return {"loss": loss, "grad_norm": norm, **logs}, own
+    return {"loss": loss, "grad_norm": norm, **logs}, loss + (norm if before is None else before)
 
 
 def _pass_over(ours: list[str], bad: list[str], batches: Batches, cfg: TrainConfig, run: Run, rows: range) -> None:
