@@ -130,19 +130,19 @@ def test_the_message_names_the_player_and_the_images(tmp_path: Path, player: int
     with pytest.raises(RunError) as failed:
         train(spoiled({2}, player=player), config(), tmp_path)
     names = named(2, range(16))
-    assert len(set(names)) == 16
-    start = f"{name}: loss or gradient is not finite at step 2, images {', '.join(names)}; "
+    assert len(set(names)) == 8
+    start = f"{name}: loss or gradient is not finite at step 2, images {', '.join(names)} and 8 more; "
     assert failed.value.message.startswith(start)
 
 
 def named(step: int, rows: range) -> list[str]:
-    """Names of those rows' images: those whose pixels the batch holds."""
+    """Names of the first eight of those rows' images: those whose pixels the batch holds."""
     cfg = config()
     batches = digits(cfg)
     pixels = batches.batch_at(step, rows)
-    names = batches.describe(step, rows).removeprefix("images ").split(", ")
+    names = batches.describe(step, rows).removeprefix("images ").partition(" and ")[0].split(", ")
     source = batches.source
-    for name, image in zip(names, pixels, strict=True):
+    for name, image in zip(names, pixels[:8], strict=True):
         shown = source.pixels(source.names.index(name), 16)
         assert any((view == image.permute(1, 2, 0).numpy()).all() for view in (shown, shown[:, ::-1]))
     return names
