@@ -19,7 +19,7 @@ digits)
 cifar10)
     RECIPE=cifar10-smoke TRAIN=${CIFAR10:?set CIFAR10 to a .zip or folder of class folders} SEEDS=${SEEDS:-0}
     HELDOUT=${CIFAR10_TEST:-$TRAIN}
-    EVAL="--seeds 4 --limit 2000"
+    EVAL="--seeds 4 --limit 1000"
     ;;
 imagenet256)
     RECIPE=imagenet256-tokenizer TRAIN=${IMAGENET:?set IMAGENET to ILSVRC train} SEEDS=${SEEDS:-0}
