@@ -461,8 +461,11 @@ def test_every_step_counts_its_own_vectors_alone() -> None:
 
 
 def test_codebook_health_of_counts_worked_out_by_hand() -> None:
-    logs = health(torch.tensor([[2.0, 2.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0]]))
+    counts = torch.tensor([[2.0, 2.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 2.0, 0.0]])
+    logs = health(counts, shared=True)
+    assert float(health(counts, shared=False)["usage/book"]) == 0.25
     expected = {
+        "usage/book": 0.75,
         "usage/t01": 0.5, "perplexity/t01": 2.0, "dead/t01": 2.0,
         "usage/t02": 0.25, "perplexity/t02": 1.0, "dead/t02": 3.0,
         "usage/t03": 0.75, "perplexity/t03": math.sqrt(8), "dead/t03": 1.0,

@@ -75,21 +75,22 @@ def codebook_alarm(cfg: TokenizerConfig) -> Callable[..., None]:
 
     Usage is measured against what a batch of this size can use at best: 1 - (1 - 1/K)^n of n vectors drawn evenly.
     """
-    codes, (h, w) = cfg.quantizer.codes, cfg.autoencoder.grid
-    best = 1 - (1 - 1 / codes) ** (cfg.train.batch * h * w)
+    q, (h, w) = cfg.quantizer, cfg.autoencoder.grid
+    vectors = cfg.train.batch * h * w * (q.steps if q.codebooks == "shared" else 1)
+    best = 1 - (1 - 1 / q.codes) ** vectors
     low = 0
 
     def observe(run: Run, logs: dict[str, float] | None) -> None:
         nonlocal low
         if not logs:
             return
-        share, name = min((value / best, name) for name, value in logs.items() if name.startswith("usage/"))
-        low = low + 1 if share < cfg.quantizer.alarm else 0
+        share = logs["usage/book"] / best
+        low = low + 1 if share < q.alarm else 0
         if low == ALARM_LINES:
             say(
-                f"warning: at step {run.step} the codebook's usage is {share:.0%} of an even one's at "
-                f"t = {int(name[-2:])}, and was low for {low} logged steps. Restart dead codes "
-                "(quantizer.codebook=ema quantizer.restart_below=0.03) or start on data (quantizer.init=kmeans)"
+                f"warning: at step {run.step} the codebook's usage is {share:.0%} of an even one's, and was low for "
+                f"{low} logged steps. Restart dead codes (quantizer.codebook=ema quantizer.restart_below=0.03) or "
+                "start on data (quantizer.init=kmeans)"
             )
 
     return observe
@@ -154,9 +155,9 @@ def tokenizer_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
         "tokenizer losses|step": _over_time(rows, ["recon", "quant", "lpips"]),
         "adversary|step": _over_time(rows, ADVERSARY),
     }
-    per_t = sorted(k.removeprefix("usage/") for k in rows[-1] if k.startswith("usage/"))
+    per_t = sorted(k.removeprefix("usage/") for k in rows[-1] if k.startswith("usage/t"))
     shown = [per_t[0], per_t[len(per_t) // 2], per_t[-1]] if len(per_t) > 3 else per_t
-    panels["codebook usage|step"] = _over_time(rows, [f"usage/{t}" for t in shown])
+    panels["codebook usage|step"] = _over_time(rows, ["usage/book", *(f"usage/{t}" for t in shown)])
     panels["dead codes|step"] = _over_time(rows, [f"dead/{t}" for t in shown])
     last = ([float(t[1:]) for t in per_t], [rows[-1][f"perplexity/{t}"] for t in per_t])
     panels["codebook perplexity|t"] = {"perplexity": last}

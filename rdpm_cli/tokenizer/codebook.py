@@ -54,12 +54,17 @@ def _centres(vectors_MC: Tensor, count: int, seed: int) -> Tensor:
     return torch.from_numpy(found.cluster_centers_).float()
 
 
-def health(used_TK: Tensor) -> dict[str, Tensor]:
-    """Share of codes used, perplexity and dead codes, per t, from counts."""
+def health(used_TK: Tensor, shared: bool) -> dict[str, Tensor]:
+    """Share of codes used, perplexity and dead codes, per t, from counts; and the share used of the book as a whole.
+
+    Of a shared book the last steps use few codes by nature: only what no step uses is wasted. With a book a step,
+    the worst one counts.
+    """
     share_TK = used_TK / used_TK.sum(1, keepdim=True).clamp_min(1)
     perplexity_T = torch.exp(-(share_TK * share_TK.clamp_min(1e-12).log()).sum(1))
     used_T = (used_TK > 0).float().sum(1)
-    logs: dict[str, Tensor] = {}
+    whole = (used_TK.sum(0) > 0).float().mean() if shared else used_T.min() / used_TK.shape[1]
+    logs = {"usage/book": whole}
     for t, (used, perplexity) in enumerate(zip(used_T, perplexity_T, strict=True), 1):
         logs[f"usage/t{t:02d}"] = used / used_TK.shape[1]
         logs[f"perplexity/t{t:02d}"] = perplexity

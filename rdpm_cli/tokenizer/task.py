@@ -103,7 +103,8 @@ class TokenizerTask:
         """Move the codebook and report its health per t."""
         assert self.usage is not None, "after_step follows loss"
         restarted = self.model.quantizer.follow(self.usage, step)
-        return {"restarted": torch.tensor(float(restarted), device=step.device), **health(self.usage.used_TK)}
+        found = health(self.usage.used_TK, shared=self.cfg.quantizer.codebooks == "shared")
+        return {"restarted": torch.tensor(float(restarted), device=step.device), **found}
 
 
 class DiscriminatorTask:
