@@ -14,12 +14,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 case $SCALE in
 digits)
     RECIPE=digits TRAIN=digits:train HELDOUT=digits:heldout SEEDS=${SEEDS:-0 1 2}
-    EVAL="--seeds 4"
+    EVAL="--seeds 2"
     ;;
 cifar10)
     RECIPE=cifar10-smoke TRAIN=${CIFAR10:?set CIFAR10 to a .zip or folder of class folders} SEEDS=${SEEDS:-0}
     HELDOUT=${CIFAR10_TEST:-$TRAIN}
-    EVAL="--seeds 4 --limit 1000"
+    EVAL="--seeds 2 --limit 500"
     ;;
 imagenet256)
     RECIPE=imagenet256-tokenizer TRAIN=${IMAGENET:?set IMAGENET to ILSVRC train} SEEDS=${SEEDS:-0}

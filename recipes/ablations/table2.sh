@@ -1,8 +1,8 @@
 #!/bin/sh
 # The tokenizer's ablation, after Table 2 of the paper: T, weight, bias and schedule, one factor at a time.
 #
-#   SCALE=digits recipes/ablations/table2.sh           about 25 CPU minutes (36 tokenizers of 200 steps)
-#   SCALE=cifar10 CIFAR10=cifar10.zip recipes/ablations/table2.sh      about 20 CPU minutes (12 tokenizers of 300 steps)
+#   SCALE=digits recipes/ablations/table2.sh           about 30 CPU minutes (36 tokenizers of 150 steps)
+#   SCALE=cifar10 CIFAR10=cifar10.zip recipes/ablations/table2.sh      about 25 CPU minutes (12 tokenizers of 200 steps)
 #   SCALE=imagenet256 IMAGENET=train IMAGENET_VAL=val recipes/ablations/table2.sh     not yet run
 #
 # A finished cell is not run again. Ends with $OUT/table.md, table.csv and plot.png.
@@ -11,8 +11,8 @@
 # The default cell is the paper's: pow, T = 10, weights and bias on. At the small scales C = 32 as there.
 default="schedule.kind=pow schedule.base=0.75 quantizer.steps=10 loss.weight=true quantizer.bias=blend"
 case $SCALE in
-digits) BUDGET="train.steps=200 autoencoder.channels=32 train.save_every=1000 $default" ;;
-cifar10) BUDGET="train.steps=300 autoencoder.width=16 autoencoder.channels=32 train.save_every=1000 $default" ;;
+digits) BUDGET="train.steps=150 autoencoder.channels=32 train.save_every=1000 $default" ;;
+cifar10) BUDGET="train.steps=200 autoencoder.channels=32 train.save_every=1000 $default" ;;
 imagenet256) BUDGET="$default" ;;
 esac
 
