@@ -37,15 +37,23 @@ Job = Callable[[], Any]
 
 
 def race(jobs: dict[str, Job], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each job; the jobs take turns, after one warm-up each."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
-        for name, job in jobs.items():
-            start = _now(device)
-            job()
-            if turn:
-                times[name].append(_now(device) - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median seconds of each job; they take turns, after one warm-up each. Ctrl-C ends it with the rounds so far."""
+    turns: list[list[float]] = []
+    try:
+        for turn in range(rounds + 1):
+            taken = [_seconds(job, device) for job in jobs.values()]
+            turns += [taken] if turn else []
+    except KeyboardInterrupt:
+        if not turns:
+            raise
+        print(f"stopped after {len(turns)} of {rounds} rounds")
+    return {name: statistics.median(values) for name, values in zip(jobs, zip(*turns, strict=True), strict=True)}
+
+
+def _seconds(job: Job, device: torch.device) -> float:
+    start = _now(device)
+    job()
+    return _now(device) - start
 
 
 def _now(device: torch.device) -> float:
@@ -59,13 +67,8 @@ def _now(device: torch.device) -> float:
 def table(head: list[str], rows: list[list[str]]) -> None:
     """Columns, the first to the left."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print(
-            "  "
-            + "  ".join(
-                f"{v:<{w}}" if i == 0 else f"{v:>{w}}" for i, (v, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    for first, *others in [head, *rows]:
+        print("  ".join([f"  {first:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(others, widths[1:], strict=True))]))
     print()
 
 
@@ -310,19 +313,19 @@ def bench_network(batch: int, rounds: int, device: torch.device, compiled: bool,
         f"product of 2048³: {rate / 1e9:.0f} GF/s"
     )
     rows = [_network_row(layout, part, seconds, flops, batch, rate) for part in flops for layout in LAYOUTS]
-    table(["", "images/s", "GF/s", "of product", "of convs", "quantiser's share"], rows)
+    table(["", "images/s", "GF/s", "of product", "of convs", "unquantised, images/s"], rows)
 
 
 def _network_row(
     layout: str, part: str, seconds: dict[str, float], flops: dict[str, int], batch: int, rate: float
 ) -> list[str]:
-    """of convs: the same convolutions alone over this time. Quantiser's share: of the time, by the plain network's."""
+    """of product: of the rate of a 2048³ product. of convs: the time of the same convolutions alone over this time."""
     value = seconds[f"{layout}: {part}"]
     floor, plain = (seconds.get(f"{layout}: {part}, {what}") for what in ("floor", "plain"))
     share = flops[part] / value
     return [
-        f"{part}, {layout}", f"{batch / value:.3g}", f"{share / 1e9:.0f}", f"{share / rate:.0%}",
-        f"{floor / value:.0%}" if floor else "", f"{1 - plain / value:.1%}" if plain else "",
+        f"{part}, {layout}", f"{batch / value:.3f}", f"{share / 1e9:.0f}", f"{share / rate:.0%}",
+        f"{floor / value:.0%}" if floor else "", f"{batch / plain:.3f}" if plain else "",
     ]  # fmt: skip
 
 
@@ -355,6 +358,7 @@ def main() -> None:
     chosen = options()
     tuned = not chosen.plain_malloc and tune_allocator()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # as rdpm sets it
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, "
         f"allocator {'tuned as rdpm does' if tuned else 'as it comes'}\n"

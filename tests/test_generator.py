@@ -38,7 +38,7 @@ from rdpm_cli.step import TrainStep
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer import model as tokenizer_file
 from rdpm_cli.tokenizer.model import Tokenizer
-from rdpm_cli.tokenizer.quantizer import Quantizer, diffuse
+from rdpm_cli.tokenizer.quantizer import Quantizer, Search, diffuse
 from rdpm_cli.tokenizer.schedule import beta
 
 CPU = torch.device("cpu")
@@ -334,9 +334,9 @@ def test_the_input_rebuilt_from_the_store_is_what_the_tokenizer_saw(
     seen: list[Tensor] = []
     quantize = tokenizer.quantizer.quantize
 
-    def watched(v_BCHW: Tensor, t: int) -> Tensor:
+    def watched(v_BCHW: Tensor, t: int, search: Search) -> Tensor:
         seen.append(v_BCHW)
-        return quantize(v_BCHW, t)
+        return quantize(v_BCHW, t, search)
 
     monkeypatch.setattr(tokenizer.quantizer, "quantize", watched)
     eps = tokenizer.noise("encode", store.manifest.seed, store.index[own].tolist(), store.view(own).tolist())
