@@ -3,11 +3,13 @@
 The field is the single source of an option: recipe key, override, help, manifest entry and error all derive from it.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from rdpm_cli import files
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -21,7 +23,9 @@ class AutoencoderConfig(Section):
 
     resolution: int = Field(256, gt=0, description="height and width of the images, pixels")
     width: int = Field(128, gt=0, description="channels at full resolution (VQGAN 128, VAR 160)")
-    multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), description="channels of each level over width; f = 2^(n-1)")
+    multipliers: tuple[PositiveInt, ...] = Field(
+        (1, 1, 2, 2, 4), min_length=1, description="channels of each level over width; f = 2^(n-1)"
+    )
     res_blocks: int = Field(2, ge=1, description="residual blocks a level; the decoder has one more, as VQGAN")
     attention: bool = Field(True, description="self-attention at the lowest resolution")
     groups: int = Field(32, gt=0, description="groups of every GroupNorm")
@@ -69,7 +73,6 @@ class QuantizerConfig(Section):
     restart_below: float = Field(
         0.03, ge=0, lt=1, description="a code used less than this × the mean restarts; 0 = off"
     )
-    alarm: float = Field(0.5, ge=0, le=1, description="warn while a step uses less of the book than this; 0 = off")
 
 
 class TokenizerLossConfig(Section):
@@ -105,7 +108,7 @@ class TrainConfig(Section):
     lr_decay: Literal["constant", "cosine"] = Field("constant", description="after warm-up; cosine ends at 0")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, in steps")
     warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up, in epochs (added to warmup_steps)")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="not on embeddings, norms and biases")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = off")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' average; 0 = off")
@@ -147,14 +150,17 @@ FREE_ON_RESUME = {
     "workers": "who prepares the batch of a step, which is a function of (seed, step)",
     "skip_bad": "what follows a step that changed nothing: the run ends, or passes it over",
 }
+# These do change what is trained; but a run that diverges must be able to go on. run.json notes the change.
+CHANGEABLE_ON_RESUME = {"lr", "clip"}
 
 
 def binding(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings without what is free on resume: the fields above, of every `train` section."""
+    """A run's settings without what may change on resume: the fields above, of every `train` section; the alarm."""
     kept = {}
     for name, value in settings.items():
         inner = binding(value) if isinstance(value, dict) else value
-        kept[name] = {k: v for k, v in inner.items() if k not in FREE_ON_RESUME} if name == "train" else inner
+        loose = {*FREE_ON_RESUME, *CHANGEABLE_ON_RESUME} if name == "train" else {"codebook_alarm"}
+        kept[name] = {k: v for k, v in inner.items() if k not in loose} if isinstance(inner, dict) else inner
     return kept
 
 
@@ -172,6 +178,9 @@ class TokenizerConfig(TokenizerArchitecture):
     loss: TokenizerLossConfig = TokenizerLossConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     flip: bool = Field(True, description="mirror training images at random")
+    codebook_alarm: float = Field(
+        0.5, ge=0, le=1, description="warn while the codebook's usage over an even one's is lower; 0 = off"
+    )
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -266,7 +275,7 @@ class Recipe(Section):
     """The whole way. A recipe may hold only the parts its commands need."""
 
     name: str = Field("", description="filled in with the file's name")
-    seed: int = Field(0, ge=0, description="of training and of the store's noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="of training and of the store's noise")
     classes: int = Field(1000, gt=0, description="for `rdpm inspect` alone; training counts the store's own")
     views: int = Field(1, ge=1, description="noise draws an image that the demo keeps in its store")
     tokenizer: TokenizerConfig | None = Field(None, description="for train-tokenizer")

@@ -5,15 +5,13 @@ provenance: the same for the file, a store's copy of it and the one inside a gen
 """
 
 import hashlib
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from rdpm_cli import __version__, files
+from rdpm_cli import __version__, files, tensorfile
 from rdpm_cli.errors import CheckpointError, RecipeError
 from rdpm_cli.recipe_files import S, validate
 
@@ -59,8 +57,8 @@ def load(path: Path, kind: str = "") -> dict[str, Any]:
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}", MAKERS.get(kind, ""))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        content = tensorfile.read(path)
+    except tensorfile.Unreadable as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: it is none, or is truncated", MAKERS.get(kind, "")
         ) from error

@@ -65,6 +65,11 @@ class Bar:
             print(f"{self.label}: {self.done} {self.unit} in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
+def warn(text: str) -> None:
+    """One line that --quiet does not silence."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def say(text: str) -> None:
     """One line for the person watching."""
     if not quiet:

@@ -1,15 +1,13 @@
 """Published weight files of other networks: looked up, never fetched. A plain helper of every room."""
 
 import os
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rdpm_cli import files
+from rdpm_cli import files, tensorfile
 from rdpm_cli.errors import AbsentWeightsError, CheckpointError
 
 
@@ -72,16 +70,8 @@ def find(what: Published, given: Path | None, option: str) -> Found:
 def read(path: Path, what: str, hint: str) -> dict[str, Tensor]:
     """The tensors of a weight file, by name, on the CPU; no pickle runs. what: whose weights, for the error."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+        content = tensorfile.read(path)
+    except tensorfile.Unreadable as error:
         raise misfit(path, what, hint, error) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} does not hold {what} weights: it is no dict of tensors", hint)

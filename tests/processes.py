@@ -85,3 +85,8 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def touch(path: str) -> None:
+    """What a malicious pickle calls."""
+    Path(path).touch()

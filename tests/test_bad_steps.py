@@ -68,8 +68,11 @@ def test_exactly_so_many_are_passed_over(tmp_path: Path, capsys: pytest.CaptureF
         train(spoiled({1, 3, 5}), config(skip_bad=2), tmp_path)
     assert failed.value.exit_code == 1
     assert [row["step"] for row in metrics(tmp_path)] == [1, 3, 5]  # a line for each step that was taken
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("passed over")]
-    assert [line.partition(":")[0] for line in said] == ["passed over (1 of 2)", "passed over (2 of 2)"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: passed over")]
+    assert [line.removeprefix("warning: ").partition(":")[0] for line in said] == [
+        "passed over (1 of 2)",
+        "passed over (2 of 2)",
+    ]
     assert "at step 1" in said[0]
     assert "at step 3" in said[1]
 
@@ -78,8 +81,7 @@ def test_none_is_passed_over_unless_the_recipe_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not finite at step 1") as failed:
         train(spoiled({1}), config(), tmp_path)
     assert "train.skip_bad" in failed.value.hint
-    assert str(tmp_path / "checkpoints") in failed.value.hint
-    assert newest_state(tmp_path)["step"] == 1
+    assert newest_state(tmp_path)["step"] == 1  # where nothing was due to be saved
 
 
 @pytest.mark.parametrize(("player", "what"), [(0, "loss"), (0, "gradient"), (0, "images"), (1, "loss")])

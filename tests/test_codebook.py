@@ -297,7 +297,8 @@ def test_dead_codes_of_a_training_step_restart_on_its_vectors(books: str) -> Non
 
 def heard(usage: list[float], capsys: pytest.CaptureFixture[str], **quantizer: Any) -> list[str]:
     """What the alarm says to this usage of the book, line by line of the log; between logged steps there is none."""
-    alarm = observers.codebook_alarm(tiny_config(quantizer=quantizer))
+    threshold = quantizer.pop("alarm", 0.5)
+    alarm = observers.codebook_alarm(tiny_config(quantizer=quantizer).model_copy(update={"codebook_alarm": threshold}))
     run = Run(Path(), 0, CPU, 1000, 0, StopRequest())
     for step, share in enumerate(usage, 1):
         run.step = 10 * step

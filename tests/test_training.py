@@ -434,7 +434,7 @@ def test_a_non_finite_step_stops_the_run_before_anything_changes(tmp_path: Path,
     assert failed.value.exit_code == 1
     assert_same(dict(player.model.state_dict()), player.before)
     assert float(player.before["seen"]) == 3  # nothing followed the step either
-    assert newest_state(tmp_path)["step"] == 2
+    assert newest_state(tmp_path)["step"] == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

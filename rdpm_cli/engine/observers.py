@@ -15,7 +15,7 @@ from rdpm_cli.images import writers
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
 from rdpm_cli.images.transform import Pixels
-from rdpm_cli.progress import Bar, say
+from rdpm_cli.progress import Bar, warn
 from rdpm_cli.step import world
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -85,10 +85,10 @@ def codebook_alarm(cfg: TokenizerConfig) -> Callable[..., None]:
         if not logs:
             return
         share = logs["usage/book"] / best
-        low = low + 1 if share < q.alarm else 0
+        low = low + 1 if share < cfg.codebook_alarm else 0
         if low == ALARM_LINES:
-            say(
-                f"warning: at step {run.step} the codebook's usage is {share:.0%} of an even one's, and was low for "
+            warn(
+                f"at step {run.step} the codebook's usage is {share:.0%} of an even one's, and was low for "
                 f"{low} logged steps. Restart dead codes (quantizer.codebook=ema quantizer.restart_below=0.03) or "
                 "start on data (quantizer.init=kmeans)"
             )

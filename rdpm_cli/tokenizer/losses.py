@@ -74,7 +74,8 @@ class TokenizerLoss:
         """perceived + 0.75 w L_gan, ramped.
 
         The gradients of both terms at the image serve w and the training pass, so the networks behind the two terms
-        are walked back once. w comes from the mean of last-layer gradients over processes: it is the global batch's.
+        are walked back once. w comes from the mean of last-layer gradients over processes:
+        without gradient accumulation it is the global batch's; with it, each micro-batch has its own.
         """
         gan = generator_hinge(adversary.logits)
         at_image = [torch.autograd.grad(term, recon)[0] for term in (perceived, gan)]

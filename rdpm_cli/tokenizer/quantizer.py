@@ -30,6 +30,7 @@ class Search:
     def __init__(self, codebook_KC: Tensor) -> None:
         book_KC = codebook_KC.detach().float()
         codes, width = book_KC.shape
+        self.codes = codes
         padded = codes + -codes % TILE
         self.keys = book_KC.new_zeros(width + 1, padded)
         self.keys[:-1, :codes] = -book_KC.T
@@ -48,7 +49,8 @@ class Search:
         if len(self.scores_NK) < len(v_NC):
             self.scores_NK = self.scores_NK.new_empty(len(v_NC), self.scores_NK.shape[1])
         with_one = F.pad(v_NC, (0, 1), value=1.0)
-        return lowest(torch.mm(with_one, self.keys, out=self.scores_NK[: len(v_NC)]))
+        found = lowest(torch.mm(with_one, self.keys, out=self.scores_NK[: len(v_NC)]))
+        return found.clamp_(max=self.codes - 1)  # a vector that is not finite finds the padding; its loss will tell
 
 
 def lowest(scores_NK: Tensor) -> Tensor:

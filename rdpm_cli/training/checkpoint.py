@@ -3,15 +3,13 @@
 All randomness is a function of (seed, step), so the step alone places a resumed run in its data.
 """
 
-import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rdpm_cli import files
+from rdpm_cli import files, tensorfile
 from rdpm_cli.errors import CheckpointError
 
 NAME = re.compile(r"step-(\d{9})\.pt")
@@ -39,8 +37,8 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     path = there[-1][1]
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        state: dict[str, Any] = tensorfile.read(path, device)
+    except tensorfile.Unreadable as error:
         hint = "delete this file to go on from the one before it"
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint) from error
     return state

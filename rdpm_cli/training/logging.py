@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rdpm_cli import files
+
 
 class MetricsLog:
     """RUN/metrics.jsonl and RUN/tensorboard/. On resume, lines after the resumed step are dropped."""
@@ -13,7 +15,8 @@ class MetricsLog:
 
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= resumed_at]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        files.write_atomic(self.path, lambda file: file.write(text.encode()))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ def fit(
         if logs and (run.step % cfg.log_every == 0 or run.done):
             rate = (run.step - first) * cfg.batch / (time.monotonic() - started)
             lr = pairs[0][1].param_groups[0]["lr"]
-            values = {**distributed.average_logs(logs), "lr": lr, "images_per_second": rate}
+            values = {**distributed.average_logs(logs), "lr": lr, "images_per_second": rate, "skipped": run.skipped}
         more = [observer(run, values) for observer in observers]
         for line in (values, *more):
             if log and line:
@@ -197,6 +197,8 @@ def _step(
     bad = [name for name, (logs, _) in zip(names, found, strict=True) if not _finite(logs["loss"] + logs["grad_norm"])]
     if distributed.any_process(bool(bad), run.device):
         ours = [name for name, (_, own) in zip(names, found, strict=True) if not _finite(own)]
+        if run.skipped >= cfg.skip_bad:
+            _save(pairs, run, cfg)
         _pass_over(ours, bad, batches, cfg, run, whole.rows)
         return {}
     logs = _update(active, [logs for logs, _ in found], whole)
@@ -249,12 +251,12 @@ def _pass_over(ours: list[str], bad: list[str], batches: Batches, cfg: TrainConf
     what = about(ours) or about(bad)
     if run.skipped >= cfg.skip_bad:
         raise RunError(
-            f"{what}; nothing was changed by this step",
-            "lower train.lr, look at the batch, or pass it over by train.skip_bad=1; "
-            f"the last good checkpoint is in {run.folder / 'checkpoints'}",
+            f"{what}; nothing was changed by this step, and step {run.step} is saved",
+            "run the same command again with a lower train.lr, or with train.clip=1, or pass the batch over with "
+            f"train.skip_bad={cfg.skip_bad + 1}",
         )
     run.skipped += 1
-    progress.say(f"passed over ({run.skipped} of {cfg.skip_bad}): {what}")
+    progress.warn(f"passed over ({run.skipped} of {cfg.skip_bad}): {what}")
 
 
 def _update(pairs: Sequence[Pair], found: Sequence[dict[str, Tensor]], whole: TrainStep) -> dict[str, Tensor]:

@@ -3,16 +3,14 @@
 import pickle
 import re
 import shlex
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rdpm_cli import modelfile
+from rdpm_cli import modelfile, tensorfile
 from rdpm_cli.config import TokenizerArchitecture
 from rdpm_cli.errors import CheckpointError
 from rdpm_cli.tokenizer.importers import llamagen, taming, var
@@ -62,9 +60,9 @@ def _load(path: Path) -> Any:
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}", KNOWN)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        more = _MORE.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        return tensorfile.read(path)
+    except tensorfile.Unreadable as error:
+        more = _MORE.search(str(error)) if isinstance(error.__cause__, pickle.UnpicklingError) else None
         if more is None:
             raise CheckpointError(f"{path} cannot be read as weights: it holds none, or is truncated", KNOWN) from error
         what = (more[1] or more[2]).rstrip(".")

@@ -1,0 +1,80 @@
+"""A file of tensors comes back; anything else is Unreadable, whatever the unpickler stumbles over, and runs nothing."""
+
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from processes import touch
+
+from rdpm_cli import tensorfile
+from rdpm_cli.cli.app import run
+
+
+def test_tensors_come_back(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(3), "b": {"c": 1.5}}, tmp_path / "file.pt")
+    found = tensorfile.read(tmp_path / "file.pt")
+    assert torch.equal(found["a"], torch.arange(3))
+    assert found["b"] == {"c": 1.5}
+
+
+def test_whatever_is_no_file_of_tensors_is_unreadable(tmp_path: Path) -> None:
+    draw, path = random.Random(0), tmp_path / "file.pt"
+    contents = [b"", b"hello world, this is text", b"access denied", bytes(range(256))]
+    contents += [bytes(draw.choice(range(32, 127)) for _ in range(60)) for _ in range(300)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(tensorfile.Unreadable):
+            tensorfile.read(path)
+
+
+def test_a_truncated_file_is_unreadable(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(1000)}, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    for size in range(1, len(content), 97):
+        (tmp_path / "part.pt").write_bytes(content[:size])
+        with pytest.raises(tensorfile.Unreadable):
+            tensorfile.read(tmp_path / "part.pt")
+
+
+class Trap:
+    """Its pickle would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return touch, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_pickled_code_runs(tmp_path: Path) -> None:
+    for name, write in {"torch.pt": torch.save, "plain.pt": lambda x, f: f.write_bytes(pickle.dumps(x))}.items():
+        write({"a": Trap(tmp_path / "made")}, tmp_path / name)
+        with pytest.raises(tensorfile.Unreadable):
+            tensorfile.read(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect {file}",
+        "train-tokenizer digits --recipe digits --from-weights {file} --out {out}",
+        "train-tokenizer digits --recipe digits --out {out} loss.perceptual=lpips loss.perceptual_weights={file}",
+        "eval recon digits:heldout --tokenizer {file}",
+        "eval fid digits:heldout --ref digits:train --resolution 16 --weights {file}",
+        "sample --ckpt {file} --out {out}",
+    ],
+)
+def test_text_given_as_weights_is_one_clear_error(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "text.pt", tmp_path / "out"
+    file.write_text("hello world, this is no checkpoint")
+    assert run(command.format(file=file, out=out).split()) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines if not line.startswith("looked")][:1] == ["rdpm"]
+    assert str(file) in lines[0]
+    assert not out.exists()
