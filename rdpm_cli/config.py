@@ -150,16 +150,16 @@ FREE_ON_RESUME = {
     "workers": "who prepares the batch of a step, which is a function of (seed, step)",
     "skip_bad": "what follows a step that changed nothing: the run ends, or passes it over",
 }
-# These do change what is trained; but a run that diverges must be able to go on. run.json notes the change.
+# These do change what is trained; but an unfinished run that diverges must be able to go on. run.json notes the change.
 CHANGEABLE_ON_RESUME = {"lr", "clip"}
 
 
-def binding(settings: dict[str, Any]) -> dict[str, Any]:
+def binding(settings: dict[str, Any], finished: bool = False) -> dict[str, Any]:
     """A run's settings without what may change on resume: the fields above, of every `train` section; the alarm."""
-    kept = {}
+    kept, changeable = {}, set() if finished else CHANGEABLE_ON_RESUME
     for name, value in settings.items():
-        inner = binding(value) if isinstance(value, dict) else value
-        loose = {*FREE_ON_RESUME, *CHANGEABLE_ON_RESUME} if name == "train" else {"codebook_alarm"}
+        inner = binding(value, finished) if isinstance(value, dict) else value
+        loose = {*FREE_ON_RESUME, *changeable} if name == "train" else {"codebook_alarm"}
         kept[name] = {k: v for k, v in inner.items() if k not in loose} if isinstance(inner, dict) else inner
     return kept
 

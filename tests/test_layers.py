@@ -156,3 +156,14 @@ def test_the_cheap_answers_import_no_torch(command: str) -> None:
     args = [sys.executable, "-c", PROGRAM, *command.split()]
     done = subprocess.run(args, check=False, capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == f"exit {EXIT_CODES[command]}, imported []"
+
+
+def test_what_the_readme_shows_is_there_and_tracked() -> None:
+    root = PACKAGE.parent
+    if not (root / "README.md").is_file():
+        pytest.skip("the package is installed without its README")
+    shown = re.findall(r"\]\((?!https?:)([^)#]+)\)", (root / "README.md").read_text())
+    assert "docs/demo/samples.png" in shown
+    assert [name for name in shown if not (root / name).exists()] == []
+    ignored = subprocess.run(["git", "check-ignore", *shown], cwd=root, capture_output=True, text=True, check=False)
+    assert ignored.stdout == ""

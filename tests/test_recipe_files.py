@@ -410,3 +410,13 @@ def test_config_imports_no_torch_and_digests_alike_in_every_process() -> None:
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.split() == [load_recipe("digits").digest(), "False", "False"]
+
+
+def test_an_unfinished_run_may_change_its_learning_rate_and_a_finished_one_is_bound_to_it() -> None:
+    begun = {
+        "recipe": {"tokenizer": {"codebook_alarm": 0.5, "train": {"lr": 1.0, "clip": 0.0, "keep": 3, "batch": 16}}}
+    }
+    kept = config.binding(begun)["recipe"]["tokenizer"]
+    assert kept == {"train": {"batch": 16}}
+    kept = config.binding(begun, finished=True)["recipe"]["tokenizer"]
+    assert kept == {"train": {"lr": 1.0, "clip": 0.0, "batch": 16}}

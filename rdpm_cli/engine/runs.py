@@ -106,7 +106,7 @@ def train_once(
     with process_group(device, several=True) as chosen, contextlib.ExitStack() as stack:
         if first_process():
             stack.enter_context(files.only_writer(final.parent))
-            _claim_run(final.parent, settings)
+            _claim_run(final.parent, settings, final.exists())
         barrier()
         if final.exists():
             if first_process():
@@ -132,7 +132,7 @@ def _train_by(team: Team, final: Path, settings: dict[str, Any]) -> None:
     """Let the team make the model file, after the checks that its processes would fail in."""
     from rdpm_cli.training.launch import launch
 
-    _check_run(final.parent, settings)
+    _check_run(final.parent, settings, final.exists())
     if final.exists():
         progress.say(f"{final} is finished already")
         return
@@ -143,7 +143,7 @@ def _train_by(team: Team, final: Path, settings: dict[str, Any]) -> None:
             raise
 
 
-def _check_run(out: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _check_run(out: Path, settings: dict[str, Any], finished: bool) -> tuple[dict[str, Any], list[str]]:
     """What run.json says of a run that has begun, and what is allowed to differ and does.
 
     Raises UsageError for a folder that is no run, or one begun with other settings.
@@ -152,7 +152,7 @@ def _check_run(out: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], lis
     if note.exists():
         before = files.read_json(note)
         begun = before.get("settings", {})
-        if changed := files.differences(config.binding(begun), config.binding(settings)):
+        if changed := files.differences(config.binding(begun, finished), config.binding(settings, finished)):
             raise UsageError(f"{out} was begun with other settings: {'; '.join(changed[:6])}", "choose another --out")
         return before, files.differences(begun, settings)
     if foreign := [p.name for p in out.glob("*") if not p.name.startswith(".")]:
@@ -160,14 +160,15 @@ def _check_run(out: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], lis
     return {}, []
 
 
-def _claim_run(out: Path, settings: dict[str, Any]) -> None:
+def _claim_run(out: Path, settings: dict[str, Any], finished: bool) -> None:
     """Begin or resume a run folder. Raises UsageError when it was begun with other settings."""
-    before, changed = _check_run(out, settings)
+    before, changed = _check_run(out, settings, finished)
     now = {"argv": sys.argv, "processes": processes(), "versions": versions()}
     began: dict[str, Any] = {"settings": settings, **now}
     if before:
         again = {**now, "changed": changed} if changed else now
         began = {**before, "resumed": [*before.get("resumed", []), again]}
+        began["settings"] = before["settings"] if finished else settings
         if changed:
             progress.say(f"resuming with {'; '.join(changed)}")
     for left in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp")]:  # of a killed process
