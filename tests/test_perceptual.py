@@ -321,7 +321,7 @@ def test_a_run_goes_on_with_the_same_weights_wherever_they_lie(
     ("overrides", "code", "error", "hint"),
     [
         ([], 3, "vgg16-397923af.pth are not here", "loss.perceptual=none"),
-        (["loss.perceptual_weights=no-such.pth"], 3, "no-such.pth", "download.pytorch.org/models/vgg16-397923af.pth"),
+        (["loss.perceptual_weights=no-such.pth"], 3, "no-such.pth", "/models/vgg16-397923af.pth"),
         (["autoencoder.resolution=8"], 2, "at least 16 pixels a side, not 8", "loss.perceptual=none"),
         (["loss.perceptual=vgg"], 2, "loss.perceptual", "lpips"),
     ],

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import AlexNet_Weights, VGG16_Weights, WeightsEnum
 
 from rdpm_cli import weights
 from rdpm_cli.errors import UsageError
@@ -27,14 +28,14 @@ class Backbone:
     smallest: int
 
 
+def _published(found: WeightsEnum) -> weights.Published:
+    """torchvision's own entry: where the file is, and so its name."""
+    return weights.Published(str(found.url).rpartition("/")[2], str(found.url))
+
+
 BACKBONES: dict[Net, Backbone] = {
-    "alex": Backbone(
-        weights.Published("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
-        31,
-    ),
-    "vgg": Backbone(
-        weights.Published("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth"), 16
-    ),
+    "alex": Backbone(_published(AlexNet_Weights.IMAGENET1K_V1), 31),
+    "vgg": Backbone(_published(VGG16_Weights.IMAGENET1K_V1), 16),
 }
 
 
