@@ -52,7 +52,7 @@ class ImageSource(ABC):
             SyntaxError,
             ValueError,
             UnidentifiedImageError,
-            RuntimeError,  # an encrypted member, or (NotImplementedError) packed by an unknown method
+            RuntimeError,  # an encrypted member, or one packed by an unknown method
             zipfile.BadZipFile,
             zlib.error,
             Image.DecompressionBombError,
