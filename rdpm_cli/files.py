@@ -113,3 +113,8 @@ def _short(value: Any) -> str:
     """A value as people compare it: digests by their beginning."""
     text = str(value)
     return text[:12] if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text
+
+
+def no_file(path: Path) -> str:
+    """What to say of a path where a file should be and none is."""
+    return f"{path} is a folder, not a file" if path.is_dir() else f"{path} does not exist"

@@ -54,8 +54,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path, kind: str = "") -> dict[str, Any]:
     """The dict of a model file of the given kind. Raises CheckpointError."""
     if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}", MAKERS.get(kind, ""))
+        raise CheckpointError(files.no_file(path), MAKERS.get(kind, ""))
     try:
         content = tensorfile.read(path)
     except tensorfile.Unreadable as error:

@@ -48,7 +48,7 @@ def eval_recon(
 ) -> Result:
     """Scores of reconstructions: means over noise seeds seed..seed+seeds-1, their spread; rFID of the first seed."""
     path = find_tokenizer(tokenizer)
-    from rdpm_cli.images.sources import open_source
+    from rdpm_cli.images.sources import open_source, spread
 
     source = open_source(images)
     from rdpm_cli.evaluation import recon
@@ -56,7 +56,7 @@ def eval_recon(
     from rdpm_cli.training.distributed import process_group
 
     loaded, content = model.load(path)
-    count, size = min(len(source), limit or len(source)), loaded.cfg.autoencoder.resolution
+    count, size = len(spread(len(source), limit)), loaded.cfg.autoencoder.resolution
     with process_group(device) as chosen:
         rulers = recon.find_rulers(
             count, size, chosen, extractor=extractor, weights=weights, lpips={"alex": lpips_alex, "vgg": lpips_vgg}

@@ -71,8 +71,7 @@ class JudgeBatches:
 
     def batch_at(self, step: int, rows: range) -> LabelledImages:
         """rows: this process's rows of the global batch."""
-        batch = self.cfg.train.batch
-        own = noise.epoch_rows(self.seed, step, batch, len(self.source))[rows.start : rows.stop]
+        own = self._indices(step, rows)
         shifts = (noise.block_uniform(self.seed, step, rows, 2) * (2 * self.reach + 1)).astype(int) - self.reach
         images = []
         for index, (dy, dx) in zip(own, shifts, strict=True):
@@ -86,8 +85,10 @@ class JudgeBatches:
 
     def describe(self, step: int, rows: range) -> str:
         """The names of those images."""
-        own = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
-        return f"images {some_of(self.source.names[int(i)] for i in own)}"
+        return f"images {some_of(self.source.names[int(i)] for i in self._indices(step, rows))}"
+
+    def _indices(self, step: int, rows: range) -> noise.Ints:
+        return noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
 
 
 class JudgeTask:

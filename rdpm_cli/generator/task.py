@@ -40,7 +40,7 @@ class CodeBatches:
     def batch_at(self, step: int, rows: range) -> CodeBatch:
         """rows: this process's rows of the global batch."""
         objective, m = self.cfg.objective, self.store.manifest
-        own = self.rows[noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.rows))[rows.start : rows.stop]]
+        own = self._own(step, rows)
         drawn = noise.block_uniform(self.seed, step, rows, 3)
         t_BS = self.draw_t(drawn[:, 0])
         labels = np.where(drawn[:, 1] < objective.label_drop, len(m.class_names), self.store.labels[own])
@@ -59,9 +59,15 @@ class CodeBatches:
             spread_B=torch.from_numpy(objective.perturb * drawn[:, 2]) if objective.perturb else None,
         )
 
+    def _own(self, step: int, rows: range) -> NDArray[np.int64]:
+        """Rows of the store."""
+        return self.rows[
+            noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.rows))[rows.start : rows.stop]
+        ]
+
     def describe(self, step: int, rows: range) -> str:
         """The source indices and views of those rows."""
-        own = self.rows[noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.rows))[rows.start : rows.stop]]
+        own = self._own(step, rows)
         pairs = zip(self.store.index[own].tolist(), self.store.view(own).tolist(), strict=True)
         return f"images:views {some_of(f'{index}:{view}' for index, view in pairs)}"
 

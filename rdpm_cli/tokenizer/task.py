@@ -26,16 +26,18 @@ class ImageBatches:
 
     def batch_at(self, step: int, rows: range) -> Tensor:
         """uint8 (rows, 3, H, W): rows of the global batch of this step."""
-        indices = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
+        indices = self._indices(step, rows)
         flips = noise.block_uniform(self.seed, step, rows, 1)[:, 0] < (0.5 if self.cfg.flip else 0.0)
         images = [self.source.pixels(int(i), self.size) for i in indices]
         chosen = [x[:, ::-1] if flip else x for x, flip in zip(images, flips, strict=True)]
         return torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).contiguous()
 
+    def _indices(self, step: int, rows: range) -> noise.Ints:
+        return noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
+
     def describe(self, step: int, rows: range) -> str:
         """The names of those images."""
-        indices = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
-        return f"images {some_of(self.source.names[i] for i in indices)}"
+        return f"images {some_of(self.source.names[i] for i in self._indices(step, rows))}"
 
 
 class TokenizerTask:

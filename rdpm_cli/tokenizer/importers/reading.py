@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rdpm_cli import modelfile, tensorfile
+from rdpm_cli import files, modelfile, tensorfile
 from rdpm_cli.config import TokenizerArchitecture
 from rdpm_cli.errors import CheckpointError
 from rdpm_cli.tokenizer.importers import llamagen, taming, var
@@ -57,8 +57,7 @@ def read(path: Path) -> WeightFile:
 
 def _load(path: Path) -> Any:
     if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}", KNOWN)
+        raise CheckpointError(files.no_file(path), KNOWN)
     try:
         return tensorfile.read(path)
     except tensorfile.Unreadable as error:
