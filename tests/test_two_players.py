@@ -115,9 +115,9 @@ def test_the_model_file_holds_the_average_of_the_weights(whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "batch", [["train.batch=32", "train.steps=12"], ["train.batch=64", "train.micro_batch=16", "train.steps=8"]]
+    ("steps", "batch"), [(12, ["train.batch=32"]), (8, ["train.batch=64", "train.micro_batch=16"])]
 )
-def test_two_processes_train_two_players_as_one_does(batch: list[str], tmp_path: Path) -> None:
+def test_two_processes_train_two_players_as_one_does(steps: int, batch: list[str], tmp_path: Path) -> None:
     """With the adaptive weight, restarts and the average: both ranks hold the same, one process nearly so.
 
     Also where gradients accumulate: four micro-batches in one process, two in each of two.
