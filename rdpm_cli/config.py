@@ -128,6 +128,11 @@ class TrainConfig(Section):
             raise ValueError("give exactly one of steps and epochs")
         return self
 
+    @property
+    def accumulates(self) -> bool:
+        """Do a step's gradients come from several micro-batches?"""
+        return self.micro_batch is not None and self.micro_batch < self.batch
+
     def total_steps(self, images: int) -> int:
         """Optimiser steps for a data set of so many images."""
         if self.steps is not None:

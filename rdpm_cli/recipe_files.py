@@ -181,4 +181,6 @@ def validate(section: type[S], raw: Any, where: str, prefix: str = "") -> S:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: unknown recipe key '{key}'", _nearest(key, prefix)) from error
-        raise RecipeError(f"{where}: {key or 'recipe'}: {first['msg']}", f"got {first['input']!r}"[:200]) from error
+        what = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], dict) else f"got {first['input']!r}"[:200]  # several fields: named above
+        raise RecipeError(f"{where}: {f'{key}: ' if key else ''}{what}", got) from error

@@ -50,11 +50,14 @@ def find(what: Published, given: Path | None, option: str) -> Found:
     """The path given, else the file in $RDPM_WEIGHTS, else in torch hub's folder.
 
     A path that is given may hold other weights of the layout: its sha256 tells. A file found under the published name
-    must be the published one. Raises AbsentWeightsError, and CheckpointError for another sha256.
+    must be the published one. Raises AbsentWeightsError where none is found, and CheckpointError for a given path
+    that is no file or a found one of another sha256.
     """
     folder = os.environ.get("RDPM_WEIGHTS")
-    places = [given] if given else [*([Path(folder) / what.file] if folder else []), hub_folder() / what.file]
-    path = next((place for place in places if place.is_file()), None)
+    if given and not given.is_file():
+        raise CheckpointError(files.no_file(given), where_to_put(what, option))
+    places = [*([Path(folder) / what.file] if folder else []), hub_folder() / what.file]
+    path = given or next((place for place in places if place.is_file()), None)
     if path is None:
         raise AbsentWeightsError(what.file, places, where_to_put(what, option))
     sha256 = files.sha256_file(path)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, assert_same, digits, distance, tiny_config, tiny_players, train
+from helpers import CPU, assert_same, digits, distance, metrics, tiny_config, tiny_players, train
 from processes import exit_code, spawn, torchrun
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdpm_cli import modelfile
 from rdpm_cli.cli.app import run as run_cli
-from rdpm_cli.config import TokenizerConfig
+from rdpm_cli.config import ScheduleConfig, TokenizerConfig
 from rdpm_cli.engine import observers
 from rdpm_cli.engine.runs import training_curves
 from rdpm_cli.images.tensors import to_model
@@ -27,7 +27,7 @@ from rdpm_cli.tokenizer import codebook
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.quantizer import Quantizer, diffuse
 from rdpm_cli.training import checkpoint, distributed
-from rdpm_cli.training.loop import Run
+from rdpm_cli.training.loop import Run, fit
 
 K, T, C = 32, 2, 4
 
@@ -292,6 +292,24 @@ def test_dead_codes_of_a_training_step_restart_on_its_vectors(books: str) -> Non
     assert min(rows_seen) < 16 <= max(rows_seen)
 
 
+def test_kmeans_stops_between_two_pieces_of_work() -> None:
+    calls = 0
+
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+
+    cfg = tiny_config(quantizer={"init": "kmeans"})
+    tokenizer = Tokenizer(cfg).train()
+    before = tokenizer.quantizer.books.clone()
+    with pytest.raises(KeyboardInterrupt):
+        codebook.initialise(tokenizer, digits(cfg).batch_at(0, range(16)), 0, stop)
+    assert calls == 3
+    assert torch.equal(tokenizer.quantizer.books, before)
+
+
 # ---- the alarm -----------------------------------------------------------------------------------------------------
 
 
@@ -302,20 +320,53 @@ def heard(usage: list[float], capsys: pytest.CaptureFixture[str], **quantizer: A
     run = Run(Path(), 0, CPU, 1000, 0, StopRequest())
     for step, share in enumerate(usage, 1):
         run.step = 10 * step
-        alarm(run, {"loss": 1.0, "usage/book": share, "usage/t02": 0.01})
+        alarm(run, {"loss": 1.0, "usage/book": share, "usage/t02": 0.01, "latent_spread": 1.0})
         alarm(run, None)
     return capsys.readouterr().err.splitlines()
 
 
 def test_the_alarm_is_given_once_with_its_fix(capsys: pytest.CaptureFixture[str]) -> None:
     assert heard([0.2] * 4, capsys) == []
-    (line,) = heard([0.2] * 30, capsys)
+    (line,) = heard([0.2] * 30, capsys, codebook="gradient", restart_below=0.0)
     assert line.startswith("warning: at step 50 the codebook's usage is 20%")
     overrides = re.findall(r"quantizer\.\w+=[\w.]+", line)
     assert overrides == ["quantizer.codebook=ema", "quantizer.restart_below=0.03", "quantizer.init=kmeans"]
     for override in overrides:  # the fix can be typed as it stands
         name, value = override.removeprefix("quantizer.").split("=")
         tiny_config(quantizer={name: float(value) if name == "restart_below" else value})
+
+
+def test_the_fix_is_one_that_the_recipe_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = heard([0.2] * 30, capsys)
+    assert line.endswith(". Start on data (quantizer.init=kmeans)")
+    (line,) = heard([0.2] * 30, capsys, init="kmeans", restart_below=0.0)
+    assert line.endswith(". Restart dead codes (quantizer.restart_below=0.03)")
+    (line,) = heard([0.2] * 30, capsys, init="kmeans")
+    assert line.endswith(". Lower quantizer.codes=32")
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_the_alarm_hears_an_encoder_that_tells_nothing(
+    collapsed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under `pow` the noise of the first steps spreads over the whole book also where z is the same everywhere."""
+    cfg = tiny_config(loss={"adversarial": "none"}, train={"steps": 8, "lr": 1e-6})
+    cfg = cfg.model_copy(update={"schedule": ScheduleConfig(kind="pow"), "codebook_alarm": 0.5})
+    players = tiny_players(cfg)
+    tokenizer = players[0].model
+    assert isinstance(tokenizer, Tokenizer)
+    if collapsed:
+        nn.init.zeros_(tokenizer.quant_conv.weight)
+        tokenizer.quant_conv.bias = nn.Parameter(torch.arange(C).float())
+    run = Run(tmp_path, 0, CPU, 8, 0, StopRequest())
+    fit(players, digits(cfg), cfg.train, run, [observers.codebook_alarm(cfg)])
+    rows = metrics(tmp_path)
+    assert all(row["usage/book"] > 0.5 for row in rows), [r["usage/book"] for r in rows]
+    assert all((row["latent_spread"] < 0.01) == collapsed for row in rows)
+    found = capsys.readouterr().err.splitlines()
+    assert [line.partition(" of the latent")[0] for line in found] == (
+        ["warning: at step 5 only 0%"] if collapsed else []
+    )
 
 
 def test_the_alarm_is_silent_for_a_healthy_book(capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,7 +412,8 @@ def test_the_panels_of_a_tokenizer_run(tmp_path: Path) -> None:
     panels = observers.tokenizer_curves(log(tmp_path / "run", [row(10, 10), row(20, 10, **adversary)]))
     titles = list(panels)
     assert titles == [
-        "tokenizer losses|step", "adversary|step", "codebook usage|step", "dead codes|step", "codebook perplexity|t",
+        "tokenizer losses|step", "adversary|step", "codebook usage|step", "dead codes|step",
+        "codebook perplexity|step", "codebook perplexity at the end|t",
     ]  # fmt: skip
     assert panels["tokenizer losses|step"] == {
         "recon": ([10.0, 20.0], [0.5, 0.5]),
@@ -369,7 +421,8 @@ def test_the_panels_of_a_tokenizer_run(tmp_path: Path) -> None:
     }
     assert panels["adversary|step"]["gan"] == ([20.0], [0.1])  # from its start on
     assert list(panels["codebook usage|step"]) == ["usage/book", "usage/t01", "usage/t06", "usage/t10"]
-    t, perplexity = panels["codebook perplexity|t"]["perplexity"]
+    assert panels["codebook perplexity|step"]["perplexity/t10"] == ([10.0, 20.0], [1.0, 1.0])
+    t, perplexity = panels["codebook perplexity at the end|t"]["perplexity"]
     assert t == [float(place) for place in range(1, 11)]
     assert perplexity == pytest.approx([0.1 * place for place in t])
 
@@ -391,3 +444,11 @@ def test_a_run_that_logged_nothing_still_ends(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     training_curves(tmp_path / "run" / "curves.png", tokenizer_run=tmp_path / "run")
     assert not (tmp_path / "run" / "curves.png").exists()
+
+
+def test_the_curves_are_drawn_while_a_run_goes_on(tmp_path: Path) -> None:
+    drawn: list[int] = []
+    cfg = tiny_config(train={"steps": 6, "eval_every": 2})
+    look = observers.redrawn(lambda: drawn.append(len(metrics(tmp_path))), cfg.train)
+    fit(tiny_players(cfg), digits(cfg), cfg.train, Run(tmp_path, 0, CPU, 6, 0, StopRequest()), [look])
+    assert drawn == [1, 3]  # lines of the log; the end is drawn once all are there

@@ -90,7 +90,7 @@ def test_a_found_file_must_be_the_published_one_a_named_one_need_not(no_weights:
 def test_a_named_file_that_is_absent_is_not_replaced_by_another(no_weights: Path) -> None:
     what = published(b"weights")
     (no_weights / "weights" / what.file).write_bytes(b"weights")
-    with pytest.raises(AbsentWeightsError, match=r"mine\.pth"):
+    with pytest.raises(CheckpointError, match=r"mine\.pth does not exist"):
         weights.find(what, no_weights / "mine.pth", "--weights FILE")
 
 

@@ -2,10 +2,14 @@
 
 import pickle
 import random
+import subprocess
+import sys
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same
 from processes import touch
 
 from rdpm_cli import tensorfile
@@ -55,6 +59,26 @@ def test_no_pickled_code_runs(tmp_path: Path) -> None:
         with pytest.raises(tensorfile.Unreadable):
             tensorfile.read(tmp_path / name)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_tensors_of_a_file_that_holds_more_are_copied_and_nothing_runs(zipped: bool, tmp_path: Path) -> None:
+    weights = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.nn.Parameter(torch.ones(2).bfloat16())}
+    more = {"trap": Trap(tmp_path / "made"), "path": tmp_path, "lr": 1e-3, "steps": [1, {2}], "counts": Counter("ab")}
+    content = {"state_dict": OrderedDict(weights), "callbacks": {Trap: more}, **more}
+    torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=zipped)
+    module = [sys.executable, "-m", "rdpm_cli.tensorfile", str(tmp_path / "old.ckpt"), str(tmp_path / "copy.pt")]
+    subprocess.run(module, check=True, timeout=120)
+    found = tensorfile.read(tmp_path / "copy.pt")
+    assert list(found) == ["state_dict"]
+    assert_same(found["state_dict"], {name: value.detach() for name, value in weights.items()})
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_file_of_tensors_is_unreadable_there_too(tmp_path: Path) -> None:
+    (tmp_path / "file.pt").write_bytes(b"hello world, this is text")
+    with pytest.raises(tensorfile.Unreadable):
+        tensorfile.read_tensors_alone(tmp_path / "file.pt")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdpm_cli.config import GeneratorConfig, TokenizerConfig, TrainConfig
+from rdpm_cli.config import GeneratorConfig, QuantizerConfig, TokenizerConfig, TrainConfig
 from rdpm_cli.generator import sampler
 from rdpm_cli.generator.contract import Generator, SampleOptions
 from rdpm_cli.generator.task import CodeBatches, held_out_accuracy
@@ -26,6 +26,7 @@ DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampl
 PREVIEWS = 8  # images, or samples a class
 ADVERSARY = ["gan", "discriminator/loss", "discriminator/logits_real", "discriminator/logits_fake"]
 ALARM_LINES = 5  # logged steps of low codebook usage before a warning
+LEAST_SPREAD = 0.1  # of a latent that tells something
 
 
 def progress(bar: Bar) -> Callable[..., None]:
@@ -36,6 +37,16 @@ def progress(bar: Bar) -> Callable[..., None]:
             bar.resume_at(run.step - 1)
         note = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} images/s" if logs else ""
         bar.advance(1, note)
+
+    return observe
+
+
+def redrawn(draw: Callable[[], None], cfg: TrainConfig) -> Callable[..., None]:
+    """Draw the curves of what is logged so far whenever the run is looked at, not only at its end."""
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if due(run, cfg) and not run.done:
+            draw()
 
     return observe
 
@@ -63,7 +74,7 @@ def tokenizer_preview(tokenizer: Tokenizer, source: ImageSource, cfg: TrainConfi
         codes = model.encode(to_model(chw(images)).to(run.device), eps.to(run.device))
         rows = [images, *decode_prefixes(model, codes)]
         model.train(was_training)
-        labels = ["input", *(f"t = {t}" for t in range(1, len(rows)))]
+        labels = ["input", *(f"t = {t}" for t in range(1, len(rows) - 1)), f"output, t = {len(rows) - 1}"]
         sheet = writers.grid(np.concatenate(rows), count, labels, f"step {run.step}")
         writers.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
 
@@ -71,29 +82,42 @@ def tokenizer_preview(tokenizer: Tokenizer, source: ImageSource, cfg: TrainConfi
 
 
 def codebook_alarm(cfg: TokenizerConfig) -> Callable[..., None]:
-    """Warn, naming the fix, once the codebook's usage has stayed low for ALARM_LINES logged steps.
+    """Warn, naming the fix, once the codebook's usage or the spread of z has stayed low for ALARM_LINES logged steps.
 
     Usage is measured against what a batch of this size can use at best: 1 - (1 - 1/K)^n of n vectors drawn evenly.
     """
     q, (h, w) = cfg.quantizer, cfg.autoencoder.grid
     vectors = cfg.train.batch * h * w * (q.steps if q.codebooks == "shared" else 1)
     best = 1 - (1 - 1 / q.codes) ** vectors
-    low = 0
+    low = {"usage/book": 0, "latent_spread": 0}
 
     def observe(run: Run, logs: dict[str, float] | None) -> None:
-        nonlocal low
-        if not logs:
+        if not (logs and cfg.codebook_alarm):
             return
-        share = logs["usage/book"] / best
-        low = low + 1 if share < cfg.codebook_alarm else 0
-        if low == ALARM_LINES:
+        usage, spread = logs["usage/book"] / best, logs["latent_spread"]
+        low["usage/book"] = low["usage/book"] + 1 if usage < cfg.codebook_alarm else 0
+        low["latent_spread"] = low["latent_spread"] + 1 if spread < LEAST_SPREAD else 0
+        since = f"and was low for {ALARM_LINES} logged steps"
+        if low["usage/book"] == ALARM_LINES:
+            warn(f"at step {run.step} the codebook's usage is {usage:.0%} of an even one's, {since}. {_fix(q)}")
+        if low["latent_spread"] == ALARM_LINES:
             warn(
-                f"at step {run.step} the codebook's usage is {share:.0%} of an even one's, and was low for "
-                f"{low} logged steps. Restart dead codes (quantizer.codebook=ema quantizer.restart_below=0.03) or "
-                "start on data (quantizer.init=kmeans)"
+                f"at step {run.step} only {spread:.0%} of the latent varies over images and positions, {since}: the "
+                "encoder tells next to nothing. Lower train.lr, clip gradients (train.clip=1) or begin --from-weights"
             )
 
     return observe
+
+
+def _fix(q: QuantizerConfig) -> str:
+    """What a recipe with too low a usage has not yet tried."""
+    restarts = [] if q.codebook == "ema" else ["quantizer.codebook=ema"]
+    restarts += ["quantizer.restart_below=0.03"] if q.restart_below < 0.03 else []
+    ways = [f"restart dead codes ({' '.join(restarts)})"] if restarts else []
+    ways += ["start on data (quantizer.init=kmeans)"] if q.init != "kmeans" else []
+    ways += [f"lower quantizer.codes={q.codes}"] if not ways else []
+    text = ", or ".join(ways)
+    return text[0].upper() + text[1:]
 
 
 @torch.no_grad()
@@ -157,10 +181,11 @@ def tokenizer_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
     }
     per_t = sorted(k.removeprefix("usage/") for k in rows[-1] if k.startswith("usage/t"))
     shown = [per_t[0], per_t[len(per_t) // 2], per_t[-1]] if len(per_t) > 3 else per_t
-    panels["codebook usage|step"] = _over_time(rows, ["usage/book", *(f"usage/{t}" for t in shown)])
+    panels["codebook usage|step"] = _over_time(rows, ["usage/book", *(f"usage/{t}" for t in shown), "latent_spread"])
     panels["dead codes|step"] = _over_time(rows, [f"dead/{t}" for t in shown])
+    panels["codebook perplexity|step"] = _over_time(rows, [f"perplexity/{t}" for t in shown])
     last = ([float(t[1:]) for t in per_t], [rows[-1][f"perplexity/{t}"] for t in per_t])
-    panels["codebook perplexity|t"] = {"perplexity": last}
+    panels["codebook perplexity at the end|t"] = {"perplexity": last}
     return {title: curves for title, curves in panels.items() if curves}
 
 

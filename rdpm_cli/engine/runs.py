@@ -163,7 +163,10 @@ def _check_run(out: Path, settings: dict[str, Any], finished: bool) -> tuple[dic
 def _claim_run(out: Path, settings: dict[str, Any], finished: bool) -> None:
     """Begin or resume a run folder. Raises UsageError when it was begun with other settings."""
     before, changed = _check_run(out, settings, finished)
-    now = {"argv": sys.argv, "processes": processes(), "versions": versions()}
+    import torch
+
+    threads = torch.get_num_threads()  # fewer or more change the last bits of a sum
+    now = {"argv": sys.argv, "processes": processes(), "threads": threads, "versions": versions()}
     began: dict[str, Any] = {"settings": settings, **now}
     if before:
         again = {**now, "changed": changed} if changed else now

@@ -62,7 +62,7 @@ def eval_recon(
             count, size, chosen, extractor=extractor, weights=weights, lpips={"alex": lpips_alex, "vgg": lpips_vgg}
         )
         every = range(seed, seed + seeds)
-        with progress.Bar("reconstruct", seeds * count, "images") as bar:
+        with progress.Bar("reconstruct", count, "images") as bar:
             values = recon.score(source, loaded.to(chosen), rulers, every, chosen, limit, bar.advance)
     values |= {"target": {"name": source.spec, "sha256": source.digest()}, "tokenizer": content["digest"]}
     values |= {"options": {"resolution": size, "limit": limit}, "versions": {**versions(), **_metric_versions()}}

@@ -62,6 +62,7 @@ def train_tokenizer(
         placed = warm is not None and warm.placed_codebook
         kept = _train(training, tokenizer.to(training.device).train(), cfg, source, perceptual, placed)
         provenance = {"recipe": recipe.model_dump(mode="json"), "data": data, "perceptual": backbone, **imported}
+        provenance |= {"parameters": model.parameters(tokenizer), "parameters_of": model.parameter_table(tokenizer)}
         return model.pack(kept, class_names=source.class_names, provenance={**provenance, **versions()})
 
     resolved = cfg.model_dump(mode="json", exclude={"loss": {"perceptual_weights"}})  # its sha256 counts, not its place
@@ -93,13 +94,19 @@ def _train(
         f"{len(source):,} images, {len(source.class_names):,} classes; {model.parameters(tokenizer):,} parameters"
     )
     if not (placed or training.begun):
-        codebook.initialise(tokenizer, batches.batch_at(0, range(cfg.train.batch)), training.seed)
+        first = batches.batch_at(0, range(cfg.train.batch))
+        codebook.initialise(tokenizer, first, training.seed, lambda: training.stop.leave("nothing is trained yet"))
     players = players_of(tokenizer, cfg, training.device, perceptual and perceptual.to(training.device))
-    watch = [observers.tokenizer_preview(tokenizer, source, cfg.train), observers.codebook_alarm(cfg)]
+
+    def draw() -> None:
+        training_curves(training.out / "curves.png", tokenizer_run=training.out)
+
+    look = [observers.tokenizer_preview(tokenizer, source, cfg.train), observers.redrawn(draw, cfg.train)]
+    watch = [*look, observers.codebook_alarm(cfg)]
     kept = training.fit(players, batches, cfg.train, len(source), watch)
     assert isinstance(kept, model.Tokenizer)
     if first_process():
-        training_curves(training.out / "curves.png", tokenizer_run=training.out)
+        draw()
     return kept
 
 

@@ -30,12 +30,12 @@ class WarmTokenizer:
 
 
 def identity(path: Path | None) -> dict[str, Any]:
-    """The run setting that names the file; none without one. Raises CheckpointError when it is not there."""
+    """The run setting that tells the file, wherever it lies; none without one. Raises CheckpointError."""
     if path is None:
         return {}
     if not path.is_file():
-        raise CheckpointError(f"--from-weights {path}: no such file", "give the file of the weights")
-    return {"from_weights": {"file": str(path.resolve()), "sha256": files.sha256_file(path)}}
+        raise CheckpointError(f"--from-weights: {files.no_file(path)}", "give the file of the weights")
+    return {"from_weights": {"sha256": files.sha256_file(path)}}
 
 
 def prepare(cfg: config.TokenizerConfig, seed: int, out: Path, path: Path | None) -> WarmTokenizer | None:

@@ -1,6 +1,6 @@
 """Scores as records: value, N, reference and hash, extractor and hash, options."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,9 +82,17 @@ def class_accuracy(extractor: Extractor, target: ImageSet, features: Features) -
 def reconstructions(
     source: ImageSource, tokenizer: Tokenizer, seed: int, device: torch.device, limit: int | None = None
 ) -> Iterator[tuple[list[int], Pixels, Pixels]]:
-    """(indices, originals, reconstructions) under the `eval` noise of a seed, in padded batches on one thread.
+    """(indices, originals, reconstructions) under the `eval` noise of a seed, as `reconstructions_by_seed`."""
+    for indices, originals, (recon,) in reconstructions_by_seed(source, tokenizer, [seed], device, limit):
+        yield indices, originals, recon
 
-    limit: so many images, evenly spaced.
+
+def reconstructions_by_seed(
+    source: ImageSource, tokenizer: Tokenizer, seeds: Sequence[int], device: torch.device, limit: int | None = None
+) -> Iterator[tuple[list[int], Pixels, list[Pixels]]]:
+    """(indices, originals, reconstructions under the `eval` noise of each seed), in padded batches on one thread.
+
+    Images are read and encoded once: z does not depend on the seed. limit: so many images, evenly spaced.
     """
     size = tokenizer.cfg.autoencoder.resolution
     chosen = spread(len(source), limit)
@@ -92,10 +100,14 @@ def reconstructions(
         part = chosen[start : start + RECON_BATCH]
         padded = part + [part[-1]] * (RECON_BATCH - len(part))
         originals = np.stack([source.pixels(i, size) for i in padded])
-        eps = tokenizer.noise("eval", seed, padded, [0] * RECON_BATCH).to(device)
+        recons = []
         with one_thread(), torch.no_grad():
-            recon, _ = tokenizer(to_model(chw(originals)).to(device), eps)
-        yield part, originals[: len(part)], hwc(to_pixels(recon))[: len(part)]
+            z = tokenizer.latents(to_model(chw(originals)).to(device))
+            for seed in seeds:
+                eps = tokenizer.noise("eval", seed, padded, [0] * RECON_BATCH).to(device)
+                recon = tokenizer.decode(tokenizer.quantizer.encode(z, eps))
+                recons.append(hwc(to_pixels(recon))[: len(part)])
+        yield part, originals[: len(part)], recons
 
 
 class ReconstructionScores:

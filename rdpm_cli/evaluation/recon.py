@@ -64,8 +64,6 @@ def _find_extractor(count: int, device: torch.device, extractor: Path | None, we
     try:
         return make_extractor(extractor, weights, device)
     except AbsentWeightsError as error:
-        if weights:
-            raise
         return error.reason
 
 
@@ -76,8 +74,6 @@ def _find_lpips(net: Net, resolution: int, given: Path | None) -> Perceptual | s
     try:
         return perceptual.load(net, given, f"--lpips-{net} FILE", f"leave --lpips-{net} out", resolution)
     except AbsentWeightsError as error:
-        if given:
-            raise
         return error.reason
 
 
@@ -114,18 +110,15 @@ def score(
 ) -> dict[str, Any]:
     """Means over images and seeds, standard deviation over seeds; the Fréchet distance of the first seed alone."""
     distance = RunningFrechet(rulers.extractor) if rulers.extractor else None
-    identity, by_seed, count = hashlib.sha256(), [], 0
-    for seed in seeds:
-        sums = evaluate.ReconstructionScores(rulers.perceptual)
-        for indices, originals, recon in evaluate.reconstructions(source, tokenizer, seed, device, limit):
-            sums.add(originals, recon)
-            if seed == seeds[0]:
-                hash_pixels(identity, originals)
-                if distance:
-                    distance.add(originals, recon)
-            advance(len(indices))
-        by_seed.append(sums.means())
-        count = sums.count
+    identity, sums = hashlib.sha256(), [evaluate.ReconstructionScores(rulers.perceptual) for _ in seeds]
+    for indices, originals, recons in evaluate.reconstructions_by_seed(source, tokenizer, seeds, device, limit):
+        hash_pixels(identity, originals)
+        if distance:
+            distance.add(originals, recons[0])
+        for one, recon in zip(sums, recons, strict=True):
+            one.add(originals, recon)
+        advance(len(indices))
+    by_seed, count = [one.means() for one in sums], sums[0].count
     notes = [network.note for network in rulers.perceptual.values() if network.note]
     values: dict[str, Any] = {"n": count, "seed": seeds[0], "seeds": list(seeds), **dict.fromkeys(rulers.missing)}
     if distance:

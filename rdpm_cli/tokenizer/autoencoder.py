@@ -142,7 +142,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """features (B,F,h,w), after post_quant_conv -> x' (B,3,H,W). `up[i]` is indexed from high to low resolution."""
+    """features (B,F,h,w), after post_quant_conv -> x' (B,3,H,W). `up[i]` is indexed from high to low resolution.
+
+    The last convolution is fp32 also inside autocast: the losses see x', and the adaptive weight its gradient there.
+    """
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__()
@@ -165,7 +168,9 @@ class Decoder(nn.Module):
         y = self.mid(self.conv_in(z_BCHW))
         for level in reversed(list(self.up)):
             y = level(y)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(y), inplace=True))
+        y = F.silu(self.norm_out(y), inplace=True)
+        with torch.autocast(y.device.type, enabled=False):
+            out: Tensor = self.conv_out(y.float())
         return out
 
 

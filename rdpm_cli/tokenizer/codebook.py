@@ -1,5 +1,7 @@
 """A codebook's start and its health."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,16 @@ from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.quantizer import Chain
 
 VECTORS_PER_CODE = 64  # that k-means sees at most
+KMEANS_PASSES = 10  # over them
 
 
 @torch.no_grad()
-def initialise(tokenizer: Tokenizer, pixels_BCHW: Tensor, seed: int) -> None:
+def initialise(
+    tokenizer: Tokenizer, pixels_BCHW: Tensor, seed: int, between: Callable[[], None] = lambda: None
+) -> None:
     """Place the codes on vectors v_t of these images: K drawn ones (`init: data`) or K centres (`kmeans`).
 
+    between: called between two pieces of the work, to stop on a signal.
     Every process that is given the same images and seed finds the same. A book of its own a step gets its step's
     vectors. `init: normal` changes nothing. The recipe has seen to it that there are as many vectors as codes.
     """
@@ -28,7 +34,7 @@ def initialise(tokenizer: Tokenizer, pixels_BCHW: Tensor, seed: int) -> None:
         pool_MC = vectors_TMC[t] if len(quantizer.books) > 1 else vectors_TMC.flatten(0, 1)
         order = torch.randperm(len(pool_MC), generator=torch.Generator().manual_seed(seed + t))
         few_MC = pool_MC[order[: VECTORS_PER_CODE * cfg.codes]]
-        books.append(few_MC[: cfg.codes] if cfg.init == "data" else _centres(few_MC, cfg.codes, seed))
+        books.append(few_MC[: cfg.codes] if cfg.init == "data" else _centres(few_MC, cfg.codes, seed, between))
     quantizer.place(torch.stack(books))
 
 
@@ -46,11 +52,16 @@ def _vectors(tokenizer: Tokenizer, pixels_BCHW: Tensor, seed: int) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _centres(vectors_MC: Tensor, count: int, seed: int) -> Tensor:
-    """Centres of k-means, (count, C)."""
+def _centres(vectors_MC: Tensor, count: int, seed: int, between: Callable[[], None]) -> Tensor:
+    """Centres of mini-batch k-means, (count, C)."""
     from sklearn.cluster import MiniBatchKMeans
 
-    found = MiniBatchKMeans(count, n_init=1, random_state=seed, batch_size=max(1024, 2 * count)).fit(vectors_MC.numpy())
+    found = MiniBatchKMeans(count, n_init=1, random_state=seed)
+    parts = [part.numpy() for part in vectors_MC.split(max(1024, 2 * count)) if len(part) >= count]
+    for _ in range(KMEANS_PASSES):
+        for part in parts:
+            found.partial_fit(part)
+            between()
     return torch.from_numpy(found.cluster_centers_).float()
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import torch
 from torch import Tensor, nn
 
 from rdpm_cli.config import DiscriminatorConfig
@@ -16,6 +17,8 @@ class PatchDiscriminator(nn.Module):
     of processes.
     """
 
+    gan_weight: Tensor  # where gradients accumulate, w for the next step (losses.AdaptiveWeight)
+
     def __init__(self, cfg: DiscriminatorConfig) -> None:
         super().__init__()
         widths = [cfg.width * min(2**level, 8) for level in range(cfg.layers + 1)]
@@ -29,6 +32,7 @@ class PatchDiscriminator(nn.Module):
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
+        self.register_buffer("gan_weight", torch.zeros(()))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)  # pix2pix's

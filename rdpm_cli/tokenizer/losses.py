@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli.config import TokenizerLossConfig
-from rdpm_cli.step import TrainStep, world
+from rdpm_cli.step import TrainStep
 
 LARGEST_WEIGHT = 1e4
 TINY_NORM = 1e-4  # added to the denominator of w, as VQGAN does
@@ -36,6 +36,36 @@ def adaptive_weight(recon_gradient: Tensor, gan_gradient: Tensor) -> Tensor:
     return (recon_gradient.norm() / (gan_gradient.norm() + TINY_NORM)).clamp(0, LARGEST_WEIGHT)
 
 
+class AdaptiveWeight:
+    """w of the global batch, from each micro-batch's last-layer gradients.
+
+    Gradients that accumulate are known only once the last micro-batch has passed. w is then that of the step before
+    (0 in the first), on any number of processes; `value` keeps it between steps and belongs to the run's state.
+    """
+
+    def __init__(self, value: Tensor, accumulates: bool) -> None:
+        self.value, self.accumulates = value, accumulates
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget a step's gradients: before the next one, and after one that was passed over."""
+        self.sum: Tensor | float = 0.0
+
+    def __call__(self, pair: Tensor, step: TrainStep) -> Tensor:
+        """pair: gradients of L_rec and L_gan, both means over the micro-batch `step`. -> w, scalar."""
+        # a process whose gradient is not finite fails by its own loss, and does not spoil the others' weight
+        share = pair.nan_to_num(0.0, 0.0, 0.0) * (len(step.rows) / step.batch)
+        if not self.accumulates:
+            return adaptive_weight(*step.sum_(share))
+        self.sum = self.sum + share
+        return self.value.clone()
+
+    def after_step(self, step: TrainStep) -> None:
+        """Where gradients accumulate: w for the next step, from all micro-batches of all processes."""
+        if isinstance(self.sum, Tensor):
+            self.value.copy_(adaptive_weight(*step.sum_(self.sum)))
+
+
 @dataclass
 class Adversary:
     """What the adversarial term needs of one micro-batch."""
@@ -44,6 +74,7 @@ class Adversary:
     last_layer: Tensor  # weight of the last convolution of the decoder
     ramp: float  # 0..1, the warm-up of the term
     step: TrainStep
+    weight: AdaptiveWeight
 
 
 class TokenizerLoss:
@@ -74,8 +105,7 @@ class TokenizerLoss:
         """perceived + 0.75 w L_gan, ramped.
 
         The gradients of both terms at the image serve w and the training pass, so the networks behind the two terms
-        are walked back once. w comes from the mean of last-layer gradients over processes:
-        without gradient accumulation it is the global batch's; with it, each micro-batch has its own.
+        are walked back once.
         """
         gan = generator_hinge(adversary.logits)
         at_image = [torch.autograd.grad(term, recon)[0] for term in (perceived, gan)]
@@ -83,9 +113,7 @@ class TokenizerLoss:
         if self.cfg.adaptive:
             last = adversary.last_layer
             pair = [torch.autograd.grad(recon, last, g, retain_graph=True)[0].float() for g in at_image]
-            # a process whose gradient is not finite fails by its own loss, and does not spoil the others' weight
-            both = torch.stack(pair).nan_to_num(0.0, 0.0, 0.0)
-            weight = adaptive_weight(*adversary.step.sum_(both / world()[1]))
+            weight = adversary.weight(torch.stack(pair), adversary.step)
         factor = adversary.ramp * self.cfg.adversarial_factor * weight
         value = (perceived + factor * gan).detach()
         logs = {"gan": gan.detach(), "gan_weight": weight}

@@ -114,6 +114,7 @@ class Chain:
     loss: Tensor  # L_quant of Eq. 4, scalar
     error_T: Tensor  # mean |z - z'_t|² a step, per channel and position, detached; empty if codes_only
     usage: Usage | None  # in training mode
+    spread: Tensor | None  # of z, in training mode
 
 
 class Quantizer(nn.Module):
@@ -214,8 +215,8 @@ class Quantizer(nn.Module):
                     loss = loss + self.gammas[t - 1] * self._quant_loss(v_t, chosen, q_t)
                     vectors.append(v_t.detach())
             codes_BTHW = torch.stack(codes, 1)
-            usage = self._usage(codes_BTHW, vectors) if learning else None
-        return Chain(codes_BTHW, total, loss, torch.stack(errors) if errors else z_BCHW.new_empty(0), usage)
+            usage, spread = (self._usage(codes_BTHW, vectors), _spread(z_BCHW)) if learning else (None, None)
+        return Chain(codes_BTHW, total, loss, torch.stack(errors) if errors else z_BCHW.new_empty(0), usage, spread)
 
     def _quant_loss(self, v_t: Tensor, chosen: Tensor, q_t: Tensor) -> Tensor:
         """One term of Eq. 4: mean[|v_t - sg v'_t|² + |sg v_t - bias(e')|²]; e' = sg(e) for an EMA book."""
@@ -279,6 +280,16 @@ class Quantizer(nn.Module):
                 restarted += len(dead)
         self.books.copy_(self.ema_sums / self.ema_counts.clamp_min(1e-12).unsqueeze(-1))
         return restarted
+
+
+@torch.no_grad()
+def _spread(z_BCHW: Tensor) -> Tensor:
+    """Share of z's energy that varies over images and positions: about 1; 0 for an encoder that tells nothing.
+
+    Usage does not show that: the noise of the first steps spreads over a shared book whatever z is.
+    """
+    varies = z_BCHW.var((0, 2, 3), correction=0).sum()
+    return varies / z_BCHW.pow(2).mean((0, 2, 3)).sum().clamp_min(1e-12)
 
 
 def _draw_vectors(vectors_TBNC: Tensor, count: int, step: TrainStep) -> Tensor:

@@ -12,7 +12,7 @@ from rdpm_cli.images.tensors import to_model
 from rdpm_cli.step import TrainStep
 from rdpm_cli.tokenizer.codebook import health
 from rdpm_cli.tokenizer.discriminator import PatchDiscriminator
-from rdpm_cli.tokenizer.losses import Adversary, TokenizerLoss, discriminator_hinge
+from rdpm_cli.tokenizer.losses import AdaptiveWeight, Adversary, TokenizerLoss, discriminator_hinge
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.quantizer import Usage
 
@@ -56,6 +56,7 @@ class TokenizerTask:
         """perceptual: LPIPS, where the loss has it. critic: the discriminator that `DiscriminatorTask` trains."""
         self.model, self.cfg, self.critic = tokenizer, cfg, critic
         self.loss_terms = TokenizerLoss(cfg.loss, perceptual)
+        self.gan_weight = AdaptiveWeight(critic.gan_weight, cfg.train.accumulates) if critic else None
         self.step = -1
         self.usage: Usage | None = None
         self.made: list[tuple[Tensor, Tensor]] = []  # (x, x') of this step's micro-batches, for the critic
@@ -72,6 +73,8 @@ class TokenizerTask:
         """batch uint8 (B,3,H,W) -> loss and logs."""
         if step.step != self.step:  # also after a step that was passed over
             self.step, self.usage, self.made = step.step, None, []
+            if self.gan_weight:
+                self.gan_weight.reset()
         x = to_model(batch)
         if self.cfg.train.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -80,15 +83,16 @@ class TokenizerTask:
         recon = recon.float()
         adversary = self._adversary(x, recon, step)
         total, terms = self.loss_terms(x, recon, chain.loss, adversary)
-        assert chain.usage is not None, "the tokenizer is in training mode"
+        assert chain.usage, "the tokenizer is in training mode"
+        assert chain.spread is not None
         self.usage = self.usage.merged(chain.usage) if self.usage else chain.usage
         latent = {f"latent_error/t{t:02d}": e for t, e in enumerate(chain.error_T, 1)}
-        return total, {**terms, **latent}
+        return total, {**terms, "latent_spread": chain.spread, **latent}
 
     def _adversary(self, x: Tensor, recon: Tensor, step: TrainStep) -> Adversary | None:
         """The critic's view of x', once it trains; its own parameters get no gradient from here."""
         cfg = self.cfg.discriminator
-        if self.critic is None or step.step < cfg.start:
+        if self.critic is None or self.gan_weight is None or step.step < cfg.start:
             return None
         self.made.append((x, recon.detach()))
         parameters = list(self.critic.parameters())
@@ -99,11 +103,13 @@ class TokenizerTask:
             parameter.requires_grad_(True)
         ramp = min(1.0, (step.step - cfg.start) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
         last = self.model.decoder.conv_out.weight
-        return Adversary(logits, last, ramp, step)
+        return Adversary(logits, last, ramp, step, self.gan_weight)
 
     def after_step(self, step: TrainStep) -> dict[str, Tensor]:
         """Move the codebook and report its health per t."""
         assert self.usage is not None, "after_step follows loss"
+        if self.gan_weight:
+            self.gan_weight.after_step(step)
         restarted = self.model.quantizer.follow(self.usage, step)
         found = health(self.usage.used_TK, shared=self.cfg.quantizer.codebooks == "shared")
         return {"restarted": torch.tensor(float(restarted), device=step.device), **found}

@@ -20,11 +20,14 @@ class MetricsLog:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line; numbers also go to TensorBoard."""
+        """Append one line; numbers also go to TensorBoard, those of a list, one a t, by t."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if isinstance(value, list):
+                for t, one in enumerate(value, 1):
+                    self.board.add_scalar(f"{name}/t{t:02d}", one, step)
+            elif isinstance(value, int | float):
                 self.board.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -12,8 +12,8 @@
 # literal reading. At the small scales C = 32 as there.
 default="schedule.kind=pow schedule.base=0.75 quantizer.steps=10 loss.weight=true quantizer.bias=blend"
 case $SCALE in
-digits) BUDGET="train.steps=150 autoencoder.channels=32 train.save_every=1000 $default" ;;
-cifar10) BUDGET="train.steps=200 autoencoder.channels=32 train.save_every=1000 $default" ;;
+digits) BUDGET="train.steps=300 autoencoder.channels=32 train.save_every=1000 train.eval_every=0 $default" ;;
+cifar10) BUDGET="train.steps=300 autoencoder.channels=32 train.save_every=1000 train.eval_every=0 $default" ;;
 imagenet256) BUDGET="$default" ;;
 esac
 

@@ -1,7 +1,5 @@
 """A weight file, ours or public, as plain tensors and the plan of its layout. Nothing in it is ever run."""
 
-import pickle
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +20,6 @@ WRAPPERS = ("ema", "model", "state_dict")  # where public files keep their weigh
 KNOWN = (
     "known are VAR (vae_ch160v4096z32.pth), taming-transformers (VQGAN f16, last.ckpt), LlamaGen (vq_ds16_c2i.pt), "
     "and rdpm's own tokenizer.pt"
-)
-
-_MORE = re.compile(r"GLOBAL (\S+)|Unsupported class (\S+)")  # how torch names what it did not run
-_KEEP_TENSORS = (
-    "import sys, torch; "
-    "keep = lambda d: {k: keep(v) if isinstance(v, dict) else v for k, v in d.items()"
-    " if isinstance(v, (dict, torch.Tensor))}; "
-    f'torch.save(keep(torch.load(sys.argv[1], map_location="cpu", weights_only={False})), sys.argv[2])'
 )
 
 
@@ -61,20 +51,19 @@ def _load(path: Path) -> Any:
     try:
         return tensorfile.read(path)
     except tensorfile.Unreadable as error:
-        more = _MORE.search(str(error)) if isinstance(error.__cause__, pickle.UnpicklingError) else None
-        if more is None:
+        what = tensorfile.unknown(error)
+        if what is None:
             raise CheckpointError(f"{path} cannot be read as weights: it holds none, or is truncated", KNOWN) from error
-        what = (more[1] or more[2]).rstrip(".")
         raise CheckpointError(
             f"{path} holds more than tensors ({what}), which could run code", convert(path)
         ) from error
 
 
 def convert(path: Path) -> str:
-    """The command that copies the tensors of a file, and nothing else, for a user who trusts it."""
+    """The command that copies the tensors of a file, and runs nothing that is in it."""
     copy = path.with_name(f"{path.stem}-tensors.pt")
-    command = f"python -c {shlex.quote(_KEEP_TENSORS)} {shlex.quote(str(path))} {shlex.quote(str(copy))}"
-    return f"if you trust who made it, copy its tensors where its classes are installed, and give the copy: {command}"
+    command = f"python -m rdpm_cli.tensorfile {shlex.quote(str(path))} {shlex.quote(str(copy))}"
+    return f"copy its tensors, which runs nothing of it, and give the copy: {command}"
 
 
 def _state_dicts(content: Any) -> Iterator[dict[str, Tensor]]:
