@@ -55,11 +55,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--title", default="")
     parser.add_argument("--columns", nargs="+", required=True)
+    parser.add_argument("--paper", nargs="*", default=[], metavar="CELL=TEXT", help="what the paper says of a cell")
     options = parser.parse_args()
     cells = read_cells(options.folder)
-    header = ["cell", "seeds", *options.columns]
+    paper = dict(said.split("=", 1) for said in options.paper)
+    header = ["cell", "seeds", *options.columns, *(["paper"] if paper else [])]
     rows = [
         [name, str(len(scores)), *(text(summary(scores, column), len(scores)) for column in options.columns)]
+        + ([paper.get(name, "")] if paper else [])
         for name, scores in cells.items()
     ]
     lines = [header, ["---"] * len(header), *rows]
