@@ -102,7 +102,9 @@ def write_parquet(
     columns["image"] = pyarrow.array(columns["image"], kind)
     note = json.dumps({"info": {"features": features}})
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table(columns, metadata={"huggingface": note}), path, row_group_size=group)
+    parquet.write_table(
+        pyarrow.table(columns, metadata={"huggingface": note}), path, row_group_size=group, write_batch_size=8
+    )
     return path
 
 

@@ -124,7 +124,6 @@ from rdpm_cli.images.sources import open_source
 from pictures import peak_memory
 parquet.WINDOW = 4 << 20
 source = open_source(sys.argv[1])
-source.image(0)
 before = peak_memory()
 for index in range(len(source)):
     source.open(index)
@@ -134,8 +133,8 @@ print(peak_memory() - before)
 
 def test_memory_is_bounded_where_a_file_is_one_row_group(tmp_path: Path) -> None:
     raw = encoded(random_image(600, 600), "BMP")  # a megabyte
-    path = write_parquet(tmp_path / "x.parquet", [raw + bytes([i]) for i in range(60)], [0] * 60, group=1000)
-    assert float(run_alone(MEMORY, path)) < 30
+    path = write_parquet(tmp_path / "x.parquet", [raw + bytes([i]) for i in range(120)], [0] * 120, group=1000)
+    assert float(run_alone(MEMORY, path)) < 70
 
 
 def test_a_damaged_page_names_its_images_and_spares_the_others(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rdpm_cli.errors import DataError, some_of
 
@@ -64,6 +65,14 @@ def check_member(name: str, is_link: bool, where: str) -> None:
         raise DataError(f"{where}: member '{name}' points outside the archive", "pack it again")
 
 
+def read_note(path: Path) -> bytes:
+    """The content of a note beside the images. Raises DataError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "mend its permissions, or remove it") from error
+
+
 def _notes(members: list[str], names: list[str]) -> dict[str, str]:
     """{base name: path} of the notes about all images: at the root, or in a folder that wraps everything."""
     shared = posixpath.commonprefix([names[0], names[-1]]).rpartition("/")[0]  # they are sorted: common to all
@@ -94,7 +103,7 @@ def _edm_labels(content: bytes, where: str) -> dict[str, object] | None:
         if not isinstance(whole, dict) or "labels" not in whole:
             return None
         return {name.replace("\\", "/"): label for name, label in whole["labels"] or []}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{where}: {EDM} is not EDM's: {error}", 'it holds {"labels": [[name, number], ...]}'
         ) from error

@@ -8,7 +8,7 @@ from PIL import Image
 
 from rdpm_cli.errors import DataError
 from rdpm_cli.images import decode
-from rdpm_cli.images.arrange import CLASSES, EDM, arrange, is_hidden, is_image
+from rdpm_cli.images.arrange import CLASSES, EDM, arrange, is_hidden, is_image, read_note
 from rdpm_cli.images.interface import ImageSource
 
 
@@ -22,7 +22,7 @@ class FolderSource(ImageSource):
         members = visible_files(root) if found is None else found
         if (root / "samples.json").is_file():  # our own pictures: the grids beside them are not images of the set
             members = [name for name in members if not name.startswith("previews/")]
-        listing = arrange(members, self.spec, lambda name: (root / name).read_bytes())
+        listing = arrange(members, self.spec, lambda name: read_note(root / name))
         self.names, self.labels, self.class_names = listing.names, listing.labels, listing.class_names
 
     def open(self, index: int) -> Image.Image:

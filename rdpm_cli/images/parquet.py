@@ -1,16 +1,17 @@
 """Parquet as Hugging Face packs images: a column `image` of {bytes, path}, a column `label` of class numbers."""
 
 import bisect
+import contextlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError, RdpmError, UsageError
 from rdpm_cli.images import decode
 from rdpm_cli.images.arrange import numbered
 from rdpm_cli.images.interface import ImageSource
@@ -18,15 +19,15 @@ from rdpm_cli.images.patterns import short_names
 
 IMAGE, LABEL = "image", "label"
 WINDOW = 64 << 20  # bytes of decoded rows kept
-BUFFER = 1 << 20
+BUFFER = 1 << 20  # bytes read ahead; without it and with pre_buffer, pyarrow reads the group first
 HINT = "the columns are `image` (a struct of bytes and path) and `label` (whole numbers)"
 
 
 class ParquetSource(ImageSource):
     """Rows in order, by the name `file.parquet/row`. Needs the extra `parquet`.
 
-    Rows around the last one read are kept, a row group or 64 MiB of one, so reading in order reads every file once; at
-    random an image costs its row group, of which files made for this have small ones.
+    Rows around the last one read are kept, a row group or 64 MiB of one, so reading in order reads every file once, in
+    the memory of that and of a page; at random an image costs its row group, and `datasets` writes groups of 100.
     """
 
     def __init__(self, spec: str, paths: Sequence[Path], lines: list[str] | None) -> None:
@@ -39,11 +40,13 @@ class ParquetSource(ImageSource):
         labels: list[int | None] = []
         named: list[list[str] | None] = []
         for place, short in enumerate(short_names(paths)):
-            file = self._open(place)
-            self._list_groups(place, file.metadata)
-            self.names += [f"{short}/{row:06d}" for row in range(file.metadata.num_rows)]
-            labels += _labels(file)
-            named.append(_features(file))
+            with _listing(paths[place]):
+                file = self._open(place)
+                _check_columns(file, paths[place])
+                self._list_groups(place, file.metadata)
+                self.names += [f"{short}/{row:06d}" for row in range(file.metadata.num_rows)]
+                labels += _labels(file)
+                named.append(_features(file))
         if not self.names:
             raise DataError(f"{spec} holds no images", HINT)
         if any(names != named[0] for names in named):
@@ -71,16 +74,8 @@ class ParquetSource(ImageSource):
         return decode.open_image(io.BytesIO(raw))
 
     def _open(self, place: int) -> Any:
-        """pyarrow's ParquetFile, whose columns are as they must be."""
-        parquet = _pyarrow(self.paths[place])
-        from pyarrow import ArrowException
-
-        try:
-            file = parquet.ParquetFile(self.paths[place], buffer_size=BUFFER)
-        except (ArrowException, OSError) as error:
-            raise DataError(f"{self.paths[place]} cannot be read as parquet: {error}", HINT) from error
-        _check_columns(file, self.paths[place])
-        return file
+        """pyarrow's ParquetFile. Raises what pyarrow raises, and UsageError where it is not installed."""
+        return _pyarrow(self.paths[place]).ParquetFile(self.paths[place], buffer_size=BUFFER, pre_buffer=False)
 
     def _list_groups(self, file: int, metadata: Any) -> None:
         start = len(self.names)
@@ -113,6 +108,17 @@ class _Window:
             self._batch = next(self._batches).column(0)
             self.first, self.stop = self.stop, self.stop + len(self._batch)
         return self._batch[row - self.first].as_py()
+
+
+@contextlib.contextmanager
+def _listing(path: Path) -> Iterator[None]:
+    """Whatever pyarrow raises of a damaged file is a DataError about it."""
+    try:
+        yield
+    except RdpmError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}", HINT) from error
 
 
 def _pyarrow(path: Path) -> Any:

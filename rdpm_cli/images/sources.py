@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rdpm_cli.errors import DataError, UsageError
-from rdpm_cli.images.arrange import CLASSES, HINT, is_image, read_classes
+from rdpm_cli.images.arrange import CLASSES, HINT, is_image, read_classes, read_note
 from rdpm_cli.images.digits import DIGIT_PARTS, DigitsSource
 from rdpm_cli.images.folders import FolderSource, visible_files
 from rdpm_cli.images.interface import ImageSource, spread
@@ -90,7 +90,7 @@ def _open_shards(spec: str, paths: Sequence[Path]) -> ImageSource:
         raise DataError(f"{odd} is not a folder, .zip, .tar or .parquet", HINT)
     notes = (folder / CLASSES for folder in (paths[0].parent, Path(spec)))
     note = next((path for path in notes if path.is_file()), None)
-    lines = read_classes(note.read_bytes(), str(note.parent)) if note else None
+    lines = read_classes(read_note(note), str(note.parent)) if note else None
     return (TarSource if kinds == {".tar"} else ParquetSource)(spec, paths, lines)
 
 

@@ -66,11 +66,12 @@ class _Shard:
         self.labels: dict[str, int] = {}
         self.needed: set[str] = set()  # keys with a .cls, which is of no use without its image
         try:
+            _need_plain(path)
             with tarfile.open(path, "r:") as tar:
                 for member in _members(tar):
                     self._take(tar, member)
         except (tarfile.TarError, OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as a tar: {_reason(path, error)}", HINT) from error
+            raise DataError(f"{path} cannot be read as a tar: {error}", HINT) from error
         if alone := self.needed - self.images.keys():
             raise DataError(f"{path}: '{min(alone)}' has a label and no image", "shards hold jpg, jpeg, png or webp")
 
@@ -118,12 +119,18 @@ def _number(content: bytes, kind: str, where: str) -> int | None:
         if kind == "cls":
             return int(content.decode("ascii"))
         whole = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} holds no label: {error}", hint) from error
     label = whole.get("label", whole.get("cls")) if isinstance(whole, dict) else None
     if label is not None and type(label) is not int:
         raise DataError(f"{where} has the label {label!r}", hint)
     return label
+
+
+def _need_plain(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise ValueError("it is compressed; unpack it with gunzip")
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -135,9 +142,3 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     tar.fileobj.seek(tar.offset)  # of what ended the list: a block of zeros, or damage that tarfile takes for an end
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise ValueError(CUT)
-
-
-def _reason(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return "it is compressed; unpack it with gunzip" if packed else str(error)

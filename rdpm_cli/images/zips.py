@@ -29,7 +29,7 @@ class ZipSource(ImageSource):
         try:
             with zipfile.ZipFile(path) as archive:
                 self._list(archive)
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error) as error:
             raise DataError(f"{path} cannot be read as a zip: {error}", HINT) from error
         self.file = ByteRanges([path])
 
