@@ -381,5 +381,5 @@ def test_draft_decodes_at_the_smallest_scale_that_keeps_the_size(
 def test_draft_of_real_photographs_is_near_the_exact_crop() -> None:
     source = open_source(real("imagenet-50"))
     for index in range(0, 50, 10):
-        draft, exact = source.pixels(index, 64, draft=True).astype(int), source.pixels(index, 64)
-        assert np.abs(draft - exact).mean() < 5
+        draft, exact = source.pixels(index, 64, draft=True), source.pixels(index, 64)
+        assert np.corrcoef(draft.ravel(), exact.ravel())[0, 1] > 0.9

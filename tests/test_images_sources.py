@@ -14,7 +14,7 @@ from pictures import adm_center_crop_arr, make_files, make_tar, make_zip, real, 
 from PIL import Image
 
 from rdpm_cli import files
-from rdpm_cli.errors import DataError, RdpmError, UsageError
+from rdpm_cli.errors import DataError, ImageError, RdpmError, UsageError
 from rdpm_cli.images import sources
 from rdpm_cli.images.sources import (
     DigitsSource,
@@ -495,3 +495,34 @@ def test_a_folder_of_images_may_have_an_archive_beside(tmp_path: Path) -> None:
     make_tar(tmp_path / "loose" / "0.tar", {})
     with pytest.raises(DataError, match=r"loose images such as 'preview\.png' and shards such as '0\.tar'"):
         open_source(str(tmp_path / "loose"))
+
+
+# ---- damaged ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ZipSource, TarSource, ParquetSource])
+def test_a_damaged_archive_is_refused_or_its_images_are_named(
+    packings: dict[type[ImageSource], list[Path]], tmp_path: Path, kind: type[ImageSource]
+) -> None:
+    first = packings[kind][0]
+    whole = first if first.is_file() else min(p for p in first.rglob("*") if p.suffix in (".tar", ".parquet"))
+    raw, path = whole.read_bytes(), tmp_path / f"damaged{whole.suffix}"
+    random = np.random.default_rng(0)
+    refused = named = 0
+    for trial in range(150):
+        damaged = bytearray(raw)
+        for place in random.integers(max(0, len(raw) - 900) if trial % 2 else 0, len(raw), 1 + trial % 4):
+            damaged[place] = random.integers(256)
+        path.write_bytes(damaged[: random.integers(len(raw))] if trial % 6 == 0 else damaged)
+        try:
+            source = open_source(str(path))
+        except DataError:
+            refused += 1
+            continue
+        for index in range(len(source)):
+            try:
+                source.pixels(index, 16)
+            except ImageError:
+                named += 1
+    assert refused > 10
+    assert named > 10
