@@ -460,12 +460,13 @@ def test_edm_without_labels_and_another_dataset_json(tmp_path: Path) -> None:
         ("{0..999}{0..999}.tar", UsageError, "more than 100,000 files"),
         ("*.txt", DataError, "not a folder, .zip, .tar or .parquet"),
         ("x-{0.tar,0.txt}", DataError, r"x-0\.txt is not a folder"),
+        ("x-0.{tar,parquet}", DataError, r"names both \.tar and \.parquet"),
         ("x.tar.gz", DataError, "is compressed"),
         ("z", DataError, r"z\.tgz is compressed"),
     ],
 )
 def test_patterns_that_name_no_shards(tmp_path: Path, pattern: str, error: type[RdpmError], text: str) -> None:
-    for name in ("x-0.tar", "x-1.tar", "x-3.tar", "x-0.txt", "x.tar.gz", "z/z.tgz"):
+    for name in ("x-0.tar", "x-1.tar", "x-3.tar", "x-0.txt", "x-0.parquet", "x.tar.gz", "z/z.tgz"):
         make_tar(tmp_path / name, {})
     with pytest.raises(error, match=text):
         open_source(str(tmp_path / pattern))

@@ -85,9 +85,10 @@ def _open_shards(spec: str, paths: Sequence[Path]) -> ImageSource:
     for path in paths:
         if path.name.lower().endswith(COMPRESSED):
             _refuse_compressed(path)
-    if len(kinds) != 1 or not kinds <= SHARDS:
-        odd = next(path for path in paths if path.suffix.lower() != ".tar")
-        raise DataError(f"{odd} is not a folder, .zip, .tar or .parquet", HINT)
+    if odd := [path for path in paths if path.suffix.lower() not in SHARDS]:
+        raise DataError(f"{odd[0]} is not a folder, .zip, .tar or .parquet", HINT)
+    if len(kinds) > 1:
+        raise DataError(f"{spec} names both .tar and .parquet", "name one kind")
     notes = (folder / CLASSES for folder in (paths[0].parent, Path(spec)))
     note = next((path for path in notes if path.is_file()), None)
     lines = read_classes(read_note(note), str(note.parent)) if note else None
