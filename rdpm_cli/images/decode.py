@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def use_draft(image: Image.Image, size: int) -> None:
     """Let a JPEG be decoded at 1/2, 1/4 or 1/8, the smallest whose short side is still at least `size`.
 
-    So nothing changes below 2·size, and from there on the scaled DCT stands in for the halvings of ADM's crop. It rounds
+    So nothing changes below 2·size, from there on the scaled DCT stands in for the halvings of ADM's crop. It rounds
     odd sides up, they round down: the crop may also lie a part of a pixel elsewhere.
     """
     image.draft("RGB", (size, size))
