@@ -57,6 +57,18 @@ class DataError(RdpmError):
     exit_code = EXIT_DATA
 
 
+class ImageError(DataError):
+    """An image that cannot be read. name: its name in the source `spec`; reason: why."""
+
+    def __init__(self, spec: str, name: str, reason: str) -> None:
+        super().__init__(f"{spec}: {name} cannot be read as an image: {reason}", "replace or remove this file")
+        self.spec, self.name, self.reason = spec, name, reason
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str, str]]:
+        """Another process raises it again: pickling would call it with the message alone."""
+        return ImageError, (self.spec, self.name, self.reason)
+
+
 class CheckpointError(DataError):
     """A checkpoint or weight file that is unreadable, of the wrong kind, or absent."""
 

@@ -6,6 +6,9 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]  # (H, W, 3) RGB
 TRANSFORM = "adm-center-crop"  # its name in manifests
+DRAFT_TRANSFORM = (
+    "adm-center-crop-jpeg-draft"  # with `pixels(draft=True)`, where large JPEGs are decoded at 1/2, 1/4, 1/8
+)
 
 
 def center_crop(image: Image.Image, size: int) -> Pixels:
