@@ -57,6 +57,14 @@ class DataError(RdpmError):
     exit_code = EXIT_DATA
 
 
+class ImageError(DataError):
+    """An image that cannot be read. name: which of its source; reason: why, without the place."""
+
+    def __init__(self, message: str, hint: str, *, name: str, reason: str) -> None:
+        super().__init__(message, hint)
+        self.name, self.reason = name, reason
+
+
 class CheckpointError(DataError):
     """A checkpoint or weight file that is unreadable, of the wrong kind, or absent."""
 

@@ -63,8 +63,13 @@ def sha256_file(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, written atomically; NaN is refused."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    text = json_text(value)
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def json_text(value: Any) -> str:
+    """What write_json writes."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -113,6 +118,13 @@ def _short(value: Any) -> str:
     """A value as people compare it: digests by their beginning."""
     text = str(value)
     return text[:12] if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or would be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    status = os.statvfs(there)
+    return status.f_bavail * status.f_frsize
 
 
 def no_file(path: Path) -> str:

@@ -450,7 +450,7 @@ def test_fresh_noise_without_latents_is_refused_with_the_command(
         make_batches(tmp_path / "codes", tokenizer, generator_config(noise="fresh"))
     assert refused.value.exit_code == 3
     assert f"rdpm tokenize {image_folder}" in refused.value.hint
-    assert "--keep-latents" in refused.value.hint
+    assert "--keep latents" in refused.value.hint
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def _checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _store(path: Path) -> tuple[str, dict[str, Any]]:
-    from rdpm_cli.codes.store import Manifest
+    from rdpm_cli.codes.manifest import Manifest
 
     manifest = Manifest.load(path)
     return "code store", {"digest": manifest.digest(), **manifest.model_dump(mode="json")}

@@ -11,7 +11,7 @@ from rdpm_cli.engine.runs import versions
 from rdpm_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from rdpm_cli.codes.store import Manifest
+    from rdpm_cli.codes.manifest import Manifest
     from rdpm_cli.images.sources import ImageSource
 
 RECORD = "samples.json"

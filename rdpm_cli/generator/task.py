@@ -24,7 +24,7 @@ class CodeBatches:
         if cfg.objective.noise == "fresh" and not store.manifest.latents:
             raise DataError(
                 f"{store.root} keeps no latents, so fresh noise cannot be drawn",
-                f"run `rdpm tokenize {store.manifest.data.source} NEW_FOLDER --keep-latents`, "
+                f"run `rdpm tokenize {store.manifest.data.source} NEW_FOLDER --keep latents`, "
                 "or train with objective.noise=cached",
             )
         self.store, self.cfg, self.seed = store, cfg, seed

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rdpm_cli import files
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError, ImageError, UsageError
 from rdpm_cli.images.transform import Pixels, center_crop
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -41,12 +41,15 @@ class ImageSource(ABC):
     def open(self, index: int) -> Image.Image:
         """The image as it is stored. May raise what Pillow raises."""
 
-    def image(self, index: int) -> Image.Image:
-        """RGB. Raises DataError naming the image that cannot be read."""
+    def image(self, index: int, least: int = 0) -> Image.Image:
+        """RGB. Raises ImageError naming the image that cannot be read. least: sides that a JPEG draft must keep."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return _rgb(self.open(index))
+                opened = self.open(index)
+                if least:
+                    opened.draft("RGB", (least, least))
+                return _rgb(opened)
         except (
             OSError,
             SyntaxError,
@@ -59,11 +62,16 @@ class ImageSource(ABC):
             Image.DecompressionBombWarning,
         ) as error:
             where = f"{self.spec}: {self.names[index]}"
-            raise DataError(f"{where} cannot be read as an image: {error}", "replace or remove this file") from error
+            raise ImageError(
+                f"{where} cannot be read as an image: {error}",
+                "replace or remove this file",
+                name=self.names[index],
+                reason=str(error),
+            ) from error
 
-    def pixels(self, index: int, size: int) -> Pixels:
-        """(size, size, 3) uint8 after the ADM centre crop."""
-        return center_crop(self.image(index), size)
+    def pixels(self, index: int, size: int, draft: bool = False) -> Pixels:
+        """(size, size, 3) uint8 after the ADM centre crop. draft: of a JPEG decoded at a scale that keeps 2·size."""
+        return center_crop(self.image(index, 2 * size if draft else 0), size)
 
     def need_labels(self) -> Sequence[int]:
         """The labels. Raises DataError when the images are not sorted into classes."""

@@ -6,6 +6,7 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]  # (H, W, 3) RGB
 TRANSFORM = "adm-center-crop"  # its name in manifests
+DRAFT_TRANSFORM = "adm-center-crop-jpeg-draft"  # of the same after a JPEG decode at a reduced scale
 
 
 def center_crop(image: Image.Image, size: int) -> Pixels:
