@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -42,7 +42,7 @@ class _Failed:
         return ProcessError(self.message, self.hint, self.exit_code, self.trace)
 
 
-def in_order(work: Callable[[Task], Answer], tasks: Iterable[Task], workers: int) -> Iterator[Answer]:
+def in_order(work: Callable[[Task], Answer], tasks: Iterable[Task], workers: int) -> Generator[Answer, None, None]:
     """work(task) of every task, in order; by so many processes, or by this one where that is one.
 
     Memory is flat: a bounded number of tasks is under way. The workers end with the iterator and with this process,

@@ -1,8 +1,9 @@
 """Making a store: images that cannot be read, several processes, interruptions, and what is said of it."""
 
 import json
-import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import Making, MemoryImages, content, encoded
-from PIL import Image
+from processes import command_line, exit_code, spawn, torchrun
+from torch import Tensor
 
-from rdpm_cli import engine
+from rdpm_cli import crew
 from rdpm_cli.cli.app import run as run_cli
+from rdpm_cli.codes import encode
+from rdpm_cli.codes.encode import Encoded, Prepared
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import GeneratorConfig
 from rdpm_cli.errors import DataError, ImageError
 from rdpm_cli.generator.task import CodeBatches
+from rdpm_cli.images.sources import open_source
+from rdpm_cli.tokenizer import model
 
 MakeStore = Callable[..., Making]
 
@@ -35,6 +41,7 @@ def making(tmp_path: Path, tiny_tokenizer_file: Path) -> MakeStore:
 
 # ---- images that cannot be read -----------------------------------------------------------------------------------
 
+SHAPES: list[dict[str, Any]] = [{}, {"views": 4, "flip": True, "latents": True}]
 BAD = (3, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 39)  # one, the whole second shard, the last image
 
 
@@ -50,7 +57,7 @@ def test_the_first_bad_image_stops_with_its_name(making: MakeStore, workers: int
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("settings", [{}, {"views": 4, "flip": True, "latents": True}])
+@pytest.mark.parametrize("settings", SHAPES)
 def test_skipped_images_move_nothing(making: MakeStore, workers: int, settings: dict[str, Any]) -> None:
     whole = making("whole", **settings).finish()
     some = making(bad=BAD, on_bad="skip", max_bad=0.5, workers=workers, **settings).finish()
@@ -162,3 +169,148 @@ def test_a_store_with_bad_images_is_reconstructed_and_trained_on(
     batches = CodeBatches(store, cfg, [1.0] * 4, 0)
     assert batches.images + len(batches.held_out) == 34
     assert batches.batch_at(0, range(16)).codes_BTHW.shape == (16, 4, 4, 4)
+
+
+# ---- several processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", SHAPES)
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("pieces", [0, 1, 4, 9])
+def test_bytes_do_not_depend_on_the_number_of_processes(
+    making: MakeStore, settings: dict[str, Any], workers: int, pieces: int
+) -> None:
+    """Also where it was interrupted, and went on with another number."""
+    alone, several = making("alone", **settings), making("several", workers=workers, **settings)
+    alone.finish()
+    running = several.run()
+    for _ in range(pieces):
+        next(running)
+    running.close()
+    making("several", workers=6 - workers, **settings).finish()
+    assert content(several.root) == content(alone.root)
+
+
+def test_bytes_do_not_depend_on_the_threads_of_the_process_that_forks(
+    image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """A process that has convolved on several threads, as training does, is one whose forks may hang."""
+    settings: dict[str, Any] = {"micro_batch": 4, "views": 2}
+    alone = Making(tmp_path / "alone", open_source(str(image_folder)), tiny_tokenizer_file, **settings)
+    alone.finish()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.nn.functional.conv2d(torch.randn(16, 8, 64, 64), torch.randn(8, 8, 3, 3))
+        several = Making(
+            tmp_path / "several", open_source(str(image_folder)), tiny_tokenizer_file, workers=2, **settings
+        )
+        several.finish()
+    finally:
+        torch.set_num_threads(before)
+    assert content(several.root) == content(alone.root)
+
+
+def test_a_few_images_in_one_shard_use_every_worker(making: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = making(count=36, shard_images=100, workers=3)
+    original = encode.encode
+
+    def spy(batch: Prepared, *rest: Any) -> Encoded:
+        return replace(original(batch, *rest), looked_at=os.getpid())
+
+    monkeypatch.setattr(encode, "encode", spy)
+    pids = list(one.run())[1:]
+    assert len(set(pids)) == 3
+
+
+def test_no_more_processes_than_micro_batches(making: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def in_order(work: Callable[[range], Encoded], tasks: list[range], workers: int) -> Iterator[Encoded]:
+        asked.append(workers)
+        return map(work, tasks)
+
+    monkeypatch.setattr(crew, "in_order", in_order)
+    making(count=10, workers=64).finish()
+    assert asked == [3]
+
+
+def test_two_ranks_share_the_shards(image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path) -> None:
+    def command(out: str) -> list[str]:
+        fixed = ["--tokenizer", str(tiny_tokenizer_file), "--shard-size", "5", "--views", "2", "--device", "cpu"]
+        return ["tokenize", str(image_folder), str(tmp_path / out), *fixed, "--quiet", "--workers", "1"]
+
+    assert run_cli(command("alone")) == 0
+    ranks = [spawn(command_line, command("ranks"), environment) for environment in torchrun(2)]
+    assert [exit_code(rank) for rank in ranks] == [0, 0]
+    assert content(tmp_path / "ranks") == content(tmp_path / "alone")
+    assert json.loads((tmp_path / "ranks" / "run.json").read_text())["processes"] == 2
+
+
+# ---- what a GPU may do, and a CPU may not -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option", [["--micro-batch", "4"], ["--precision", "bf16"], ["--batch-size", "4"], ["--workers", "0"]]
+)
+def test_what_would_change_the_bytes_on_a_cpu_is_refused(
+    option: list[str], image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tokenize", str(image_folder), str(tmp_path / "codes"), "--tokenizer", str(tiny_tokenizer_file)]
+    assert run_cli([*command, "--device", "cpu", *option]) == 2
+    assert option[0] in capsys.readouterr().err
+    assert not (tmp_path / "codes").exists()
+
+
+def test_a_gpus_plan_records_precision_and_micro_batch(tiny_tokenizer_file: Path) -> None:
+    tokenizer, file = model.load(tiny_tokenizer_file)
+    fixed: dict[str, Any] = {"views": 1, "flip": False, "latents": False, "seed": 0, "shard_images": 10}
+    cases: list[tuple[dict[str, Any], tuple[str, int]]] = [
+        ({}, ("bf16", 1024)),
+        ({"precision": "fp32", "micro_batch": 6}, ("fp32", 6)),
+    ]
+    for more, wanted in cases:
+        plan = encode.make_plan(
+            MemoryImages(9), tokenizer, file["digest"], device=torch.device("cuda"), **fixed, **more
+        )
+        assert (plan.device, plan.precision, plan.micro_batch) == ("cuda", *wanted)
+
+
+def test_bf16_encodes_in_channels_last_and_quantises_in_fp32(
+    making: MakeStore,
+) -> None:
+    """The path of a GPU, taken on the CPU: z moves by what bf16 moves, the codes are Q of the z that is kept."""
+    one = making(latents=True)
+    exact, half = one.plan, one.plan.model_copy(update={"precision": "bf16"})
+    tokenizer = one.tokenizer.to(memory_format=torch.channels_last)
+    batch = encode.prepare(one.source, exact, range(4))
+    seen: list[torch.dtype] = []
+    layouts: list[bool] = []
+
+    def note(_: object, __: object, y: Tensor) -> None:
+        layouts.append(y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last))
+
+    tokenizer.encoder.conv_in.register_forward_hook(note)
+    tokenizer.quantizer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    fp32, bf16 = encode.encode(batch, tokenizer, exact), encode.encode(batch, tokenizer, half)
+    assert layouts == [False, True]
+    assert seen == [torch.float32, torch.float32]
+    assert fp32.latents is not None
+    assert bf16.latents is not None
+    a, b = fp32.latents.astype(np.float32), bf16.latents.astype(np.float32)
+    assert 0 < np.abs(a - b).max() < 0.2
+    z = torch.from_numpy(b[:, 0])
+    assert np.array_equal(tokenizer.quantizer.encode(z, batch.eps_VBTCHW[0]).numpy(), bf16.codes[:, 0])
+    assert (fp32.codes == bf16.codes).mean() > 0.9
+
+
+def test_what_workers_prepare_is_what_one_process_prepares(making: MakeStore) -> None:
+    """The decode workers of a GPU: uint8 pixels and noise, padded; the network stays where it is."""
+    one = making(bad=[5])
+    plan = one.plan.model_copy(update={"device": "cuda"})
+    todo = encode.parts(plan, 0)
+    alone, several = (list(encode.encode_parts(one.source, one.tokenizer, plan, todo, n)) for n in (1, 2))
+    assert [part.indices for part in several] == [[0, 1, 2, 3], [4, 6, 7], [8, 9]]
+    for a, b in zip(alone, several, strict=True):
+        assert np.array_equal(a.codes, b.codes)
+        assert a.bad == b.bad
