@@ -19,6 +19,7 @@ from rdpm_cli.errors import DataError, UsageError
 
 VERSION: Literal[2] = 2
 MANIFEST, NAMES, TOKENIZER, BAD = "manifest.json", "names.jsonl", "tokenizer.pt", "bad.jsonl"
+AGAIN = "copy it again, or remove it and run the same `rdpm tokenize` again"
 
 
 class DataOrigin(Section):
@@ -130,12 +131,9 @@ class Manifest(Plan):
         try:
             manifest = cls.model_validate(raw)
         except ValidationError as error:
-            raise DataError(f"{path} is not a code store's manifest: {error.errors()[0]['msg']}") from error
+            raise DataError(f"{path} is not a code store's manifest: {error.errors()[0]['msg']}", AGAIN) from error
         if manifest.sha256 != manifest.digest():
-            raise DataError(
-                f"{path} is damaged: it does not match its own checksum",
-                "copy the store again, or remove this file and run the same `rdpm tokenize` again",
-            )
+            raise DataError(f"{path} is damaged: it does not match its own checksum", AGAIN)
         return manifest
 
     def digest(self) -> str:

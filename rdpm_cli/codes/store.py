@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdpm_cli import files
-from rdpm_cli.codes.manifest import Manifest, shard_arrays, shard_files
+from rdpm_cli.codes.manifest import AGAIN, Manifest, shard_arrays, shard_files
 from rdpm_cli.errors import DataError
 
 HELD_OUT_PERCENT = 2
@@ -44,13 +44,12 @@ class CodeStore:
     def _map_shard(self, shard: int, images: int, kind: str) -> NDArray[Any]:
         m = self.manifest
         path, (dtype, shape) = self.root / shard_files(shard, m.latents)[kind], shard_arrays(m, images)[kind]
-        hint = "remove it and run the same `rdpm tokenize` again, or copy it again"
         try:
             array: NDArray[Any] = np.load(path, mmap_mode="r" if images else None, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read: {error}", hint) from error
+            raise DataError(f"{path} cannot be read: {error}", AGAIN) from error
         if array.dtype != dtype or array.shape != shape:
-            raise DataError(f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}", hint)
+            raise DataError(f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}", AGAIN)
         return np.asarray(array)
 
     def __len__(self) -> int:
@@ -61,10 +60,7 @@ class CodeStore:
         for shard in self.manifest.shards:
             for name, wanted in shard.sha256.items():
                 if files.sha256_file(self.root / name) != wanted:
-                    raise DataError(
-                        f"{self.root / name} is damaged: it differs from the manifest",
-                        "remove it and run the same `rdpm tokenize` again, or copy it again",
-                    )
+                    raise DataError(f"{self.root / name} is damaged: it differs from the manifest", AGAIN)
 
     def view(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The view of each row."""

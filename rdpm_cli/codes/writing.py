@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rdpm_cli import files
 from rdpm_cli.codes.manifest import (
+    AGAIN,
     BAD,
     MANIFEST,
     NAMES,
@@ -29,7 +30,7 @@ from rdpm_cli.codes.manifest import (
 from rdpm_cli.errors import DataError, RunError, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-AGAIN = "free some space and run the same command again"
+FREE = "free some space and run the same command again"
 
 
 def check(root: Path, plan: Plan) -> None:
@@ -94,9 +95,7 @@ def _index(root: Path, shard: int) -> NDArray[np.int64]:
     try:
         index: NDArray[np.int64] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}", "remove it and run the same `rdpm tokenize` again"
-        ) from error
+        raise DataError(f"{path} cannot be read: {error}", AGAIN) from error
     return index
 
 
@@ -168,7 +167,7 @@ def need_space(root: Path, plan: Plan) -> None:
 def no_space(root: Path, plan: Plan) -> RunError:
     """What to say of a disk that is too small: what is needed, what is there."""
     need, have = bytes_missing(root, plan), files.free_bytes(root)
-    return RunError(f"disk full: {root} needs {_size(need)} more, {_size(have)} are free", AGAIN)
+    return RunError(f"disk full: {root} needs {_size(need)} more, {_size(have)} are free", FREE)
 
 
 def _size(count: int) -> str:

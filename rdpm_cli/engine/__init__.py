@@ -12,6 +12,7 @@ from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
+from rdpm_cli.engine.verifying import verify
 
 __all__ = [
     "Result",
@@ -30,5 +31,6 @@ __all__ = [
     "train_judge",
     "train_tokenizer",
     "training_curves",
+    "verify",
     "versions",
 ]
