@@ -434,7 +434,7 @@ def disk_with(free_bytes: int) -> Callable[[object], Any]:
 
 def test_a_full_disk_is_noticed_before_the_first_image(work: MakeWork, monkeypatch: pytest.MonkeyPatch) -> None:
     tight = work()
-    size = sum(len(value) for name, value in content(work("other").finish().root).items() if name.endswith(".npy"))
+    size = sum(map(len, content(work("other").finish().root).values()))
     seen = encoded(monkeypatch)
     monkeypatch.setattr(os, "statvfs", disk_with(size // 2))
     with pytest.raises(RunError, match="disk full") as caught:
@@ -452,7 +452,8 @@ def test_resuming_needs_room_for_what_is_missing_only(work: MakeWork, monkeypatc
     running.close()
     assert writing.missing_shards(cut.root, cut.plan) == [3]
     shard = sum(p.stat().st_size for p in cut.root.glob("*-00000.npy"))
-    monkeypatch.setattr(os, "statvfs", disk_with(shard))
+    beside = sum((cut.root / name).stat().st_size for name in ("tokenizer.pt", "names.jsonl"))
+    monkeypatch.setattr(os, "statvfs", disk_with(shard + beside + 4 * writing.MANIFEST_BYTES))
     assert len(cut.finish()) == 72
 
 

@@ -30,6 +30,7 @@ from rdpm_cli.codes.manifest import (
 from rdpm_cli.errors import DataError, RunError, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+MANIFEST_BYTES = 1000  # about so many a shard
 FREE = "free some space and run the same command again"
 
 
@@ -63,10 +64,10 @@ def begin(root: Path, plan: Plan, record: dict[str, Any], tokenizer: bytes, name
     for left in root.glob(".*.tmp"):  # of a process that was killed; we hold the lock
         left.unlink()
     (root / MANIFEST).unlink(missing_ok=True)
-    need_space(root, plan)
+    lines = "".join(json.dumps({"index": i, "name": name}) + "\n" for i, name in enumerate(names)).encode()
+    need_space(root, plan, len(tokenizer) + len(lines))
     files.write_atomic(root / TOKENIZER, lambda file: file.write(tokenizer))
-    lines = "".join(json.dumps({"index": i, "name": name}) + "\n" for i, name in enumerate(names))
-    files.write_atomic(root / NAMES, lambda file: file.write(lines.encode()))
+    files.write_atomic(root / NAMES, lambda file: file.write(lines))
 
 
 def is_finished(root: Path, plan: Plan) -> bool:
@@ -154,19 +155,20 @@ def finish(root: Path, manifest: Manifest) -> None:
 
 
 def bytes_missing(root: Path, plan: Plan) -> int:
-    """What the missing shards will take."""
-    return plan.image_bytes() * sum(len(plan.shard_range(shard)) for shard in missing_shards(root, plan))
+    """What the missing shards will take, and the manifest."""
+    images = sum(len(plan.shard_range(shard)) for shard in missing_shards(root, plan))
+    return plan.image_bytes() * images + MANIFEST_BYTES * plan.shard_count
 
 
-def need_space(root: Path, plan: Plan) -> None:
-    """Raise RunError when the disk cannot hold what is missing of the store."""
-    if bytes_missing(root, plan) > files.free_bytes(root):
-        raise no_space(root, plan)
+def need_space(root: Path, plan: Plan, beside: int = 0) -> None:
+    """Raise RunError when the disk cannot hold what is missing of the store, and `beside` bytes of other files."""
+    if bytes_missing(root, plan) + beside > files.free_bytes(root):
+        raise no_space(root, plan, beside)
 
 
-def no_space(root: Path, plan: Plan) -> RunError:
+def no_space(root: Path, plan: Plan, beside: int = 0) -> RunError:
     """What to say of a disk that is too small: what is needed, what is there."""
-    need, have = bytes_missing(root, plan), files.free_bytes(root)
+    need, have = bytes_missing(root, plan) + beside, files.free_bytes(root)
     return RunError(f"disk full: {root} needs {_size(need)} more, {_size(have)} are free", FREE)
 
 
