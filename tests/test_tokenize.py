@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import Making, MemoryImages, content, encoded
+from PIL import Image
 from processes import command_line, exit_code, spawn, torchrun
 from torch import Tensor
 
@@ -314,3 +316,86 @@ def test_what_workers_prepare_is_what_one_process_prepares(making: MakeStore) ->
     for a, b in zip(alone, several, strict=True):
         assert np.array_equal(a.codes, b.codes)
         assert a.bad == b.bad
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path) -> list[str]:
+    fixed = ["--tokenizer", str(tiny_tokenizer_file), "--device", "cpu", "--quiet", "--json"]
+    return ["tokenize", str(image_folder), str(tmp_path / "codes"), *fixed]
+
+
+def answer(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert run_cli(args) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_dry_run_says_what_comes_and_writes_nothing(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--shard-size", "10", "--views", "2", "--keep", "latents", "--workers", "2"]
+    told = answer([*command, *more, "--dry-run"], capsys)
+    assert not (tmp_path / "codes").exists()
+    assert (told["images"], told["images_missing"], told["shards"], told["shards_missing"]) == (36, 36, 4, 4)
+    assert (told["classes"], told["workers"], told["micro_batch"]) == (3, 2, 128)
+    assert 0 < told["seconds_per_micro_batch"] < 5
+    assert told["seconds"] == pytest.approx(2 * told["seconds_per_micro_batch"], abs=0.06)
+    arrays = told["bytes"]
+    made = answer([*command, *more], capsys)
+    assert arrays == made["bytes"] - 16 * 128  # the heads of 16 .npy files
+    root = tmp_path / "codes"
+    (root / "codes-00003.npy").unlink()
+    before = {path: path.stat().st_mtime_ns for path in root.iterdir()}
+    again = answer([*command, *more, "--dry-run"], capsys)
+    assert (again["images_missing"], again["shards_missing"], again["bytes_missing"]) == (6, 1, told["bytes"] // 6)
+    assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == before
+
+
+def test_a_dry_run_refuses_what_the_run_would(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(command, capsys)
+    assert run_cli([*command, "--views", "2", "--dry-run"]) == 2
+    assert "views: 1 -> 2" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    assert run_cli([*command[:2], str(tmp_path / "full"), *command[3:], "--dry-run"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=10, f_frsize=1))
+    assert run_cli([*command[:2], str(tmp_path / "new" / "codes"), *command[3:], "--dry-run"]) == 1
+    assert "disk full" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_draft_is_another_transform(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer([*command, "--draft"], capsys)
+    assert CodeStore(tmp_path / "codes").manifest.transform == "adm-center-crop-jpeg-draft"
+    assert run_cli(command) == 2
+    assert "transform: adm-center-crop-jpeg-draft -> adm-center-crop" in capsys.readouterr().err
+
+
+def test_a_draft_reads_other_pixels(tiny_tokenizer_file: Path, tmp_path: Path) -> None:
+    """A JPEG of four times the size: the decoder halves it, where the exact crop halves pixels."""
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / name / "0.jpg")
+    source = open_source(str(tmp_path / "images"))
+    for draft in (False, True):
+        one = Making(tmp_path / f"{draft}", source, tiny_tokenizer_file, draft=draft)
+        found = encode.prepare(one.source, one.plan, range(2)).pixels_BCHW[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(found, source.pixels(0, 16, draft=draft))
+    assert not np.array_equal(source.pixels(0, 16), source.pixels(0, 16, draft=True))
+
+
+@pytest.mark.parametrize(
+    "option", [["--keep", "codes"], ["--on-bad", "go-on"], ["--max-bad", "2"], ["--shard-size", "0"]]
+)
+def test_values_outside_an_option_are_usage_errors(
+    option: list[str], command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli([*command, *option]) == 2
+    assert option[0] in capsys.readouterr().err
