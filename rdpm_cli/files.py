@@ -4,12 +4,15 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rdpm_cli.errors import DataError, RunError, UsageError
+
+SPARE_FILES = 512  # open files of a process for anything else
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -125,6 +128,21 @@ def free_bytes(folder: Path) -> int:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     status = os.statvfs(there)
     return status.f_bavail * status.f_frsize
+
+
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def allow_open(count: int) -> None:
+    """Let this process hold so many files open beside what it has, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + SPARE_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def no_file(path: Path) -> str:

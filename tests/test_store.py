@@ -5,6 +5,7 @@ Legend: N rows, T steps, C h w latent shape; a row is one (image, view), view fa
 
 import json
 import os
+import resource
 import shutil
 import socket
 from collections.abc import Callable
@@ -204,6 +205,32 @@ def test_rows_are_gathered_across_shards_in_any_order(work: MakeWork, flip: bool
     assert np.array_equal(codes.codes(rows), whole[rows])
     assert np.array_equal(codes.latents(rows), latents[own])
     assert codes.codes(rows[:0]).shape == (0, 4, 4, 4)
+
+
+def test_more_shards_than_open_files_are_allowed(work: MakeWork) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    made = work(shard_images=1).finish()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+        codes = CodeStore(made.root)
+        assert np.array_equal(codes.codes(all_rows(codes)), made.codes(all_rows(made)))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 72
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_store_beyond_memory_is_read_at_random_and_reads_the_same(
+    digits_codes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = CodeStore(digits_codes)
+    monkeypatch.setattr(files, "memory_bytes", lambda: 1000)
+    beyond = CodeStore(digits_codes)
+    assert (plain.exceeds_memory, beyond.exceeds_memory) == (False, True)
+    flags = [line for line in Path("/proc/self/smaps").read_text().splitlines() if line.startswith("VmFlags")]
+    assert sum(" rr" in line for line in flags) >= 2  # advised: codes and latents
+    rows = all_rows(plain)
+    assert np.array_equal(plain.codes(rows), beyond.codes(rows))
+    assert np.array_equal(plain.latents(rows), beyond.latents(rows))
 
 
 def test_shards_do_not_change_the_rows(digits_codes: Path, work: MakeWork) -> None:

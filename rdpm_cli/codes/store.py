@@ -1,5 +1,6 @@
 """Reading a code store: memory-mapped codes and latents, labels and source indices, rows global over shards."""
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class CodeStore:
                 f"{root} was coded by tokenizer {m.tokenizer[:12]}, not {str(tokenizer)[:12]}",
                 "run `rdpm tokenize` again with this tokenizer, or use the one in the store",
             )
+        files.allow_open(len(m.shards) * (2 if m.latents else 1))
+        self.exceeds_memory = m.image_bytes() * m.images > files.memory_bytes()
         self.offsets = np.cumsum([0, *(s.rows for s in m.shards)])
         self._codes = self._map("codes")
         self._latents = self._map("latents") if m.latents else []
@@ -50,6 +53,9 @@ class CodeStore:
             raise DataError(f"{path} cannot be read: {error}", AGAIN) from error
         if array.dtype != dtype or array.shape != shape:
             raise DataError(f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}", AGAIN)
+        base: Any = array.base
+        if self.exceeds_memory and isinstance(base, mmap.mmap):
+            base.madvise(mmap.MADV_RANDOM)  # read what is asked for, not 128 KiB around it
         return np.asarray(array)
 
     def __len__(self) -> int:
@@ -77,11 +83,12 @@ class CodeStore:
         return self._gather(self._latents, own, self.offsets // self.manifest.views * flips)
 
     def _gather(self, parts: list[NDArray[Any]], rows: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[Any]:
+        """Row by row: with hundreds of shards, sorting rows by shard costs more than it saves."""
         out = np.empty((len(rows), *parts[0].shape[1:]), dtype=parts[0].dtype)
         shard_of = np.searchsorted(offsets, rows, side="right") - 1
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            out[here] = parts[shard][rows[here] - offsets[shard]]
+        own = rows - offsets[shard_of]
+        for place, (shard, row) in enumerate(zip(shard_of.tolist(), own.tolist(), strict=True)):
+            out[place] = parts[shard][row]
         return out
 
     def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
