@@ -226,8 +226,8 @@ def synthetic_plan(count: int) -> Plan:
     """T = 10, 16×16, K = 4096, C = 32."""
     data = DataOrigin(source="synthetic", count=count, digest="0" * 64)
     return Plan(
-        tokenizer="0" * 64, steps=10, grid=(16, 16), codes=4096, channels=32, views=1, flip=False, latents=False, seed=0,
-        noise=tuple(noise.fingerprint(0)), transform="adm-center-crop", resolution=256, class_names=("a", "b"),
+        tokenizer="0" * 64, steps=10, grid=(16, 16), codes=4096, channels=32, views=1, flip=False, latents=False,
+        seed=0, noise=tuple(noise.fingerprint(0)), transform="adm-center-crop", resolution=256, class_names=("a", "b"),
         data=data, device="cpu", precision="fp32", micro_batch=8, shard_images=4096,
     )  # fmt: skip
 
