@@ -17,7 +17,7 @@ from rdpm_cli.signals import end_with_parent, leave_signals_to_parent
 
 FORKS = multiprocessing.get_context("fork")  # workers share what is loaded already, a model above all
 AT_ONCE = 2  # tasks a worker has: the next one waits with it
-AHEAD = 4  # tasks a worker may be ahead of the answer that comes next
+AHEAD = 3  # tasks a worker may be ahead of the answer that comes next: what is held of them
 AGAIN = "run the same command again with fewer --workers; finished work is kept"
 
 Task = TypeVar("Task")

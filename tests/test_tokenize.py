@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from helpers import Making, MemoryImages, content, encoded
 from PIL import Image
-from processes import command_line, exit_code, spawn, torchrun
+from processes import command_line, exit_code, spawn, torchrun, wait_for
 from torch import Tensor
 
 from rdpm_cli import crew
@@ -399,3 +400,28 @@ def test_values_outside_an_option_are_usage_errors(
 ) -> None:
     assert run_cli([*command, *option]) == 2
     assert option[0] in capsys.readouterr().err
+
+
+# ---- `--gpus N` ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_team_writes_the_same_store(command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    more = ["--shard-size", "7"]
+    alone = answer([*command, *more], capfd)
+    team = answer([*command[:2], str(tmp_path / "team"), *command[3:], *more, "--gpus", "2"], capfd)
+    assert team["digest"] == alone["digest"]
+    assert content(tmp_path / "team") == content(tmp_path / "codes")
+
+
+@pytest.mark.slow
+def test_a_team_stops_on_a_signal_and_goes_on(command: list[str], tmp_path: Path) -> None:
+    long = ["tokenize", "digits", *command[2:], "--shard-size", "50", "--views", "100", "--gpus", "2", "--workers", "2"]
+    process = spawn(command_line, long, {})
+    wait_for((tmp_path / "codes" / "index-00000.npy").exists, process)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    assert exit_code(process, 60) == 75
+    assert not (tmp_path / "codes" / "manifest.json").exists()
+    assert exit_code(spawn(command_line, long, {}), 300) == 0
+    assert exit_code(spawn(command_line, ["verify", str(tmp_path / "codes")], {})) == 0
