@@ -58,9 +58,12 @@ class DataError(RdpmError):
 
 
 class ImageError(DataError):
-    """An image that cannot be read. name: which of its source; reason: why, without the place."""
+    """An image that cannot be read. name: which of its source; reason: why, without the place.
 
-    def __init__(self, message: str, hint: str, *, name: str, reason: str) -> None:
+    A data loader's worker makes it again from its message alone.
+    """
+
+    def __init__(self, message: str, hint: str = "", *, name: str = "", reason: str = "") -> None:
         super().__init__(message, hint)
         self.name, self.reason = name, reason
 

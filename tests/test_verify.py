@@ -141,6 +141,14 @@ def test_a_manifest_that_does_not_fit_is_found(
     assert text in damaged(store)
 
 
+@pytest.mark.parametrize("name", ["labels-00001.npy", "names.jsonl", "bad.jsonl"])
+@pytest.mark.parametrize("text", [b"", b"[]\n", b"\x93NUMPY"])
+def test_files_of_another_kind_are_found_under_fitting_checksums(store: Path, name: str, text: bytes) -> None:
+    (store / name).write_bytes(text)
+    reseal(store)
+    assert name in damaged(store)
+
+
 def test_names_and_bad_images_are_compared_with_the_shards(store: Path) -> None:
     lines = (store / "names.jsonl").read_text().splitlines(keepends=True)
     (store / "names.jsonl").write_text("".join(lines[1:]))

@@ -76,7 +76,13 @@ def _shard(root: Path, manifest: Manifest, number: int, shard: Shard) -> Iterato
 def _content(root: Path, manifest: Manifest, number: int, shard: Shard) -> Iterator[str]:
     names, arrays = shard_files(number, manifest.latents), {}
     for kind, (dtype, shape) in shard_arrays(manifest, shard.images).items():
-        array: NDArray[Any] = np.load(root / names[kind], mmap_mode="r" if shard.images else None, allow_pickle=False)
+        try:
+            array: NDArray[Any] = np.load(
+                root / names[kind], mmap_mode="r" if shard.images else None, allow_pickle=False
+            )
+        except (OSError, ValueError, EOFError) as error:
+            yield f"{names[kind]} cannot be read: {error}"
+            return
         if array.dtype != dtype or array.shape != shape:
             yield f"{names[kind]} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}"
             return

@@ -193,12 +193,15 @@ def read_bad(path: Path) -> list[BadImage]:
     try:
         return [BadImage.model_validate(line) for line in read_lines(path)]
     except ValidationError as error:
-        raise DataError(f"{path} is no list of bad images: {error.errors()[0]['msg']}", "copy it again") from error
+        raise DataError(f"{path} is no list of bad images: {error.errors()[0]['msg']}", AGAIN) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file. Raises DataError where it is not one."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}", "copy it again") from error
+        raise DataError(f"{path} cannot be read: {error}", AGAIN) from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} does not hold a JSON object a line", AGAIN)
+    return rows
