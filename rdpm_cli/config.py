@@ -243,7 +243,9 @@ class GeneratorArchitecture(Section):
 class ObjectiveConfig(Section):
     """How a training batch is drawn from the code store."""
 
-    noise: Literal["cached", "fresh"] = Field("cached", description="the store's draws, or new ones (needs latents)")
+    noise: Literal["cached", "fresh", "fresh-from-codes"] = Field(
+        "cached", description="the store's draws; new ones on its latents z; new ones on z'_T of its codes"
+    )
     steps_per_image: int = Field(1, ge=1, description="values of t an image and step; loss rows = batch × this")
     t_weights: Literal["uniform", "alpha"] = Field("uniform", description="t drawn uniformly, or ~ alpha_t + 0.2")
     perturb: float = Field(0.0, ge=0, description="a in z' + a·U·N(0,1), one U an image, targets unchanged")

@@ -34,7 +34,7 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
     tokenizer = out / "tokenizer.pt"
     engine.copy_file(out / "runs" / "tokenizer" / "tokenizer.pt", tokenizer)
     say(f"tokenize: {recipe.views} noise draws an image -> codes/")
-    engine.tokenize(TRAIN, out / "codes", tokenizer, views=recipe.views, seed=seed)
+    engine.tokenize(TRAIN, out / "codes", tokenizer, engine.StoreOptions(views=recipe.views, seed=seed))
     say("train-gen: codes -> transformer, by cross-entropy")
     trained = engine.train_gen(out / "codes", out / "runs" / "generator", "digits", changes)
     generator = out / "generator.pt"

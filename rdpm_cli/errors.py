@@ -3,8 +3,10 @@
 Anything that is not an `RdpmError` is a bug and keeps its traceback.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 EXIT_FAILED = 1  # the run failed: disk full, out of memory, NaN, lock held
 EXIT_USAGE = 2  # usage or recipe
@@ -58,15 +60,17 @@ class DataError(RdpmError):
 
 
 class ImageError(DataError):
-    """An image that cannot be read. name: its name in the source `spec`; reason: why."""
+    """An image that cannot be read. name: which of its source; reason: why, without the place.
 
-    def __init__(self, spec: str, name: str, reason: str) -> None:
-        super().__init__(f"{spec}: {name} cannot be read as an image: {reason}", "replace or remove this file")
-        self.spec, self.name, self.reason = spec, name, reason
+    A data loader's worker makes it again from its message alone, other processes from all of it.
+    """
 
-    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str, str]]:
-        """Another process raises it again: pickling would call it with the message alone."""
-        return ImageError, (self.spec, self.name, self.reason)
+    def __init__(self, message: str, hint: str = "", *, name: str = "", reason: str = "") -> None:
+        super().__init__(message, hint)
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return functools.partial(ImageError, name=self.name, reason=self.reason), (self.message, self.hint)
 
 
 class CheckpointError(DataError):

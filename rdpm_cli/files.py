@@ -4,12 +4,15 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rdpm_cli.errors import DataError, RunError, UsageError
+
+SPARE_FILES = 512  # open files of a process for anything else
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -63,8 +66,13 @@ def sha256_file(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, written atomically; NaN is refused."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    text = json_text(value)
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def json_text(value: Any) -> str:
+    """What write_json writes."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -113,6 +121,28 @@ def _short(value: Any) -> str:
     """A value as people compare it: digests by their beginning."""
     text = str(value)
     return text[:12] if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or would be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    status = os.statvfs(there)
+    return status.f_bavail * status.f_frsize
+
+
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def allow_open(count: int) -> None:
+    """Let this process hold so many files open beside what it has, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + SPARE_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def no_file(path: Path) -> str:

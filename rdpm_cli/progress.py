@@ -1,12 +1,16 @@
-"""Progress on stderr: a bar with a time estimate on a terminal, plain lines elsewhere. A plain helper."""
+"""Progress on stderr: a bar with rate and time left on a terminal, plain lines elsewhere. A plain helper."""
 
 import sys
+import threading
 import time
 from typing import Any
 
-LINE_EVERY = 10.0  # seconds between plain lines: rarer than 5, more often than 30
+LINE_EVERY = 10.0  # seconds between plain lines while work is finished: rarer than 5
+SILENCE = 20.0  # seconds after which a line comes though nothing was finished: with TICK, more often than 30
+TICK = 5.0  # seconds between looks at the silence
 
 quiet = False
+clock = time.monotonic
 
 
 class Bar:
@@ -16,12 +20,17 @@ class Bar:
         self.label, self.total, self.unit = label, total, unit
         self.done, self.note = 0, ""
         self._rich: Any = None
+        self._lock, self._over = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "Bar":
-        self._start = self._last = time.monotonic()
+        self._start = self._last = clock()
         self._first = 0
-        if not quiet and sys.stderr.isatty():
+        if quiet:
+            return self
+        if sys.stderr.isatty():
             self._open_rich()
+        else:
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def _open_rich(self) -> None:
@@ -30,39 +39,57 @@ class Bar:
 
         columns: list[Any] = ["{task.description}", BarColumn(), "{task.completed:.0f}/{task.total:.0f}", self.unit]
         self._rich = Progress(
-            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
+            *columns, TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=Console(stderr=True),
         )  # fmt: skip
-        self._task = self._rich.add_task(self.label, total=self.total, note="")
+        self._task = self._rich.add_task(self.label, total=self.total, note="", rate="")
         self._rich.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(TICK):
+            self.tick()
+
+    def tick(self) -> None:
+        """Say where the job is if nothing was said for long, as while one piece of work takes long."""
+        self._line_after(SILENCE)
 
     def advance(self, amount: int, note: str = "") -> None:
         """So many more are done. note: shown behind."""
         self.done += amount
         self.note = note or self.note
         if self._rich:
-            self._rich.update(self._task, completed=self.done, note=self.note)
-        elif not quiet and time.monotonic() - self._last >= LINE_EVERY:
-            self._line()
+            self._rich.update(self._task, completed=self.done, note=self.note, rate=f"{self._rate(clock()):.1f}/s")
+        elif not quiet:
+            self._line_after(LINE_EVERY)
 
     def resume_at(self, done: int) -> None:
         """So many were done before this process: they do not count for the rate."""
         self.done = self._first = done
 
-    def _line(self) -> None:
-        self._last = time.monotonic()
-        seconds = self._last - self._start
-        rate = (self.done - self._first) / max(seconds, 1e-9)
-        left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {seconds:.0f} s, {left:.0f} s left"
+    def _rate(self, now: float) -> float:
+        return (self.done - self._first) / max(now - self._start, 1e-9)
+
+    def _line_after(self, silence: float) -> None:
+        """One line, if the last one is so many seconds old."""
+        with self._lock:
+            now = clock()
+            if now - self._last < silence:
+                return
+            self._last, rate = now, self._rate(now)
+        left = f"{(self.total - self.done) / rate:.0f} s left" if rate > 0 else "no rate yet"
+        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {now - self._start:.0f} s, {left}"
         print(f"{text}  {self.note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self._over.set()
         if self._rich:
             self._rich.stop()
         elif not quiet and kind is None:
-            seconds = time.monotonic() - self._start
-            print(f"{self.label}: {self.done} {self.unit} in {seconds:.1f} s", file=sys.stderr, flush=True)
+            seconds, count = clock() - self._start, self.done - self._first
+            before = f" ({self._first} were there)" if self._first else ""
+            rate = f", {count / max(seconds, 1e-9):.1f}/s" if count else ""
+            text = f"{self.label}: {self.done} {self.unit}{before} in {seconds:.1f} s{rate}"
+            print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

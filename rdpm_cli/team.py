@@ -5,21 +5,19 @@ shows the one that the others follow from, once. A plain helper; torch-free.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rdpm_cli.errors import UsageError
+from rdpm_cli.signals import end_with_parent
 
 FOLDER = "RDPM_TEAM"  # environment variable of a started process: where it leaves its failure
 LAUNCHER = "RDPM_LAUNCHER"  # and its launcher's process id
-PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,10 @@ def begin() -> None:
     """Settle in as one of several processes: stop when the launcher is gone, and leave stdout to it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # neither `--gpus` nor torchrun
         return
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:  # Linux. torchrun does not catch SIGUSR1, and nobody catches SIGKILL: no orphan goes on
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if started():
         os.dup2(2, 1)  # gloo writes to stdout
-        if os.getppid() != int(os.environ[LAUNCHER]):
-            sys.exit(1)
+    # torchrun does not catch SIGUSR1, and nobody catches SIGKILL: no orphan goes on
+    end_with_parent(signal.SIGTERM, int(os.environ[LAUNCHER]) if started() else os.getppid())
 
 
 def leave(failure: Failure) -> bool:

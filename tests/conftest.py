@@ -57,7 +57,9 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_codes(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tiny_tokenizer_file: Path) -> Path:
     """A finished code store of `image_folder` by the tiny tokenizer: 36 images, 2 views, latents kept. Read only."""
     out = tmp_path_factory.mktemp("store") / "codes"
-    engine.tokenize(str(image_folder), out, tiny_tokenizer_file, views=2, keep_latents=True, device="cpu")
+    engine.tokenize(
+        str(image_folder), out, tiny_tokenizer_file, engine.StoreOptions(views=2, latents=True), device="cpu"
+    )
     return out
 
 

@@ -24,7 +24,7 @@ from rdpm_cli.evaluation.judge import Judge, JudgeBatches, JudgeTask
 from rdpm_cli.evaluation.reference import ImageSet
 from rdpm_cli.images.sources import ImageSource, open_source
 from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
-from rdpm_cli.images.transform import TRANSFORM
+from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM
 from rdpm_cli.recipe_files import load_recipe
 from rdpm_cli.step import TrainStep
 from rdpm_cli.threads import one_thread
@@ -593,6 +593,18 @@ def test_the_recorded_reference_is_used_and_named(samples: Path, image_folder: P
     assert values["options"] == {"cfg": 0.0, "seed": 0}
     assert 0 <= values["class_accuracy"] <= 1
     assert json.loads(files.canonical_json(values))["extractor"]["name"] == "judge judge.pt"
+
+
+def test_the_recorded_reference_is_read_as_the_store_was(samples: Path, image_folder: Path) -> None:
+    """Without the images that could not be read, and decoded in draft where the store was."""
+    edit(samples, lambda record: record["reference"].update(left_out=[1, 35], transform=DRAFT_TRANSFORM))
+    found = reference.open_reference(None, reference.open_samples(samples))
+    kept = [i for i in range(36) if i not in (1, 35)]
+    source = open_source(str(image_folder))
+    assert source.labels is not None
+    assert (found.count, found.labels) == (34, [source.labels[i] for i in kept])
+    wanted = np.stack([source.pixels(i, 16, draft=True) for i in kept])
+    assert np.array_equal(np.concatenate(list(found.batches)), wanted)
 
 
 def test_a_reference_given_by_the_user_comes_first(

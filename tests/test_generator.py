@@ -3,8 +3,10 @@
 Legend: B images, R rows, T steps, C code width, H W grid, L = H·W, K codes.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -365,7 +367,7 @@ def test_stored_latents_are_those_of_the_images(digits_codes: Path, tokenizer: T
     torch.testing.assert_close(batch.z_BCHW, tokenizer.latents(to_model(chw(pixels))), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("objective", [{"noise": "cached"}, {"noise": "fresh"}], ids=str)
+@pytest.mark.parametrize("objective", [{"noise": "cached"}, {"noise": "fresh"}, {"noise": "fresh-from-codes"}], ids=str)
 def test_a_batch_is_a_function_of_seed_and_step(
     digits_codes: Path, tokenizer: Tokenizer, objective: dict[str, Any]
 ) -> None:
@@ -450,7 +452,10 @@ def test_fresh_noise_without_latents_is_refused_with_the_command(
         make_batches(tmp_path / "codes", tokenizer, generator_config(noise="fresh"))
     assert refused.value.exit_code == 3
     assert f"rdpm tokenize {image_folder}" in refused.value.hint
-    assert "--keep-latents" in refused.value.hint
+    assert "--keep latents" in refused.value.hint
+    assert "objective.noise=fresh-from-codes" in refused.value.hint
+    batches = make_batches(tmp_path / "codes", tokenizer, generator_config(noise="fresh-from-codes"))
+    assert batches.batch_at(0, range(16)).eps_BSCHW is None
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------
@@ -510,6 +515,26 @@ def test_fresh_noise_quantises_z_again(digits_codes: Path, tokenizer: Tokenizer)
     assert loss == pytest.approx(loss_by_hand(generator, codes, chosen, batch), rel=1e-4)
     assert not torch.equal(codes, batch.codes_BTHW)
     assert loss != float(generator.loss(batch, make_step(step=1))[0])
+
+
+def test_fresh_noise_from_codes_quantises_what_they_decode_to(digits_codes: Path, tokenizer: Tokenizer) -> None:
+    """Also where latents are stored: what is asked for is taken, and zhat's target is what was quantised."""
+    generator = make_generator(tokenizer.quantizer, head="geometric")
+    cfg = generator_config(steps_per_image=2, noise="fresh-from-codes")
+    batch = make_batches(digits_codes, tokenizer, cfg).batch_at(0, range(16))
+    assert batch.eps_BSCHW is None
+    assert batch.z_BCHW is None
+    drawn = []
+    for step in range(3):
+        eps = make_step(step).normal(STEPS, CHANNELS, GRID, GRID)
+        z = tokenizer.quantizer.decode(batch.codes_BTHW)
+        codes = tokenizer.quantizer.encode(z, eps)
+        chosen = torch.stack([eps[i, batch.t_BS[i] - 1] for i in range(16)])
+        by_hand = loss_by_hand(generator, codes, chosen, replace(batch, z_BCHW=z))
+        assert float(generator.loss(batch, make_step(step))[0]) == pytest.approx(by_hand, rel=1e-4)
+        assert codes.shape == batch.codes_BTHW.shape
+        drawn.append(codes)
+    assert all((a != b).float().mean() > 0.2 for a, b in itertools.combinations([batch.codes_BTHW, *drawn], 2))
 
 
 def test_perturbation_moves_the_input_by_one_u_an_image(digits_codes: Path, tokenizer: Tokenizer) -> None:

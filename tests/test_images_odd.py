@@ -123,7 +123,7 @@ def test_an_image_error_says_which_image_and_why_and_reaches_another_process(tmp
         one(tmp_path, b"text").pixels(0, 16)
     error = pickle.loads(pickle.dumps(caught.value))
     for found in (caught.value, error):
-        assert (found.name, found.spec, found.exit_code) == ("a/1.png", str(tmp_path), 3)
+        assert (found.name, found.exit_code) == ("a/1.png", 3)
         assert found.reason == "it is empty or of no known image format"
         assert found.message == f"{tmp_path}: a/1.png cannot be read as an image: {found.reason}"
         assert found.hint

@@ -260,7 +260,7 @@ def test_what_fails_after_a_signal_is_what_is_said(tmp_path: Path) -> None:
 def test_a_signal_before_anything_is_done_is_a_stop_too(tmp_path: Path) -> None:
     code, _, err = play(tmp_path, "deaf", signal.SIGTERM)
     assert code == 75
-    assert "rdpm: error: stopped by SIGTERM; the newest checkpoint stands" in err
+    assert "rdpm: error: stopped by SIGTERM; what is saved stands" in err
 
 
 # ---- the commands --------------------------------------------------------------------------------------------------

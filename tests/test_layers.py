@@ -126,7 +126,7 @@ def test_modules_are_short() -> None:
 
 # ---- what answers at once ------------------------------------------------------------------------------------------
 
-COMMANDS = ["train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "eval", "demo", "inspect"]
+COMMANDS = ["train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "eval", "demo", "inspect", "verify"]
 PROGRAM = """
 import sys
 from rdpm_cli.cli.app import run
@@ -148,6 +148,7 @@ EXIT_CODES = {
     "train-gen codes --recipe digits train.stepz=3": 2,
     "train-tokenizer no/such/folder --recipe digits": 2,
     "train-tokenizer digits --recipe digits --from-weights no-such.pt": 3,
+    "verify no/such/store": 2,
 }
 
 

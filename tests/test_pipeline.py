@@ -335,7 +335,7 @@ def test_the_same_command_elsewhere_gives_the_same_digest(
         ("train-gen", "network.depth=2", "generator.network.depth: 1 -> 2"),
         ("tokenize", "--views=3", "views: 2 -> 3"),
         ("tokenize", "--seed=4", "seed: 0 -> 4"),
-        ("tokenize", "--keep-latents", "latents: False -> True"),
+        ("tokenize", "--keep=latents", "latents: False -> True"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused_with_the_difference(

@@ -5,9 +5,10 @@ Legend: N rows, T steps, C h w latent shape; a row is one (image, view), view fa
 
 import json
 import os
+import resource
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,20 +17,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Making, content, encoded
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rdpm_cli import engine, files, noise
-from rdpm_cli.codes import encode, store
-from rdpm_cli.codes.store import CodeStore, Manifest, Plan
+from rdpm_cli.codes import store, writing
+from rdpm_cli.codes.manifest import Manifest
+from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.errors import DataError, RdpmError, RunError, UsageError
 from rdpm_cli.images.sources import ImageSource, open_source
 from rdpm_cli.images.tensors import chw, to_model
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.model import Tokenizer
-
-NOT_THE_STORE = {".lock", ".lock.owner", "run.json"}
 
 
 @pytest.fixture(scope="module")
@@ -42,58 +43,17 @@ def source(image_folder: Path) -> ImageSource:
     return open_source(str(image_folder))
 
 
-class Work:
-    """A store to be written, in pieces as a signal may cut them."""
-
-    def __init__(self, root: Path, source: ImageSource, tokenizer_file: Path, **settings: Any) -> None:
-        self.root, self.source, self.file = root, source, tokenizer_file
-        self.tokenizer, content = model.load(tokenizer_file)
-        wanted: dict[str, Any] = {"views": 2, "flip": False, "latents": True, "seed": 0, "shard_images": 10, **settings}
-        small = wanted.pop("micro_batch", None)
-        device = torch.device("cpu")
-        self.plan = encode.make_plan(source, self.tokenizer, content["digest"], device=device, **wanted)
-        if small:
-            self.plan = self.plan.model_copy(update={"micro_batch": small})
-
-    def run(self) -> Iterator[int]:
-        """Write what is missing, a piece at a time."""
-        return encode.write_store(self.root, self.source, self.tokenizer, self.file.read_bytes(), self.plan, {})
-
-    def finish(self) -> CodeStore:
-        """Write what is missing."""
-        assert sum(self.run()) == self.plan.data.count
-        return CodeStore(self.root)
-
-
-MakeWork = Callable[..., Work]
+MakeWork = Callable[..., Making]
 
 
 @pytest.fixture
 def work(tmp_path: Path, source: ImageSource, tiny_tokenizer_file: Path) -> MakeWork:
     """work(name="codes", **settings): a store to be written under tmp_path."""
 
-    def make(name: str = "codes", **settings: Any) -> Work:
-        return Work(tmp_path / name, source, tiny_tokenizer_file, **settings)
+    def make(name: str = "codes", **settings: Any) -> Making:
+        return Making(tmp_path / name, source, tiny_tokenizer_file, **settings)
 
     return make
-
-
-def content(root: Path) -> dict[str, bytes]:
-    """The files that are the store."""
-    return {p.name: p.read_bytes() for p in root.iterdir() if p.name not in NOT_THE_STORE}
-
-
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The source indices that are encoded from now on."""
-    seen: list[int] = []
-    original = encode.encode_images
-
-    def spy(images: NDArray[np.uint8], indices: range, tokenizer: Tokenizer, plan: Plan) -> Any:
-        seen.extend(indices)
-        return original(images, indices, tokenizer, plan)
-
-    monkeypatch.setattr(encode, "encode_images", spy)
-    return seen
 
 
 def all_rows(codes: CodeStore) -> NDArray[np.int64]:
@@ -247,6 +207,32 @@ def test_rows_are_gathered_across_shards_in_any_order(work: MakeWork, flip: bool
     assert codes.codes(rows[:0]).shape == (0, 4, 4, 4)
 
 
+def test_more_shards_than_open_files_are_allowed(work: MakeWork) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    made = work(shard_images=1).finish()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+        codes = CodeStore(made.root)
+        assert np.array_equal(codes.codes(all_rows(codes)), made.codes(all_rows(made)))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 72
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_store_beyond_memory_is_read_at_random_and_reads_the_same(
+    digits_codes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = CodeStore(digits_codes)
+    monkeypatch.setattr(files, "memory_bytes", lambda: 1000)
+    beyond = CodeStore(digits_codes)
+    assert (plain.exceeds_memory, beyond.exceeds_memory) == (False, True)
+    flags = [line for line in Path("/proc/self/smaps").read_text().splitlines() if line.startswith("VmFlags")]
+    assert sum(" rr" in line for line in flags) >= 2  # advised: codes and latents
+    rows = all_rows(plain)
+    assert np.array_equal(plain.codes(rows), beyond.codes(rows))
+    assert np.array_equal(plain.latents(rows), beyond.latents(rows))
+
+
 def test_shards_do_not_change_the_rows(digits_codes: Path, work: MakeWork) -> None:
     one, many = CodeStore(digits_codes), work(shard_images=7, micro_batch=128).finish()
     rows = all_rows(one)
@@ -261,6 +247,7 @@ def test_shards_do_not_change_the_rows(digits_codes: Path, work: MakeWork) -> No
 
 def test_manifest_holds_what_a_later_stage_needs(digits_codes: Path, source: ImageSource) -> None:
     m = json.loads((digits_codes / "manifest.json").read_text())
+    assert m.pop("sha256") == files.digest(m)
     digest = torch.load(digits_codes / "tokenizer.pt", weights_only=True)["digest"]
     assert m.pop("shards") == [
         {
@@ -269,10 +256,15 @@ def test_manifest_holds_what_a_later_stage_needs(digits_codes: Path, source: Ima
             "sha256": {p.name: files.sha256_file(p) for p in sorted(digits_codes.glob("*.npy"))},
         }
     ]
+    beside = ("tokenizer.pt", "names.jsonl")
+    assert m.pop("files") == {name: files.sha256_file(digits_codes / name) for name in beside}
+    samples = m.pop("samples")
+    assert [s["index"] for s in samples] == [place * 36 // 16 for place in range(16)]
+    assert all(3 < s["psnr"] < 30 for s in samples)
     assert m.pop("noise") == pytest.approx(noise.normal("encode", 0, 0, 0, 1, (16,)).tolist())
     assert m == {
         "format": "rdpm-codes",
-        "version": 1,
+        "version": 2,
         "tokenizer": digest,
         "steps": 4,
         "grid": [4, 4],
@@ -288,10 +280,12 @@ def test_manifest_holds_what_a_later_stage_needs(digits_codes: Path, source: Ima
         "data": {"source": source.spec, "count": 36, "digest": source.digest()},
         "dtype": "uint16",
         "device": "cpu",
+        "precision": "fp32",
         "micro_batch": 128,
         "shard_images": engine.tokenizing.SHARD_IMAGES,
         "images": 36,
         "rows": 72,
+        "bad": 0,
     }
 
 
@@ -300,7 +294,9 @@ def test_the_store_knows_neither_its_place_nor_the_host_nor_the_threads(
 ) -> None:
     out = tmp_path / "elsewhere"
     with one_thread():
-        engine.tokenize(str(image_folder), out, tiny_tokenizer_file, views=2, keep_latents=True, device="cpu")
+        engine.tokenize(
+            str(image_folder), out, tiny_tokenizer_file, engine.StoreOptions(views=2, latents=True), device="cpu"
+        )
     assert content(out) == content(digits_codes)
     manifest = (digits_codes / "manifest.json").read_text()
     assert str(digits_codes) not in manifest
@@ -331,7 +327,7 @@ def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, source: ImageSource, tiny_tokenizer_file: Path
 ) -> dict[str, bytes]:
     """The files of a store in micro-batches of 4 and shards of 10, written at one go."""
-    work = Work(tmp_path_factory.mktemp("whole") / "codes", source, tiny_tokenizer_file, micro_batch=4)
+    work = Making(tmp_path_factory.mktemp("whole") / "codes", source, tiny_tokenizer_file, micro_batch=4)
     work.finish()
     return content(work.root)
 
@@ -343,8 +339,8 @@ def test_bytes_do_not_depend_on_an_interruption(work: MakeWork, uninterrupted: d
     running = cut.run()
     for _ in range(pieces):
         next(running)
-    running.close()  # type: ignore[attr-defined]
-    assert store.missing_shards(cut.root, cut.plan) == ([0, 1, 2, 3] if pieces < 4 else [1, 2, 3])
+    running.close()
+    assert writing.missing_shards(cut.root, cut.plan) == ([0, 1, 2, 3] if pieces < 4 else [1, 2, 3])
     assert not (cut.root / "manifest.json").exists()
     cut.finish()
     assert content(cut.root) == uninterrupted
@@ -358,7 +354,7 @@ def test_bytes_do_not_depend_on_a_kill_in_the_middle_of_a_write(
     running = cut.run()
     for _ in range(5):
         next(running)
-    running.close()  # type: ignore[attr-defined]
+    running.close()
     (cut.root / "codes-00001.npy").write_bytes(b"of a shard without index")
     (cut.root / ".labels-00001.npy.4194999.tmp").write_bytes(b"half")
     cut.finish()
@@ -369,8 +365,8 @@ def test_finished_shards_are_not_encoded_again(work: MakeWork, monkeypatch: pyte
     cut = work()
     running = cut.run()
     assert [next(running), next(running)] == [0, 10]
-    running.close()  # type: ignore[attr-defined]
-    assert store.missing_shards(cut.root, cut.plan) == [1, 2, 3]
+    running.close()
+    assert writing.missing_shards(cut.root, cut.plan) == [1, 2, 3]
     seen = encoded(monkeypatch)
     assert next(cut.run()) == 10
     cut.finish()
@@ -414,7 +410,7 @@ def test_other_settings_are_refused_by_name(work: MakeWork, settings: dict[str, 
     first = work()
     running = first.run()
     next(running)
-    running.close()  # type: ignore[attr-defined]
+    running.close()
     if finished:
         first.finish()
     before = content(first.root)
@@ -465,7 +461,7 @@ def disk_with(free_bytes: int) -> Callable[[object], Any]:
 
 def test_a_full_disk_is_noticed_before_the_first_image(work: MakeWork, monkeypatch: pytest.MonkeyPatch) -> None:
     tight = work()
-    size = sum(len(value) for name, value in content(work("other").finish().root).items() if name.endswith(".npy"))
+    size = sum(map(len, content(work("other").finish().root).values()))
     seen = encoded(monkeypatch)
     monkeypatch.setattr(os, "statvfs", disk_with(size // 2))
     with pytest.raises(RunError, match="disk full") as caught:
@@ -480,10 +476,11 @@ def test_resuming_needs_room_for_what_is_missing_only(work: MakeWork, monkeypatc
     running = cut.run()
     for _ in range(4):
         next(running)
-    running.close()  # type: ignore[attr-defined]
-    assert store.missing_shards(cut.root, cut.plan) == [3]
+    running.close()
+    assert writing.missing_shards(cut.root, cut.plan) == [3]
     shard = sum(p.stat().st_size for p in cut.root.glob("*-00000.npy"))
-    monkeypatch.setattr(os, "statvfs", disk_with(shard))
+    beside = sum((cut.root / name).stat().st_size for name in ("tokenizer.pt", "names.jsonl"))
+    monkeypatch.setattr(os, "statvfs", disk_with(shard + beside + 4 * writing.MANIFEST_BYTES))
     assert len(cut.finish()) == 72
 
 
@@ -499,6 +496,7 @@ def copied(digits_codes: Path, tmp_path: Path) -> Path:
 def edit_manifest(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
     change(manifest)
+    manifest["sha256"] = files.digest({key: value for key, value in manifest.items() if key != "sha256"})
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -530,7 +528,9 @@ def test_a_broken_manifest_is_named(copied: Path, text: str) -> None:
     refused(copied, r"manifest\.json")
 
 
-@pytest.mark.parametrize(("key", "value"), [("version", 2), ("format", "rdpm-signals"), ("unheard_of", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("version", 1), ("version", 3), ("format", "rdpm-signals"), ("unheard_of", 1)]
+)
 def test_a_manifest_of_another_format_is_refused(copied: Path, key: str, value: object) -> None:
     edit_manifest(copied, lambda manifest: manifest.update({key: value}))
     refused(copied, r"manifest")

@@ -9,7 +9,11 @@ import typer
 from rdpm_cli import team
 
 Images = Annotated[
-    str, typer.Argument(metavar="IMAGES", help="folder or .zip of class folders, flat folder, or digits")
+    str,
+    typer.Argument(
+        metavar="IMAGES",
+        help="folder or .zip of class folders, flat folder, .tar shards ('train-{0000..0009}.tar'), parquet, or digits",
+    ),
 ]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or a YAML file")]
 Overrides = Annotated[

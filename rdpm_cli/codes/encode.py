@@ -1,27 +1,30 @@
-"""Images -> code store: the same bytes whatever ran before, because every convolution sees one fixed batch shape."""
+"""Images -> codes: the same bytes whatever ran before or beside, because every convolution sees one fixed batch shape.
 
-import json
+Legend: n images, V views, F = 2 with flips else 1, B rows of a micro-batch, T steps, C h w latent shape.
+"""
+
+import functools
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Generator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rdpm_cli import files, noise
-from rdpm_cli.codes import store
-from rdpm_cli.codes.store import DataOrigin, Plan
-from rdpm_cli.errors import UsageError
+from rdpm_cli import crew, noise
+from rdpm_cli.codes.manifest import BadImage, DataOrigin, Plan
+from rdpm_cli.errors import ImageError, UsageError
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import chw, to_model
-from rdpm_cli.images.transform import TRANSFORM
+from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
 
-POSITIONS_AT_ONCE = 2048  # latent positions a forward pass
+POSITIONS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # latent positions a forward pass
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a Python object, in other libraries' messages
 
 
 def make_plan(
@@ -35,12 +38,22 @@ def make_plan(
     seed: int,
     shard_images: int,
     device: torch.device,
+    draft: bool = False,
+    precision: str | None = None,
+    micro_batch: int | None = None,
 ) -> Plan:
-    """Everything that fixes the store. Needs labels: a store is what a class-conditional generator learns from."""
+    """Everything that fixes the store. Needs labels: a store is what a class-conditional generator learns from.
+
+    precision: of the encoder, default fp32 on a CPU and bf16 elsewhere; the quantiser is fp32. micro_batch: images a
+    forward pass; fixed on a CPU, where codes must not depend on it.
+    """
     source.need_labels()
     if flip and views % 2:
         raise UsageError(f"--flip mirrors every second view, and --views is {views}", "give an even number of views")
+    if device.type == "cpu":
+        _refuse_on_cpu("--precision bf16" if precision == "bf16" else "", "--micro-batch" if micro_batch else "")
     auto, quant = tokenizer.cfg.autoencoder, tokenizer.cfg.quantizer
+    positions = POSITIONS_AT_ONCE["cpu" if device.type == "cpu" else "cuda"]
     return Plan(
         tokenizer=digest,
         steps=quant.steps,
@@ -52,89 +65,117 @@ def make_plan(
         latents=latents,
         seed=seed,
         noise=tuple(noise.fingerprint(seed)),
-        transform=TRANSFORM,
+        transform=DRAFT_TRANSFORM if draft else TRANSFORM,
         resolution=auto.resolution,
         class_names=tuple(source.class_names),
         data=DataOrigin(source=source.spec, count=len(source), digest=source.digest()),
         device=device.type,
-        micro_batch=max(1, POSITIONS_AT_ONCE // math.prod(auto.grid)),
+        precision="bf16" if (precision or ("fp32" if device.type == "cpu" else "bf16")) == "bf16" else "fp32",
+        micro_batch=micro_batch or max(1, positions // math.prod(auto.grid)),
         shard_images=shard_images,
     )
 
 
-def write_store(
-    root: Path, source: ImageSource, tokenizer: Tokenizer, tokenizer_file: bytes, plan: Plan, record: dict[str, Any]
-) -> Iterator[int]:
-    """Write what is missing of the store, yielding how many images each piece of work finished.
-
-    record: what run.json keeps about this run (not part of the store). tokenizer_file: the bytes of its file.
-    """
-    with files.only_writer(root):
-        store.begin(root, plan, record)
-        if (root / "manifest.json").exists():
-            yield plan.data.count
-            return
-        for left in root.glob(".*.tmp"):  # of a process that was killed; we hold the lock
-            left.unlink()
-        store.need_space(root, plan)
-        files.write_atomic(root / "tokenizer.pt", lambda file: file.write(tokenizer_file))
-        files.write_atomic(root / "names.jsonl", lambda file: file.write(_names(source)))
-        todo = store.missing_shards(root, plan)
-        yield sum(len(plan.shard_range(s)) for s in range(plan.shard_count) if s not in todo)
-        for shard in todo:
-            yield from _write_one(root, source, tokenizer, plan, shard)
-        store.finish(root, plan)
+def _refuse_on_cpu(*options: str) -> None:
+    for option in filter(None, options):
+        raise UsageError(
+            f"{option} is for GPUs: a store made on a CPU has the same bytes on every machine of its type",
+            "leave it out, or give --device cuda",
+        )
 
 
-def _names(source: ImageSource) -> bytes:
-    return "".join(json.dumps({"index": i, "name": name}) + "\n" for i, name in enumerate(source.names)).encode()
+@dataclass
+class Prepared:
+    """A micro-batch before the network. codes of image `indices[i]` are a function of row i alone."""
+
+    looked_at: int  # images, the bad ones too
+    indices: list[int]  # of the good ones
+    bad: list[BadImage]
+    pixels_BCHW: Tensor  # uint8, padded to the plan's micro-batch; empty where no image is good
+    eps_VBTCHW: Tensor  # fp32
 
 
-def _write_one(root: Path, source: ImageSource, tokenizer: Tokenizer, plan: Plan, shard: int) -> Iterator[int]:
+@dataclass
+class Encoded:
+    """A micro-batch of codes."""
+
+    looked_at: int
+    indices: list[int]
+    bad: list[BadImage]
+    codes: NDArray[np.uint16]  # (n, V, T, h, w)
+    latents: NDArray[np.float16] | None  # (n, F, C, h, w)
+
+
+def parts(plan: Plan, shard: int) -> list[range]:
+    """The source indices of a shard's micro-batches."""
     indices = plan.shard_range(shard)
-    labels = source.need_labels()
-    codes, latents = [], []
-    for start in range(indices.start, indices.stop, plan.micro_batch):
-        part = range(start, min(start + plan.micro_batch, indices.stop))
-        images = np.stack([source.pixels(i, plan.resolution) for i in part])
-        codes_NVTHW, latents_NFCHW = encode_images(images, part, tokenizer, plan)
-        codes.append(codes_NVTHW.reshape(-1, *codes_NVTHW.shape[2:]))
-        if plan.latents:
-            latents.append(latents_NFCHW.reshape(-1, *latents_NFCHW.shape[2:]))
-        if part.stop < indices.stop:
-            yield len(part)
-    arrays: dict[str, NDArray[Any]] = {
-        "codes": np.concatenate(codes),
-        "labels": np.repeat(np.array([labels[i] for i in indices], dtype=np.int32), plan.views),
-        "index": np.repeat(np.array(indices, dtype=np.int64), plan.views),
-    }
-    if plan.latents:
-        arrays["latents"] = np.concatenate(latents)
-    store.write_shard(root, shard, arrays)
-    yield len(part)
+    return [range(start, min(start + plan.micro_batch, indices.stop)) for start in indices[:: plan.micro_batch]]
+
+
+def prepare(source: ImageSource, plan: Plan, part: range) -> Prepared:
+    """Decode, crop, draw the noise. Padded to the micro-batch by the last image."""
+    pixels, bad = {}, []
+    for index in part:
+        try:
+            pixels[index] = source.pixels(index, plan.resolution, draft=plan.transform == DRAFT_TRANSFORM)
+        except ImageError as error:
+            reason = " ".join(ADDRESS.sub("", error.reason).split())
+            bad.append(BadImage(index=index, name=error.name, reason=reason))
+    indices = list(pixels)
+    if not indices:
+        return Prepared(len(part), [], bad, torch.empty(0, dtype=torch.uint8), torch.empty(0))
+    padded = indices + indices[-1:] * (plan.micro_batch - len(indices))
+    shape = (plan.channels, *plan.grid)
+    eps = [
+        noise.normal_steps("encode", plan.seed, padded, [view] * len(padded), plan.steps, shape)
+        for view in range(plan.views)
+    ]
+    images = chw(np.stack([pixels[index] for index in padded]))
+    return Prepared(len(part), indices, bad, images, torch.from_numpy(np.stack(eps)))
 
 
 @torch.no_grad()
-def encode_images(
-    images: NDArray[np.uint8], indices: range, tokenizer: Tokenizer, plan: Plan
-) -> tuple[NDArray[np.uint16], NDArray[np.float16]]:
-    """(n, H, W, 3) uint8 of source `indices` -> codes (n, V, T, h, w), latents (n, F, C, h, w).
-
-    Padded to the plan's micro-batch and run on one thread: convolutions move by 1e-7 with batch shape and thread
-    count, and a near-tie then flips a code.
-    """
+def encode(batch: Prepared, tokenizer: Tokenizer, plan: Plan) -> Encoded:
+    """E and Q of a micro-batch, on the tokenizer's device; E in the plan's precision, Q in fp32."""
+    count = len(batch.indices)
+    if not count:
+        codes_shape = (0, plan.views, plan.steps, *plan.grid)
+        latents_shape = (0, plan.mirrored, plan.channels, *plan.grid)
+        none = np.empty(latents_shape, np.float16) if plan.latents else None
+        return Encoded(batch.looked_at, [], batch.bad, np.empty(codes_shape, np.uint16), none)
     device = next(tokenizer.parameters()).device
-    x = _pad(to_model(chw(images)), plan.micro_batch).to(device)
-    padded = list(indices) + [indices[-1]] * (plan.micro_batch - len(indices))
+    x = to_model(batch.pixels_BCHW.to(device))
+    z_F = [_latents(x.flip(3) if mirrored else x, tokenizer, plan) for mirrored in range(plan.mirrored)]
+    codes_V = [
+        tokenizer.quantizer.encode(z_F[view % plan.mirrored], batch.eps_VBTCHW[view].to(device))
+        for view in range(plan.views)
+    ]
+    codes = torch.stack(codes_V, 1)[:count].to(torch.int32).cpu().numpy().astype(np.uint16)
+    latents = torch.stack(z_F, 1)[:count].to(torch.float16).cpu().numpy() if plan.latents else None
+    return Encoded(batch.looked_at, batch.indices, batch.bad, codes, latents)
+
+
+def _latents(x_BCHW: Tensor, tokenizer: Tokenizer, plan: Plan) -> Tensor:
+    """z = LN(E(x)); in bf16 the encoder runs in channels_last, as GPUs like it."""
+    if plan.precision == "fp32":
+        return tokenizer.latents(x_BCHW)
+    with torch.autocast(x_BCHW.device.type, torch.bfloat16):
+        return tokenizer.latents(x_BCHW.contiguous(memory_format=torch.channels_last))
+
+
+def encode_part(source: ImageSource, tokenizer: Tokenizer, plan: Plan, part: range) -> Encoded:
+    """Both, on one thread: convolutions move by 1e-7 with the thread count, and a near-tie then flips a code."""
     with one_thread():
-        z_F = [tokenizer.latents(x.flip(3) if mirrored else x) for mirrored in range(2 if plan.flip else 1)]
-        codes_V = []
-        for view in range(plan.views):
-            eps = tokenizer.noise("encode", plan.seed, padded, [view] * len(padded)).to(device)
-            codes_V.append(tokenizer.quantizer.encode(z_F[view & 1 if plan.flip else 0], eps))
-    codes = torch.stack(codes_V, 1)[: len(indices)].to(torch.int32).cpu().numpy().astype(np.uint16)
-    return codes, torch.stack(z_F, 1)[: len(indices)].to(torch.float16).cpu().numpy()
+        return encode(prepare(source, plan, part), tokenizer, plan)
 
 
-def _pad(x: Tensor, rows: int) -> Tensor:
-    return torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])]) if len(x) < rows else x
+def encode_parts(
+    source: ImageSource, tokenizer: Tokenizer, plan: Plan, todo: list[range], workers: int
+) -> Generator[Encoded, None, None]:
+    """Every micro-batch, in order. On a CPU the workers do all of it; a GPU encodes what they prepare."""
+    workers = min(workers, len(todo))
+    if plan.device == "cpu":
+        yield from crew.in_order(functools.partial(encode_part, source, tokenizer, plan), todo, workers)
+        return
+    for prepared in crew.in_order(functools.partial(prepare, source, plan), todo, workers):
+        yield encode(prepared, tokenizer, plan)

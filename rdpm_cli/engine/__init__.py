@@ -4,15 +4,20 @@ Every function checks what is cheap before what is slow, returns a `Result`, and
 torch is imported inside the functions, so that a wrong path, recipe or option is answered at once.
 """
 
+from rdpm_cli.codes.work import Work
 from rdpm_cli.engine.generating import parse_classes, sample, train_gen
 from rdpm_cli.engine.inspection import inspect
+from rdpm_cli.engine.reconstructing import reconstruct
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
-from rdpm_cli.engine.tokenizing import find_tokenizer, reconstruct, tokenize
+from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
+from rdpm_cli.engine.verifying import verify
 
 __all__ = [
     "Result",
+    "StoreOptions",
+    "Work",
     "copy_file",
     "eval_fid",
     "eval_recon",
@@ -26,5 +31,6 @@ __all__ = [
     "train_judge",
     "train_tokenizer",
     "training_curves",
+    "verify",
     "versions",
 ]

@@ -39,7 +39,8 @@ def train_gen(
     cfg = recipe.generator
     assert cfg is not None
     out = out or Path("runs") / f"{recipe.name}-generator"
-    from rdpm_cli.codes.store import CodeStore, Manifest
+    from rdpm_cli.codes.manifest import Manifest
+    from rdpm_cli.codes.store import CodeStore
     from rdpm_cli.engine import observers
     from rdpm_cli.generator import model
     from rdpm_cli.generator.task import CodeBatches, GeneratorTask
@@ -66,7 +67,7 @@ def train_gen(
         provenance = {
             "recipe": recipe.model_dump(mode="json"),
             "store": {"path": str(codes.resolve()), "digest": m.digest()},
-            "reference": pictures.store_reference(m),
+            "reference": pictures.store_reference(codes, m),
             **versions(),
         }
         return model.pack(generator, cfg, tokenizer_content, class_names, provenance=provenance)

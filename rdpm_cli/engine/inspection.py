@@ -24,9 +24,9 @@ def describe(target: str) -> tuple[str, dict[str, Any]]:
         for name, found in FOLDERS.items():
             if (path / name).is_file():
                 return found(path)
-    from rdpm_cli.images.sources import is_builtin
+    from rdpm_cli.images.sources import is_archive, is_builtin
 
-    if path.is_dir() or path.suffix == ".zip" or (is_builtin(target) and target not in recipe_files.recipe_names()):
+    if path.is_dir() or is_archive(target) or (is_builtin(target) and target not in recipe_files.recipe_names()):
         return _images(target)
     if path.is_file() and path.suffix not in {".yaml", ".yml"}:
         raise DataError(f"{path} is no checkpoint, store, recipe or image archive", "name the folder it lies in")
@@ -100,7 +100,7 @@ def _checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _store(path: Path) -> tuple[str, dict[str, Any]]:
-    from rdpm_cli.codes.store import Manifest
+    from rdpm_cli.codes.manifest import Manifest
 
     manifest = Manifest.load(path)
     return "code store", {"digest": manifest.digest(), **manifest.model_dump(mode="json")}

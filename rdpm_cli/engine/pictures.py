@@ -11,7 +11,7 @@ from rdpm_cli.engine.runs import versions
 from rdpm_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from rdpm_cli.codes.store import Manifest
+    from rdpm_cli.codes.manifest import Manifest
     from rdpm_cli.images.sources import ImageSource
 
 RECORD = "samples.json"
@@ -67,9 +67,13 @@ def source_reference(source: ImageSource, resolution: int) -> dict[str, Any]:
     return {"source": source.spec, "digest": source.digest(), "resolution": resolution, "transform": TRANSFORM}
 
 
-def store_reference(manifest: Manifest) -> dict[str, Any]:
-    """The images a store was made from."""
+def store_reference(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """The images a store was made from. left_out: source indices of those that could not be read."""
+    from rdpm_cli.codes.manifest import BAD, read_bad
+
+    left_out = [bad.index for bad in read_bad(root / BAD)] if manifest.bad else []
     return {
+        **({"left_out": left_out} if left_out else {}),
         "source": manifest.data.source,
         "digest": manifest.data.digest,
         "resolution": manifest.resolution,

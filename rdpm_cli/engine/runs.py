@@ -123,9 +123,10 @@ def train_once(
 def check_team(team: Team | None, device: str, batch: int) -> None:
     """Raises UsageError, early, for processes that this node, device or batch cannot have. batch: images a step."""
     if team:
-        from rdpm_cli.training import launch
+        from rdpm_cli.training import distributed, launch
 
-        launch.check(team, device, batch)
+        launch.check(team, device)
+        distributed.check_share(batch, team.processes)
 
 
 def _train_by(team: Team, final: Path, settings: dict[str, Any]) -> None:

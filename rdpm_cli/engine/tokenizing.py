@@ -1,31 +1,28 @@
-"""tokenize, reconstruct."""
+"""tokenize: images -> code store."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from rdpm_cli import files, progress
-from rdpm_cli.engine import pictures
+from rdpm_cli import crew, files, progress
+from rdpm_cli.codes.work import Work
 from rdpm_cli.engine.runs import Result, versions
-from rdpm_cli.errors import CheckpointError, UsageError
+from rdpm_cli.errors import CheckpointError, Stopped
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    import torch
 
-    from rdpm_cli.codes.store import CodeStore, Manifest
+    from rdpm_cli.codes.manifest import Manifest, Plan
     from rdpm_cli.images.sources import ImageSource
-    from rdpm_cli.images.transform import Pixels
+    from rdpm_cli.team import Team
     from rdpm_cli.tokenizer.model import Tokenizer
 
-    Reconstructed = tuple[list[int], Pixels | None, Pixels]  # indices, originals, reconstructions
-
 SHARD_IMAGES = 4096
-SHOWN = 16  # images in the grid of reconstructions
 
 
 def find_tokenizer(given: Path | None) -> Path:
@@ -42,210 +39,179 @@ def find_tokenizer(given: Path | None) -> Path:
     )
 
 
+@dataclass(frozen=True)
+class StoreOptions:
+    """What fixes a store beside images and tokenizer. precision, micro_batch: None for the device's own."""
+
+    views: int = 1
+    flip: bool = False
+    latents: bool = False
+    draft: bool = False
+    seed: int = 0
+    shard_images: int = SHARD_IMAGES
+    precision: Literal["fp32", "bf16"] | None = None
+    micro_batch: int | None = None
+
+
 def tokenize(
     images: str,
     out: Path,
     tokenizer: Path | None = None,
+    options: StoreOptions | None = None,
+    work: Work | None = None,
     *,
-    views: int = 1,
-    flip: bool = False,
-    keep_latents: bool = False,
-    seed: int = 0,
-    shard_images: int = SHARD_IMAGES,
+    workers: int | None = None,
+    dry_run: bool = False,
     device: str = "auto",
+    team: Team | None = None,
 ) -> Result:
-    """Images -> code store. Resumes at the first missing shard."""
+    """Images -> code store. Resumes at the first missing shard; a finished store is left alone.
+
+    workers: processes, default one a core. dry_run: say what would be done, write nothing. team: as --gpus.
+    """
     path = find_tokenizer(tokenizer)
     from rdpm_cli.images.sources import open_source
 
     source = open_source(images)
     from rdpm_cli.codes import encode
-    from rdpm_cli.codes.store import Manifest
-    from rdpm_cli.signals import stop_on_signal
+    from rdpm_cli.codes.manifest import Manifest
     from rdpm_cli.tokenizer import model
-    from rdpm_cli.training.distributed import process_group
+    from rdpm_cli.training.distributed import barrier, process_group
 
     loaded, content = model.load(path)
-    with process_group(device) as chosen, stop_on_signal() as stop:
-        plan = encode.make_plan(
-            source,
-            loaded.to(chosen),
-            content["digest"],
-            views=views,
-            flip=flip,
-            latents=keep_latents,
-            seed=seed,
-            shard_images=shard_images,
-            device=chosen,
-        )
-        record = {"argv": sys.argv, "versions": versions()}
-        with progress.Bar("tokenize", len(source), "images") as bar:
-            work = encode.write_store(out, source, loaded, path.read_bytes(), plan, record)
-            bar.resume_at(next(work))
-            for done in work:
+    if team and team.processes > 1 and not dry_run:
+        _tokenize_by(team, device, out)
+        return _answer(out, Manifest.load(out))
+    with process_group(device, several=True) as chosen:
+        chosen_options = asdict(options or StoreOptions())
+        plan = encode.make_plan(source, loaded, content["digest"], device=chosen, **chosen_options)
+        how = replace(work or Work(), workers=workers or _default_workers(), together=barrier)
+        _place(loaded, plan, chosen)
+        if dry_run:
+            return _forecast(out, source, loaded, plan, how)
+        _write(out, source, loaded, path.read_bytes(), plan, how)
+    return _answer(out, Manifest.load(out))
+
+
+def _default_workers() -> int:
+    """The cores of this process's share of the node."""
+    return max(1, crew.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _place(tokenizer: Tokenizer, plan: Plan, device: torch.device) -> None:
+    """Move the network to the device, in the layout of its precision."""
+    import torch
+
+    form = torch.channels_last if plan.precision == "bf16" else torch.contiguous_format
+    tokenizer.to(device).to(memory_format=form)
+
+
+def _write(out: Path, source: ImageSource, tokenizer: Tokenizer, tokenizer_file: bytes, plan: Plan, work: Work) -> None:
+    """Write the store with progress. A signal ends it between two pieces of work; finished shards stay."""
+    from rdpm_cli.codes.make import write_store
+    from rdpm_cli.signals import stop_on_signal
+    from rdpm_cli.step import world
+
+    record = {"argv": sys.argv, "processes": world()[1], "workers": work.workers, "versions": versions()}
+    with (
+        stop_on_signal(interrupt=world()[1] > 1) as stop,
+        progress.Bar("tokenize", len(source), "images") as bar,
+    ):
+        pieces = write_store(out, source, tokenizer, tokenizer_file, plan, record, work)
+        try:
+            bar.resume_at(next(pieces))
+            for done in pieces:
                 bar.advance(done)
-                if bar.done < len(source):
+                if bar.done < len(source) or world()[1] > 1:
                     stop.leave(f"finished shards are kept in {out}")
-    m = Manifest.load(out)
+        finally:
+            pieces.close()
+
+
+def _tokenize_by(team: Team, device: str, out: Path) -> None:
+    """Let the team write the store."""
+    from rdpm_cli.training import launch
+
+    launch.check(team, device)
+    try:
+        launch.launch(team)
+    except Stopped:
+        if not (out / "manifest.json").exists():  # the signal came after the last shard
+            raise
+
+
+def _answer(out: Path, m: Manifest) -> Result:
     size = sum((out / name).stat().st_size for shard in m.shards for name in shard.sha256)
     values = {
         "store": str(out),
         "digest": m.digest(),
         "tokenizer": m.tokenizer,
         "images": m.images,
+        "bad": m.bad,
         "classes": len(m.class_names),
         "views": m.views,
         "shape": [m.steps, *m.grid],
         "bytes": size,
+        "bytes_per_image": round(size / m.images, 1),
+        "psnr": round(sum(s.psnr for s in m.samples) / len(m.samples), 2),
     }
     return Result("codes written", values, f"rdpm train-gen {out} --recipe NAME")
 
 
-def reconstruct(
-    target: str,
-    out: Path,
-    tokenizer: Path | None = None,
-    *,
-    seed: int = 0,
-    limit: int | None = None,
-    device: str = "auto",
-) -> Result:
-    """Images, or a code store, -> PNGs; where the images are there, also a side-by-side grid and PSNR, SSIM."""
-    from rdpm_cli.images.sources import is_builtin
+def _forecast(out: Path, source: ImageSource, tokenizer: Tokenizer, plan: Plan, work: Work) -> Result:
+    """What the same command without --dry-run would do. Raises UsageError and RunError as it would."""
+    from rdpm_cli.codes import writing
 
-    if not is_builtin(target) and (Path(target) / "manifest.json").is_file():
-        if seed:
-            raise UsageError("--seed means nothing for a code store, which has its own noise", "leave it out")
-        return _decode_store(Path(target), out, tokenizer, limit, device)
-    path = find_tokenizer(tokenizer)
-    from rdpm_cli.images.sources import open_source, spread
-
-    source = open_source(target)
-    from rdpm_cli.evaluation import evaluate
-    from rdpm_cli.tokenizer import model
-    from rdpm_cli.training.distributed import process_group
-
-    loaded, content = model.load(path)
-    images, size = spread(len(source), limit), loaded.cfg.autoencoder.resolution
-    record = pictures.picture_record(
-        "rdpm-reconstructions",
-        {"tokenizer": content["digest"]},
-        {"seed": seed},
-        resolution=size,
-        class_names=source.class_names,
-        reference=pictures.source_reference(source, size),
-        rows=[_row(i, source.names[i], source.labels[i] if source.labels else None) for i in images],
-    )
-    with process_group(device) as chosen:
-        batches = evaluate.reconstructions(source, loaded.to(chosen), seed, chosen, limit)
-        grid, scores = _write_pictures(out, record, batches, {"n": len(images), "seed": seed})
-    values = {"folder": str(out), "grid": grid, **record["made_from"], **scores}
-    return Result("images reconstructed", values, f"rdpm eval fid {out}")
+    writing.check(out, plan)
+    todo = writing.missing_shards(out, plan)
+    if todo:
+        writing.need_space(out, plan)
+    images = sum(len(plan.shard_range(shard)) for shard in todo)
+    batch_seconds = _time_batch(source, tokenizer, plan)
+    batches = sum(-(-len(plan.shard_range(shard)) // plan.micro_batch) for shard in todo)
+    at_once = min(work.workers, crew.cores(), max(1, batches)) if plan.device == "cpu" else 1
+    values = {
+        "store": str(out),
+        "images": len(source),
+        "classes": len(plan.class_names),
+        "images_missing": images,
+        "shards": plan.shard_count,
+        "shards_missing": len(todo),
+        "bytes": plan.image_bytes() * len(source),
+        "bytes_missing": plan.image_bytes() * images,
+        "bytes_free": files.free_bytes(out),
+        "workers": work.workers,
+        "micro_batch": plan.micro_batch,
+        "seconds_per_micro_batch": round(batch_seconds, 4),
+        "seconds": round(-(-batches // at_once) * batch_seconds, 1),
+    }
+    return Result("nothing written: this is a dry run", values)
 
 
-def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | None, device: str) -> Result:
-    """The first view of every image in a store, decoded."""
-    import numpy as np
-
-    from rdpm_cli.codes.store import CodeStore
-    from rdpm_cli.images.sources import spread
-    from rdpm_cli.tokenizer import model
-    from rdpm_cli.training.distributed import process_group
-
-    loaded, content = model.load(tokenizer or root / "tokenizer.pt")
-    store = CodeStore(root, content["digest"])
-    m = store.manifest
-    rows = np.array(spread(m.images, limit)) * m.views
-    record = pictures.picture_record(
-        "rdpm-reconstructions",
-        {"tokenizer": content["digest"], "store": m.digest()},
-        {"view": 0},
-        resolution=m.resolution,
-        class_names=list(m.class_names),
-        reference=pictures.store_reference(m),
-        rows=[_row(int(store.index[r]), "", int(store.labels[r])) for r in rows],
-    )
-    with process_group(device) as chosen:
-        batches = _decoded(store, rows, loaded.to(chosen), _source_of(m))
-        grid, scores = _write_pictures(out, record, batches, {"n": len(rows)})
-    values = {"folder": str(out), "grid": grid, **record["made_from"], **scores}
-    return Result("codes decoded", values, f"rdpm eval fid {out}")
+WARM_SECONDS = 5.0  # a first micro-batch that takes longer than this is not repeated
 
 
-def _decoded(
-    store: CodeStore, rows: NDArray[np.int64], tokenizer: Tokenizer, source: ImageSource | None
-) -> Iterator[Reconstructed]:
-    """Rows of a store, decoded in its own micro-batch on one thread, beside their originals where those are there."""
-    import numpy as np
-    import torch
+def _time_batch(source: ImageSource, tokenizer: Tokenizer, plan: Plan) -> float:
+    """Seconds of one micro-batch, all of it in this process, once warm."""
+    from rdpm_cli.codes import encode
 
-    from rdpm_cli.images.tensors import hwc, to_pixels
-    from rdpm_cli.threads import one_thread
-
-    m, device = store.manifest, tokenizer.quantizer.books.device
-    for start in range(0, len(rows), m.micro_batch):
-        part = rows[start : start + m.micro_batch]
-        codes = torch.from_numpy(store.codes(part).astype(np.int64)).to(device)
-        with one_thread():
-            recon = hwc(to_pixels(tokenizer.decode(codes)))
-        indices = store.index[part].tolist()
-        yield indices, np.stack([source.pixels(i, m.resolution) for i in indices]) if source else None, recon
+    part = encode.parts(plan, 0)[0]
+    for _ in range(2):
+        start = time.perf_counter()
+        encode.encode_part(source, tokenizer, plan, part)
+        seconds = time.perf_counter() - start
+        if seconds > WARM_SECONDS:
+            break
+    return seconds
 
 
-def _write_pictures(
-    out: Path, record: dict[str, Any], batches: Iterable[Reconstructed], facts: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """Reconstructions -> PNGs, a grid of the first batch, and the folder's record. -> grid, facts and scores."""
-    from rdpm_cli.evaluation import evaluate
-    from rdpm_cli.signals import stop_on_signal
-
-    count, sums = len(record["samples"]), evaluate.ReconstructionScores()
-    shown: list[Pixels] = []
-    with files.only_writer(out), stop_on_signal() as stop, progress.Bar("reconstruct", count, "images") as bar:
-        pictures.claim(out, record)
-        for indices, originals, recon in batches:
-            _save_all(out, indices, recon)
-            if originals is not None:
-                sums.add(originals, recon)
-            shown = shown or [side[:SHOWN] for side in (originals, recon) if side is not None]
-            bar.advance(len(indices))
-            stop.leave(f"{bar.done} of {count} pictures are in {out}")
-    grid = _save_grid(out, shown, ["real", "recon"][-len(shown) :])
-    scores = {**facts, **(sums.means() if sums.count else {})}
-    pictures.finish(out, {**record, "scores": scores})
-    return grid, scores
-
-
-def _row(index: int, name: str, label: int | None) -> dict[str, Any]:
-    return {"file": f"{index:06d}.png", "index": index, "label": None if label is None else int(label), "source": name}
-
-
-def _save_all(out: Path, indices: Iterable[int], images: Iterable[Pixels]) -> None:
-    from rdpm_cli.images import writers
-
-    for index, pixels in zip(indices, images, strict=True):
-        writers.save_png(out / f"{index:06d}.png", pixels)
-
-
-def _save_grid(out: Path, rows: list[Pixels], labels: Sequence[str] = ()) -> str:
-    """Rows of images under one another -> the file's name."""
-    import numpy as np
-
-    from rdpm_cli.images import writers
-
-    path = out / "previews" / "grid.png"
-    writers.save_png(path, writers.grid(np.concatenate(rows), len(rows[0]), labels))
-    return str(path)
-
-
-def _source_of(manifest: Manifest) -> ImageSource | None:
-    """The images a store was made from, where they are still here and the same; says so where not."""
-    from rdpm_cli.images.sources import is_builtin, open_source
+def source_of(manifest: Manifest) -> ImageSource | None:
+    """The images a store was made from, where they are still here and the same."""
+    from rdpm_cli.images.sources import is_there, open_source
 
     name = manifest.data.source
-    if is_builtin(name) or Path(name).exists():
+    if is_there(name):
         source = open_source(name)
         if source.digest() == manifest.data.digest:
             return source
-    progress.say(f"the images {name} are not here, or are others now: no scores, no originals in the grid")
     return None

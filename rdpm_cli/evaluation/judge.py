@@ -118,7 +118,7 @@ class JudgeTask:
 @torch.no_grad()
 def accuracy(judge: Judge, source: ImageSource, device: torch.device) -> float:
     """Share of a source's images that the judge puts into their class."""
-    batches = read_batches(source, int(judge.config["resolution"]))
+    batches = read_batches(source, int(judge.config["resolution"]), range(len(source)))
     predicted = [judge(to_model(chw(pixels)).to(device))[1].argmax(1).cpu().numpy() for pixels in batches]
     return float(np.mean(np.concatenate(predicted) == np.array(source.need_labels())))
 

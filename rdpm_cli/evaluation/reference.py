@@ -1,6 +1,6 @@
 """What is scored, and against what: sample folders, image sources, the reference recorded along the chain."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from PIL import Image
 
 from rdpm_cli import files
 from rdpm_cli.errors import DataError
-from rdpm_cli.images.sources import ImageSource, is_builtin, open_source
-from rdpm_cli.images.transform import TRANSFORM, Pixels
+from rdpm_cli.images.sources import ImageSource, is_builtin, is_there, open_source
+from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM, Pixels
 
 BATCH = 64
 
@@ -62,19 +62,21 @@ def _read_samples(paths: list[Path], resolution: int) -> Iterator[Pixels]:
         yield np.stack(images)
 
 
-def open_images(source: ImageSource, resolution: int) -> ImageSet:
-    """Images of a source after the ADM crop."""
-    labels = None if source.labels is None else [int(v) for v in source.labels]
-    return ImageSet(
-        source.spec, len(source), resolution, labels, source.class_names, read_batches(source, resolution), origin={}
-    )
+def open_images(
+    source: ImageSource, resolution: int, *, without: Collection[int] = (), draft: bool = False
+) -> ImageSet:
+    """Images of a source after the ADM crop. without: indices left out; draft: as `tokenize --draft` read them."""
+    left_out = set(without)
+    indices = [i for i in range(len(source)) if i not in left_out]
+    labels = None if source.labels is None else [int(source.labels[i]) for i in indices]
+    batches = read_batches(source, resolution, indices, draft)
+    return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, batches, origin={})
 
 
-def read_batches(source: ImageSource, resolution: int) -> Iterator[Pixels]:
+def read_batches(source: ImageSource, resolution: int, indices: Sequence[int], draft: bool = False) -> Iterator[Pixels]:
     """(B, size, size, 3) uint8, in order."""
-    for start in range(0, len(source), BATCH):
-        part = range(start, min(start + BATCH, len(source)))
-        yield np.stack([source.pixels(i, resolution) for i in part])
+    for start in range(0, len(indices), BATCH):
+        yield np.stack([source.pixels(i, resolution, draft) for i in indices[start : start + BATCH]])
 
 
 def open_target(spec: str, resolution: int | None) -> ImageSet:
@@ -103,12 +105,13 @@ def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
     hint = "give the reference with --ref IMAGES"
     if not recorded:
         raise DataError(f"{target.name} records no reference", hint)
-    if recorded["transform"] != TRANSFORM:
+    if recorded["transform"] not in (TRANSFORM, DRAFT_TRANSFORM):
         raise DataError(f"{target.name} names a reference with transform {recorded['transform']}", hint)
     name = recorded["source"]
-    if not is_builtin(name) and not Path(name).exists():
+    if not is_there(name):
         raise DataError(f"the recorded reference {name} is not here", hint)
     source = open_source(name)
     if source.digest() != recorded["digest"]:
         raise DataError(f"{name} holds other images than when it was tokenised", hint)
-    return open_images(source, int(recorded["resolution"]))
+    draft = recorded["transform"] == DRAFT_TRANSFORM
+    return open_images(source, int(recorded["resolution"]), without=recorded.get("left_out", ()), draft=draft)

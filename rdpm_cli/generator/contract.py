@@ -17,7 +17,7 @@ class CodeBatch:
     labels_B: Tensor  # int64; the null class where the label was dropped
     t_BS: Tensor  # int64, 1..T
     eps_BSCHW: Tensor | None  # the noise of those steps; None: drawn fresh on the device
-    z_BCHW: Tensor | None  # stored latents, fp32
+    z_BCHW: Tensor | None  # stored latents, fp32; None: z'_T of the codes stands for them
     spread_B: Tensor | None  # a·U of the perturbation of z'_{t-1}, one an image
 
     def to(self, device: torch.device) -> "CodeBatch":

@@ -111,19 +111,22 @@ class RDPM:
         logs = {"ce": ce.detach(), "accuracy": (logits.detach().argmax(-1) == target_RL).float().mean()}
         if zhat is None:
             return ce, logs
-        with torch.no_grad():
-            goal = batch.z_BCHW if batch.z_BCHW is not None else self.quantizer.decode(codes)
-        latent = F.mse_loss(zhat, tokens(goal).repeat_interleave(S, 0))
+        latent = F.mse_loss(zhat, tokens(self._latents(batch)).repeat_interleave(S, 0))
         return ce + latent, {**logs, "latent_mse": latent.detach()}
 
+    @torch.no_grad()
+    def _latents(self, batch: CodeBatch) -> Tensor:
+        """z of the batch's images, or z'_T of their stored codes: what new noise is drawn on, and zhat's target."""
+        return batch.z_BCHW if batch.z_BCHW is not None else self.quantizer.decode(batch.codes_BTHW)
+
     def _noisy_codes(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, Tensor]:
-        """codes (B, T, H, W) and the noise of the batch's steps (B, S, C, H, W): cached, or drawn afresh from z."""
+        """codes (B, T, H, W) and the noise of the batch's steps (B, S, C, H, W): cached, or Q(z, eps) of a new eps."""
         if batch.eps_BSCHW is not None:
             return batch.codes_BTHW, batch.eps_BSCHW
-        assert batch.z_BCHW is not None, "fresh noise needs latents"
-        eps = step.normal(self.quantizer.steps, *batch.z_BCHW.shape[1:])
+        z = self._latents(batch)
+        eps = step.normal(self.quantizer.steps, *z.shape[1:])
         chosen = eps[torch.arange(len(eps), device=eps.device).unsqueeze(1), batch.t_BS - 1]
-        return self.quantizer.encode(batch.z_BCHW, eps), chosen
+        return self.quantizer.encode(z, eps), chosen
 
     # ---- held-out measurement --------------------------------------------------------------------------------
 

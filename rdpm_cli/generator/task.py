@@ -24,11 +24,12 @@ class CodeBatches:
         if cfg.objective.noise == "fresh" and not store.manifest.latents:
             raise DataError(
                 f"{store.root} keeps no latents, so fresh noise cannot be drawn",
-                f"run `rdpm tokenize {store.manifest.data.source} NEW_FOLDER --keep-latents`, "
-                "or train with objective.noise=cached",
+                f"run `rdpm tokenize {store.manifest.data.source} NEW_FOLDER --keep latents`, or train with "
+                "objective.noise=fresh-from-codes (new noise on what the codes decode to) or objective.noise=cached",
             )
         self.store, self.cfg, self.seed = store, cfg, seed
         self.rows, self.held_out = store.split()
+        self.latents = store.manifest.latents and cfg.objective.noise != "fresh-from-codes"
         weights = np.array(alphas) + 0.2 if cfg.objective.t_weights == "alpha" else np.ones(len(alphas))
         self.cumulative = np.cumsum(weights / weights.sum())
 
@@ -55,7 +56,7 @@ class CodeBatches:
             labels_B=torch.from_numpy(labels.astype(np.int64)),
             t_BS=torch.from_numpy(t_BS),
             eps_BSCHW=eps,
-            z_BCHW=torch.from_numpy(self.store.latents(own).astype(np.float32)) if m.latents else None,
+            z_BCHW=torch.from_numpy(self.store.latents(own).astype(np.float32)) if self.latents else None,
             spread_B=torch.from_numpy(objective.perturb * drawn[:, 2]) if objective.perturb else None,
         )
 

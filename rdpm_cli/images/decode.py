@@ -60,6 +60,12 @@ def naming(spec: str, name: str) -> Iterator[None]:
     except RdpmError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(spec, name, "it is empty or of no known image format") from error
+        raise unreadable(spec, name, "it is empty or of no known image format") from error
     except Exception as error:  # decoders of damaged bytes raise nearly everything
-        raise ImageError(spec, name, str(error) or type(error).__name__) from error
+        raise unreadable(spec, name, str(error) or type(error).__name__) from error
+
+
+def unreadable(spec: str, name: str, reason: str, way_out: str = "") -> ImageError:
+    """The error of the image `name` in the source `spec`. way_out: what else to do than to mend it."""
+    hint = f"replace or remove this file{way_out}"
+    return ImageError(f"{spec}: {name} cannot be read as an image: {reason}", hint, name=name, reason=reason)

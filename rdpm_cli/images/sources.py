@@ -21,6 +21,7 @@ __all__ = [
     "ParquetSource",
     "TarSource",
     "ZipSource",
+    "is_archive",
     "is_builtin",
     "is_there",
     "open_source",
@@ -33,6 +34,11 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 def is_builtin(spec: str) -> bool:
     """Is `spec` the built-in data? A folder of that name is given as ./digits."""
     return spec == "digits" or spec.startswith("digits:")
+
+
+def is_archive(spec: str) -> bool:
+    """Does `spec` look like a file, or a pattern of files, that holds images?"""
+    return Path(spec).suffix.lower() in (".zip", *SHARDS)
 
 
 def is_there(spec: str) -> bool:

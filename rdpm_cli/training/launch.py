@@ -19,23 +19,21 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rdpm_cli import progress, team
 from rdpm_cli.errors import EXIT_FAILED, EXIT_INTERRUPT, EXIT_STOPPED, ProcessError, RdpmError, Stopped, UsageError
 from rdpm_cli.team import Failure, Team
-from rdpm_cli.training import distributed
 
 PROGRAM = ("-m", "rdpm_cli")
-SAVING = 300  # seconds that the processes have for their checkpoint after a signal
+SAVING = 300  # seconds that the processes have for saving after a signal
 BY_SIGNAL = {EXIT_STOPPED, EXIT_INTERRUPT}
-AGAIN = "run the same command again: it goes on from the newest checkpoint"
+AGAIN = "run the same command again: it goes on from what is saved"
 
 
-def check(asked: Team, device: str, batch: int) -> None:
-    """Raises UsageError for a team that this node, device or batch cannot have. batch: images a step."""
+def check(asked: Team, device: str) -> None:
+    """Raises UsageError for a team that this node or device cannot have."""
     count, there = asked.processes, torch.cuda.device_count()
     if count > 1 and device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device} is one device, --gpus {count} wants {count}", "leave --device out")
     if device != "cpu" and count > there:
         fewer = f"give --gpus {there}, or " if there else ""
         raise UsageError(f"--gpus {count}: there are {there} GPUs here", f"{fewer}share the CPU by --device cpu")
-    distributed.check_share(batch, count)
 
 
 def launch(asked: Team) -> None:
@@ -168,5 +166,5 @@ def _stopped(found: Iterable[Failure], number: signal.Signals) -> BaseException:
         if saved:
             progress.say(saved.message)
         return KeyboardInterrupt()
-    message = saved.message if saved else f"stopped by {number.name}; the newest checkpoint stands"
+    message = saved.message if saved else f"stopped by {number.name}; what is saved stands"
     return Stopped(message, "run the same command again")

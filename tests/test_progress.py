@@ -1,0 +1,113 @@
+"""What a person sees of a long job: seldom enough to read, often enough to trust."""
+
+import io
+import itertools
+import re
+import sys
+
+import pytest
+
+from rdpm_cli import progress
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(progress, "clock", fake)
+    monkeypatch.setattr(progress, "TICK", 3600.0)  # the thread sleeps; the test ticks
+    monkeypatch.setattr(progress, "quiet", False)
+    return fake
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    shown = capsys.readouterr()
+    assert not shown.out
+    return shown.err.splitlines()
+
+
+@pytest.mark.parametrize("pause", [0.1, 1.0, 4.0, 9.0, 13.0, 40.0, 300.0])
+def test_plain_lines_come_at_most_every_5_and_at_least_every_30_seconds(
+    pause: float, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pause: seconds that a piece of work takes."""
+    said = [clock.now]
+    with progress.Bar("tokenize", 10**6, "images") as bar:
+        following = clock.now + pause
+        for _ in range(6000):  # ten minutes in tenths of a second; the watch looks every 5 s
+            clock.now += 0.1
+            if clock.now >= following:
+                bar.advance(8)
+                following += pause
+            if round(clock.now * 10) % 50 == 0:
+                bar.tick()
+            said += [clock.now] * len(lines(capsys))
+    gaps = [b - a for a, b in itertools.pairwise(said)]
+    assert len(gaps) >= 20
+    assert min(gaps) >= 5
+    assert max(gaps) <= 30
+
+
+def test_a_line_has_count_rate_and_time_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar("tokenize", 1000, "images") as bar:
+        bar.resume_at(200)
+        clock.now += 20
+        bar.advance(100, "a note")
+        clock.now += 20
+        bar.advance(700)
+    first, *_, last = lines(capsys)
+    assert first == "tokenize: 300/1000 images, 5.0/s, 20 s, 140 s left  a note"
+    assert last == "tokenize: 1000 images (200 were there) in 40.0 s, 20.0/s"
+
+
+def test_before_the_first_piece_there_is_no_rate(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar("tokenize", 10, "images") as bar:
+        clock.now += 25
+        bar.tick()
+        assert lines(capsys) == ["tokenize: 0/10 images, 0.0/s, 25 s, no rate yet"]
+        bar.advance(10)
+
+
+def test_the_watch_ticks_while_a_piece_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import time
+
+    monkeypatch.setattr(progress, "TICK", 0.01)
+    monkeypatch.setattr(progress, "SILENCE", 0.05)
+    with progress.Bar("tokenize", 10, "images"):
+        time.sleep(0.3)
+    assert len(lines(capsys)) >= 3
+
+
+def test_quiet_says_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "quiet", True)
+    with progress.Bar("tokenize", 10, "images") as bar:
+        clock.now += 100
+        bar.advance(10)
+    assert lines(capsys) == []
+
+
+def test_a_terminal_sees_a_bar_with_rate_and_time_left(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress.Bar("tokenize", 100, "images") as bar:
+        clock.now += 4
+        bar.advance(40)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "40/100 images 10.0/s" in plain
+    assert "left" in plain

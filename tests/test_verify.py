@@ -1,0 +1,285 @@
+"""`rdpm verify`: one flipped byte of a store or model file is found and named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import NOT_THE_STORE, Making, MemoryImages, leaves
+from torch import Tensor
+
+from rdpm_cli import engine, files, modelfile
+from rdpm_cli.cli.app import run as run_cli
+from rdpm_cli.codes import check
+from rdpm_cli.errors import CheckpointError, DataError, UsageError
+
+FLIPS = 200
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> Path:
+    """36 images in shards of 10, two of them left out; 2 views, latents. Read only."""
+    root = tmp_path_factory.mktemp("whole") / "codes"
+    wanted = {"on_bad": "skip", "max_bad": 0.1, "micro_batch": 4}
+    Making(root, MemoryImages(36, bad=(4, 30)), tiny_tokenizer_file, **wanted).finish()
+    return root
+
+
+@pytest.fixture
+def store(whole_store: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(whole_store, tmp_path / "copy"))
+
+
+def damaged(root: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        engine.verify(root)
+    assert (caught.value.exit_code, bool(caught.value.hint)) == (3, True)
+    return caught.value.message
+
+
+def flip(content: bytes, random: np.random.Generator) -> bytes:
+    """One byte changed into another."""
+    place, by = int(random.integers(len(content))), int(random.integers(1, 256))
+    return content[:place] + bytes([content[place] ^ by]) + content[place + 1 :]
+
+
+def test_a_whole_store_is_whole(whole_store: Path) -> None:
+    values = engine.verify(whole_store).values
+    assert (values["images"], values["bad"], values["rows"], values["shards"]) == (34, 2, 68, 4)
+    assert values["files"] == len([p for p in whole_store.iterdir() if p.name not in NOT_THE_STORE])
+
+
+def test_every_flipped_byte_of_a_store_is_found_and_named(store: Path) -> None:
+    random = np.random.default_rng(0)
+    names = sorted(p.name for p in store.iterdir() if p.name not in NOT_THE_STORE)
+    assert len(names) == 4 * 4 + 4
+    for number in range(FLIPS):
+        path = store / names[number % len(names)]
+        before = path.read_bytes()
+        path.write_bytes(flip(before, random))
+        assert path.name in damaged(store)
+        path.write_bytes(before)
+    engine.verify(store)
+
+
+@pytest.mark.parametrize(
+    "name", ["codes-00001.npy", "latents-00003.npy", "index-00000.npy", "names.jsonl", "bad.jsonl"]
+)
+@pytest.mark.parametrize("keep", [None, 0, 100, -1])
+def test_a_truncated_or_missing_file_is_named(store: Path, name: str, keep: int | None) -> None:
+    content = (store / name).read_bytes()
+    if keep is None:
+        (store / name).unlink()
+    else:
+        (store / name).write_bytes(content[:keep])
+    assert name in damaged(store)
+
+
+def test_every_damaged_file_is_named(store: Path) -> None:
+    (store / "labels-00000.npy").unlink()
+    (store / "names.jsonl").write_text("")
+    (store / "codes-00002.npy").write_bytes(b"\0")
+    message = damaged(store)
+    assert "names.jsonl differs from its checksum" in message
+    assert "labels-00000.npy is missing" in message
+    assert "codes-00002.npy differs from its checksum" in message
+
+
+def reseal(root: Path, change: Callable[[dict[str, Any]], object] = dict) -> None:
+    """A manifest that vouches for the files as they are: what remains to be found is their content."""
+    m = json.loads((root / "manifest.json").read_text())
+    for table in (m["files"], *(shard["sha256"] for shard in m["shards"])):
+        table.update({name: files.sha256_file(root / name) for name in table})
+    change(m)
+    m["sha256"] = files.digest({key: value for key, value in m.items() if key != "sha256"})
+    files.write_json(root / "manifest.json", m)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "text"),
+    [
+        ("codes-00001.npy", 3, 64, "holds code 64, and there are 64"),
+        ("labels-00002.npy", 0, 3, "holds labels"),
+        ("labels-00002.npy", 0, -1, "holds labels"),
+        ("index-00000.npy", 0, 7, "not in the order"),
+        ("index-00003.npy", -1, 36, "not in the order"),
+        ("latents-00000.npy", 0, np.nan, "not finite"),
+    ],
+)
+def test_content_out_of_range_is_found_under_fitting_checksums(
+    store: Path, name: str, place: int, value: float, text: str
+) -> None:
+    array = np.load(store / name)
+    array.reshape(-1)[place] = value
+    np.save(store / name, array)
+    reseal(store)
+    message = damaged(store)
+    assert name in message
+    assert text in message
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda m: m.update(images=35), "manifest.json counts"),
+        (lambda m: m.update(rows=70), "manifest.json counts"),
+        (lambda m: m.update(tokenizer="0" * 64), "tokenizer.pt is tokenizer"),
+        (lambda m: m["shards"].pop(), "manifest.json counts"),
+        (lambda m: m["shards"][1]["sha256"].pop("codes-00001.npy"), "manifest.json lists"),
+        (lambda m: m["files"].pop("names.jsonl"), "manifest.json lists"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_found(
+    store: Path, change: Callable[[dict[str, Any]], object], text: str
+) -> None:
+    reseal(store, change)
+    assert text in damaged(store)
+
+
+@pytest.mark.parametrize("name", ["labels-00001.npy", "names.jsonl", "bad.jsonl"])
+@pytest.mark.parametrize("text", [b"", b"[]\n", b"\x93NUMPY"])
+def test_files_of_another_kind_are_found_under_fitting_checksums(store: Path, name: str, text: bytes) -> None:
+    (store / name).write_bytes(text)
+    reseal(store)
+    assert name in damaged(store)
+
+
+def test_names_and_bad_images_are_compared_with_the_shards(store: Path) -> None:
+    lines = (store / "names.jsonl").read_text().splitlines(keepends=True)
+    (store / "names.jsonl").write_text("".join(lines[1:]))
+    bad = (store / "bad.jsonl").read_text().splitlines(keepends=True)
+    (store / "bad.jsonl").write_text(bad[0])
+    reseal(store)
+    message = damaged(store)
+    assert "names.jsonl does not name" in message
+    assert "bad.jsonl does not name the 2 images" in message
+
+
+def test_what_is_damaged_is_made_again_by_the_same_command(
+    store: Path, whole_store: Path, tiny_tokenizer_file: Path
+) -> None:
+    for name in ("codes-00001.npy", "tokenizer.pt"):
+        (store / name).write_bytes(b"\0")
+        assert name in damaged(store)
+        (store / name).unlink()
+    again = Making(store, MemoryImages(36, bad=(4, 30)), tiny_tokenizer_file, micro_batch=4, on_bad="skip", max_bad=0.1)
+    again.finish()
+    assert engine.verify(store).values["digest"] == engine.verify(whole_store).values["digest"]
+
+
+def test_train_gen_refuses_a_damaged_shard(
+    digits_codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(digits_codes, tmp_path / "codes"))
+    content = (root / "codes-00000.npy").read_bytes()
+    (root / "codes-00000.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    command = ["train-gen", str(root), "--recipe", "digits", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert run_cli([*command, "--quiet", "network.depth=1", "train.batch=16"]) == 3
+    assert "codes-00000.npy is damaged" in capsys.readouterr().err
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_decoded_samples_have_the_recorded_psnr(digits_codes: Path, count: int) -> None:
+    values = engine.verify(digits_codes, decode=count, device="cpu").values
+    assert values["decoded"] == count
+    assert values["psnr"] == values["recorded"]
+
+
+def test_codes_that_decode_to_something_else_are_found(digits_codes: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(digits_codes, tmp_path / "codes"))
+    codes = np.load(root / "codes-00000.npy")
+    np.save(root / "codes-00000.npy", (codes + 1) % 64)
+    reseal(root)
+    engine.verify(root)
+    with pytest.raises(DataError, match=r"image 0 \(a/00.png\) decodes at .* dB was recorded"):
+        engine.verify(root, decode=2, device="cpu")
+
+
+def test_without_the_images_nothing_is_compared_silently(whole_store: Path) -> None:
+    with pytest.raises(UsageError, match="which are not here"):
+        engine.verify(whole_store, decode=1)
+
+
+# ---- model files ---------------------------------------------------------------------------------------------------
+
+
+def same(found: Any, wanted: Any) -> bool:
+    a, b = leaves(found), leaves(wanted)
+    if a.keys() != b.keys():
+        return False
+    return all(
+        torch.equal(v, b[k]) and v.dtype == b[k].dtype if isinstance(v, Tensor) else v == b[k] for k, v in a.items()
+    )
+
+
+def complaint(path: Path) -> str:
+    try:
+        engine.verify(path)
+    except CheckpointError as error:
+        return error.message
+    return ""
+
+
+def test_every_flip_of_a_checkpoint_is_found_or_changes_nothing(tiny_tokenizer_file: Path, tmp_path: Path) -> None:
+    path, content = tmp_path / "tokenizer.pt", tiny_tokenizer_file.read_bytes()
+    wanted, random = modelfile.load(tiny_tokenizer_file), np.random.default_rng(0)
+    found = 0
+    for _ in range(FLIPS):
+        path.write_bytes(flip(content, random))
+        said = complaint(path)
+        assert (path.name in said) if said else same(modelfile.load(path), wanted)
+        found += bool(said)
+    assert found > FLIPS // 3
+
+
+def test_every_flip_of_a_checkpoints_content_is_found(tiny_tokenizer_file: Path, tmp_path: Path) -> None:
+    """Between the headers and the padding of the zip lie its members: each flip there is found."""
+    import zipfile
+
+    path, content = tmp_path / "tokenizer.pt", tiny_tokenizer_file.read_bytes()
+    random = np.random.default_rng(1)
+    with zipfile.ZipFile(tiny_tokenizer_file) as archive:
+        members = [archive.read(info) for info in archive.infolist() if info.file_size > 8]
+    for member in members:
+        start = content.index(member)
+        path.write_bytes(content[:start] + flip(member, random) + content[start + len(member) :])
+        with pytest.raises(CheckpointError, match=r"tokenizer\.pt is damaged"):
+            engine.verify(path)
+
+
+@pytest.mark.parametrize("text", [b"", b"no zip", b"PK\x03\x04"])
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(text)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        engine.verify(tmp_path / "x.pt")
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_answers_in_json_and_by_its_exit_code(
+    digits_codes: Path, store: Path, tiny_tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(["verify", str(digits_codes), "--decode", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decoded"] == 2
+    assert run_cli(["verify", str(tiny_tokenizer_file), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["kind"], answer["digest"]) == ("tokenizer", modelfile.load(tiny_tokenizer_file)["digest"])
+    (store / "index-00002.npy").unlink()
+    assert run_cli(["verify", str(store)]) == 3
+    assert "index-00002.npy is missing" in capsys.readouterr().err
+    assert run_cli(["verify", str(tiny_tokenizer_file), "--decode", "1"]) == 2
+    assert run_cli(["verify", str(store.parent / "nothing")]) == 2
+
+
+def test_codes_are_looked_at_in_parts(digits_codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "ROWS_AT_ONCE", 7)
+    engine.verify(digits_codes)
