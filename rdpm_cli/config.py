@@ -215,6 +215,7 @@ class NetworkConfig(Section):
     class_latents: bool = Field(False, description="a learned C-vector a class and position, added to the input")
     class_tokens: int = Field(0, ge=0, description="in-context tokens a class, dropped before the head")
     head: Literal["linear", "geometric"] = Field("linear", description="geometric also predicts z and scores by it")
+    qk_norm: bool = Field(False, description="RMSNorm of queries and keys, a head at a time")
 
     @property
     def hidden(self) -> int:
@@ -265,6 +266,8 @@ class SamplingConfig(Section):
 class GeneratorConfig(GeneratorArchitecture):
     """A generator, its training and its sampling defaults."""
 
+    attention: Literal["sdpa", "flash"] = Field("sdpa", description="in training; flash: the flash-attn package")
+    recompute: bool = Field(False, description="activation checkpointing: each block's again in the backward pass")
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
     sampling: SamplingConfig = SamplingConfig()

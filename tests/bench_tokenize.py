@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_tokenizer import table, verdict
+from benches import table, verdict
 from numpy.typing import NDArray
 from PIL import Image
 

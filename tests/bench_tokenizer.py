@@ -9,14 +9,13 @@ convolutions alone, on tensors of the same shapes, in the same rounds.
 
 import argparse
 import functools
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from benches import Job, race, table, verdict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,47 +32,6 @@ from rdpm_cli.training.loop import make_optimizer
 T, K, C, SIDE = 10, 4096, 32, 16
 TARGET_RATIO, TARGET_FLOORS = 8.0, 3.0
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-Job = Callable[[], Any]
-
-
-def race(jobs: dict[str, Job], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each job; they take turns, after one warm-up each. Ctrl-C ends it with the rounds so far."""
-    turns: list[list[float]] = []
-    try:
-        for turn in range(rounds + 1):
-            taken = [_seconds(job, device) for job in jobs.values()]
-            turns += [taken] if turn else []
-    except KeyboardInterrupt:
-        if not turns:
-            raise
-        print(f"stopped after {len(turns)} of {rounds} rounds")
-    return {name: statistics.median(values) for name, values in zip(jobs, zip(*turns, strict=True), strict=True)}
-
-
-def _seconds(job: Job, device: torch.device) -> float:
-    start = _now(device)
-    job()
-    return _now(device) - start
-
-
-def _now(device: torch.device) -> float:
-    """CPU seconds of this thread, or the wall clock once the device is idle."""
-    if device.type == "cpu":
-        return time.thread_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def table(head: list[str], rows: list[list[str]]) -> None:
-    """Columns, the first to the left."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for first, *others in [head, *rows]:
-        print("  ".join([f"  {first:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(others, widths[1:], strict=True))]))
-    print()
-
-
-def verdict(met: bool) -> str:
-    return "met" if met else "MISSED"
 
 
 # ---- the quantiser alone -----------------------------------------------------------------------------------------

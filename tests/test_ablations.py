@@ -15,8 +15,24 @@ STAND_IN = """#!{python}
 import json, pathlib, sys
 with open("{log}", "a") as log:
     log.write(json.dumps(sys.argv[1:]) + "\\n")
-if sys.argv[1] == "eval":
-    cell = pathlib.Path(sys.argv[sys.argv.index("--tokenizer") + 1]).parent.name
+def after(option):
+    return pathlib.Path(sys.argv[sys.argv.index(option) + 1])
+if sys.argv[1] == "demo":
+    after("--out").mkdir()
+    (after("--out") / "result.json").write_text("x")
+if sys.argv[1] == "train-gen":
+    after("--out").mkdir()
+    steps = int([word for word in sys.argv if word.startswith("train.steps=")][0].split("=")[1])
+    rows = [{{"step": 40, "images_per_second": 32.0}}, {{"step": 80, "images_per_second": 48.0}}]  # 30 s, then 10 s
+    last = {{"step": steps, "heldout/ce": [1.0, 2.0], "heldout/accuracy": [0.9, 0.5], "heldout/baseline": [0.8, 0.0]}}
+    (after("--out") / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in [*rows, last]))
+    train = {{"batch": 24}}
+    note = {{"settings": {{"recipe": {{"generator": {{"train": train}}}}}}}}
+    (after("--out") / "run.json").write_text(json.dumps(note))
+if sys.argv[1:3] == ["eval", "fid"]:
+    print(json.dumps({{"value": 5.0, "class_accuracy": 0.5}}))
+if sys.argv[1:3] == ["eval", "recon"]:
+    cell = after("--tokenizer").parent.name
     if cell == "{fails}":
         sys.exit("no score")
     psnr = 20 + len(cell.split(".")[0]) + int(cell.split(".")[1])
@@ -24,8 +40,10 @@ if sys.argv[1] == "eval":
 """
 
 
-def ablate(folder: Path, fails: str = "nothing", **environment: str) -> subprocess.CompletedProcess[str]:
-    """table2.sh with the stand-in first on the path; its calls go to calls.jsonl."""
+def ablate(
+    folder: Path, which: str = "table2", fails: str = "nothing", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A script with the stand-in first on the path; its calls go to calls.jsonl."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
     stand_in = STAND_IN.format(python=sys.executable, log=folder / "calls.jsonl", fails=fails)
@@ -34,7 +52,7 @@ def ablate(folder: Path, fails: str = "nothing", **environment: str) -> subproce
         (programs / name).chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "OUT": str(folder / "out"), **environment}
-    script = str(SCRIPTS / "table2.sh")
+    script = str(SCRIPTS / f"{which}.sh")
     return subprocess.run(["sh", script], env=variables, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -84,3 +102,41 @@ def test_what_is_missing_is_said(scale: str, says: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert says in done.stderr
     assert not (tmp_path / "calls.jsonl").exists()
+
+
+# ---- paper-vs-plus -------------------------------------------------------------------------------------------------
+
+
+def test_every_generator_gets_the_steps_that_fit_into_the_time(tmp_path: Path) -> None:
+    done = ablate(tmp_path, "paper-vs-plus", SEEDS="0 1", TIME="50")
+    assert done.returncode == 0, done.stderr
+    trained = calls(tmp_path, "train-gen")
+    assert len(calls(tmp_path, "demo")) == 2
+    assert len(trained) == 2 * 24  # a probe and a run each
+    steps = [next(word for word in call if word.startswith("train.steps=")) for call in trained]
+    assert steps == ["train.steps=80", "train.steps=200"] * 24  # 40 steps in 10 s, without the start
+    seeds = [(call[1][-7:], next(word for word in call if "seed=" in word)) for call in trained]
+    assert set(seeds) == {("0/codes", "seed=0"), ("1/codes", "seed=1")}
+    resolved = {
+        recipe_files.load_recipe("digits", [word for word in call if "=" in word], "generator").digest()
+        for call in trained[1::2]
+    }
+    assert len(resolved) == 24
+
+
+def test_the_table_of_generators_has_the_gap_to_the_baseline(tmp_path: Path) -> None:
+    done = ablate(tmp_path, "paper-vs-plus", SEEDS="0")
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    head = ["cell", "seeds", "class_accuracy", "value", "heldout_ce", "accuracy_gap", "gap_at_T", "steps"]
+    assert rows[0] == head
+    assert rows[2] == ["paper", "1", "0.5000", "5.0000", "1.5000", "0.3000", "0.5000", "240.00"]
+    assert len(rows) == 2 + 12
+    before = len(calls(tmp_path, "train-gen"))
+    assert ablate(tmp_path, "paper-vs-plus", SEEDS="0").returncode == 0
+    assert len(calls(tmp_path, "train-gen")) == before
+
+
+def test_scales_without_a_judge_are_refused(tmp_path: Path) -> None:
+    done = ablate(tmp_path, "paper-vs-plus", SCALE="cifar10", CIFAR10="x")
+    assert done.returncode == 2
+    assert "no judge" in done.stderr

@@ -117,6 +117,12 @@ class Calls:
         return [len(args[0]) for args in self.inputs]
 
 
+def heads_of(generator: RDPM, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    """Logits of the linear head, and zhat."""
+    assert isinstance(generator.network, RDPMNetwork)
+    return generator.network.heads(generator.network(*rows))
+
+
 # ---- the network ---------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +148,7 @@ def test_class_latents_cost_8_million_parameters_at_imagenet_size() -> None:
 @pytest.mark.parametrize("head", ["linear", "geometric"])
 def test_a_fresh_network_predicts_uniformly(head: str) -> None:
     generator = make_generator(awake=False, head=head)
-    logits, zhat = generator.network(*make_rows())
+    logits, zhat = heads_of(generator, make_rows())
     assert logits.shape == (6, GRID * GRID, CODES)
     assert not logits.any()
     assert (zhat is None) == (head == "linear")
@@ -155,7 +161,7 @@ def test_the_null_class_is_number_classes() -> None:
     generator = make_generator(class_latents=True, class_tokens=2)
     eps, previous, t, _ = make_rows(2)
     null = torch.full((2,), CLASSES)
-    assert generator.network(eps, previous, t, null)[0].isfinite().all()
+    assert generator.network(eps, previous, t, null).isfinite().all()
     assert {m.num_embeddings for m in generator.network.modules() if isinstance(m, nn.Embedding)} == {CLASSES + 1}
     with pytest.raises(IndexError):
         generator.network(eps, previous, t, null + 1)
@@ -170,6 +176,8 @@ def test_the_null_class_is_number_classes() -> None:
         ({"class_tokens": 3}, "class_tokens.weight"),
         ({"head": "geometric"}, "latent_head.weight"),
         ({"head": "geometric"}, "raw_scale"),
+        ({"qk_norm": True}, "blocks.0.attn.q_norm.weight"),
+        ({"qk_norm": True}, "blocks.1.attn.k_norm.weight"),
     ],
     ids=str,
 )
@@ -191,7 +199,7 @@ def test_the_size_changes_the_network(option: dict[str, Any]) -> None:
     if option == {"heads": 4}:  # the same parameters, used in another way
         other.load_state_dict(small.state_dict())
         rows = make_rows()
-        assert not torch.allclose(small(*rows)[0], other(*rows)[0], atol=1e-4)
+        assert not torch.allclose(small(*rows), other(*rows), atol=1e-4)
     else:
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in other.parameters())
 
@@ -289,7 +297,7 @@ def test_guided_logits_are_the_logits_of_the_guided_zhat(books: str) -> None:
     eps, previous, t, labels = make_rows()
     inputs = [(eps, previous, t, labels), (eps, previous, t, torch.full_like(labels, CLASSES))]
     (cond, zhat_cond), (uncond, zhat_uncond) = (generator.predict(*rows) for rows in inputs)
-    (linear_cond, _), (linear_uncond, _) = (generator.network(*rows) for rows in inputs)
+    (linear_cond, _), (linear_uncond, _) = (heads_of(generator, rows) for rows in inputs)
     assert zhat_cond is not None
     assert zhat_uncond is not None
     guided = generator.geometric_logits(guide(zhat_cond, zhat_uncond, 1.7), eps, previous, t)
@@ -300,7 +308,7 @@ def test_the_geometric_head_is_fp32_under_autocast() -> None:
     generator, rows = make_generator(head="geometric"), make_rows()
     with torch.autocast("cpu", torch.bfloat16):
         logits, zhat = generator.predict(*rows)
-        linear, _ = generator.network(*rows)
+        linear, _ = heads_of(generator, rows)
     assert linear.dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     assert zhat is not None

@@ -52,12 +52,14 @@ def train_gen(
     store = CodeStore(codes, tokenizer_content["digest"])
     batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
     class_names = list(m.class_names)
+    kernel = model.find_kernel(cfg, device)
 
     def make(training: Training) -> dict[str, Any]:
         if first_process():
             store.verify()
         generator = model.build(cfg, tokenizer.to(training.device), len(class_names))
         generator.network.to(training.device).train()
+        model.prepare(generator, cfg, kernel)
         progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
         watch = [observers.generator_monitor(generator, tokenizer, cfg, class_names, batches)]
         task = GeneratorTask(generator)

@@ -46,7 +46,7 @@ class Known:
 
 
 class Generator(Protocol):
-    """One family. `network` holds the trainable parameters of the generator alone."""
+    """One family. `network` holds the trainable parameters of the generator alone; its `trunk` is the Transformer."""
 
     network: nn.Module
     classes: int

@@ -9,9 +9,11 @@ import torch
 
 from rdpm_cli import modelfile
 from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig
-from rdpm_cli.errors import CheckpointError
+from rdpm_cli.errors import CheckpointError, UsageError
+from rdpm_cli.generator import transformer
 from rdpm_cli.generator.contract import Generator
 from rdpm_cli.generator.rdpm import RDPM
+from rdpm_cli.generator.transformer import Kernel
 from rdpm_cli.tokenizer import model as tokenizer_file
 from rdpm_cli.tokenizer.model import Tokenizer
 
@@ -22,6 +24,25 @@ FAMILIES: dict[str, Callable[..., Generator]] = {"rdpm": RDPM}
 def build(cfg: GeneratorArchitecture, tokenizer: Tokenizer, classes: int) -> Generator:
     """A fresh generator of the recipe's family over a tokenizer's codes."""
     return FAMILIES[cfg.family](cfg, tokenizer.quantizer, tokenizer.cfg.autoencoder.grid, classes)
+
+
+def find_kernel(cfg: GeneratorConfig, device: str) -> Kernel:
+    """The attention of the recipe. Raises UsageError where flash-attn, or what it needs, is not here."""
+    if cfg.attention == "sdpa":
+        return transformer.sdpa
+    if device == "cpu" or not torch.cuda.is_available() or cfg.train.precision != "bf16":
+        raise UsageError(
+            "attention=flash runs in bf16 on a CUDA device", "give train.precision=bf16, or attention=sdpa"
+        )
+    return transformer.flash()
+
+
+def prepare(generator: Generator, cfg: GeneratorConfig, kernel: Kernel) -> None:
+    """How it is trained: with which attention, and whether the blocks' activations are kept."""
+    trunk = generator.network.get_submodule("trunk")
+    assert isinstance(trunk, transformer.Transformer)
+    trunk.use(kernel)
+    trunk.recompute = cfg.recompute
 
 
 def parameters(generator: Generator) -> int:

@@ -5,6 +5,7 @@ Legend: B images, R rows (images × values of t), T steps, C code width, H W gri
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from rdpm_cli import noise
@@ -18,6 +19,7 @@ from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.tokenizer.schedule import beta
 
 LOGIT_SCALE = 0.5  # s_t at the start
+LOGITS_AT_ONCE = 1 << 26  # fp32 values held at once in training: 256 MiB; d16's 128 images have twice as many
 SCALE_GAIN = 20.0  # of the learnt number under the softplus: s_t must reach about 1 / (2 var(mu)), 5 to 50, and Adam
 # moves a number by about its learning rate a step; without the gain s_t was still climbing when training ended
 
@@ -28,7 +30,7 @@ def tokens(x_BCHW: Tensor) -> Tensor:
 
 
 class RDPMNetwork(nn.Module):
-    """f(eps_t, y, t, z'_{t-1}): Linear(2C -> D), transformer, heads. Both heads start at zero."""
+    """f(eps_t, y, t, z'_{t-1}): Linear(2C -> D), transformer; then the heads, which start at zero."""
 
     def __init__(
         self, cfg: NetworkConfig, grid: tuple[int, int], channels: int, codes: int, steps: int, classes: int
@@ -46,13 +48,15 @@ class RDPMNetwork(nn.Module):
             nn.init.zeros_(self.latent_head.bias)
             self.raw_scale = nn.Parameter(torch.full((steps,), LOGIT_SCALE).expm1().log() / SCALE_GAIN)
 
-    def forward(
-        self, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor, labels_R: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """-> logits of the linear head (R, L, K), zhat (R, L, C) or None."""
+    def forward(self, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor, labels_R: Tensor) -> Tensor:
+        """What the heads see, (R, L, D)."""
         x = self.input(tokens(torch.cat([eps_RCHW, previous_RCHW], 1))).float()  # the residual stream stays fp32
-        hidden = self.trunk(x, t_R, labels_R)
-        return self.head(hidden), self.latent_head(hidden) if self.latent_head is not None else None
+        hidden: Tensor = self.trunk(x, t_R, labels_R)
+        return hidden
+
+    def heads(self, hidden_RLD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-> logits of the linear head (R, L, K), zhat (R, L, C) or None."""
+        return self.head(hidden_RLD), self.latent_head(hidden_RLD) if self.latent_head is not None else None
 
 
 class RDPM:
@@ -71,7 +75,14 @@ class RDPM:
         self, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor, labels_R: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """logits over C_t (R, L, K), and zhat (R, L, C) fp32 with the geometric head."""
-        logits, zhat = self.network(eps_RCHW, previous_RCHW, t_R, labels_R)
+        return self.scores(self.network(eps_RCHW, previous_RCHW, t_R, labels_R), eps_RCHW, previous_RCHW, t_R)
+
+    def scores(
+        self, hidden_RLD: Tensor, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same from the network's last hidden state."""
+        assert isinstance(self.network, RDPMNetwork)
+        logits, zhat = self.network.heads(hidden_RLD)
         if zhat is None:
             return logits, None
         with torch.autocast(zhat.device.type, enabled=False):
@@ -106,13 +117,44 @@ class RDPM:
                 shake = step.normal(*previous.shape[1:]) * batch.spread_B.view(-1, 1, 1, 1)
                 previous = previous + shake.repeat_interleave(S, 0)
             target_RL = rows[torch.arange(len(rows), device=rows.device), t_R - 1].flatten(1)
-        logits, zhat = self.predict(eps_BSCHW.flatten(0, 1), previous, t_R, labels_R)
+            geometric = self.cfg.network.head == "geometric"
+            goal_RLC = tokens(self._latents(batch)).repeat_interleave(S, 0) if geometric else None
+        eps = eps_BSCHW.flatten(0, 1)
+        hidden = self.network(eps, previous, t_R, labels_R)
+        ce, latent, right = self._losses(hidden, eps, previous, t_R, target_RL, goal_RLC)
+        logs = {"ce": ce.detach(), "accuracy": right}
+        return (ce, logs) if latent is None else (ce + latent, {**logs, "latent_mse": latent.detach()})
+
+    def _losses(
+        self, hidden: Tensor, eps: Tensor, previous: Tensor, t_R: Tensor, target_RL: Tensor, goal_RLC: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """-> cross-entropy, MSE(zhat, z) with the geometric head, share of codes that are right.
+
+        Logits are many: over LOGITS_AT_ONCE, the heads run in parts of the rows, and again in the backward pass.
+        """
+        count, L = target_RL.shape
+        size = max(1, LOGITS_AT_ONCE // (L * self.quantizer.cfg.codes))
+        if size >= count:
+            return self._part(hidden, eps, previous, t_R, target_RL, goal_RLC)
+        ce, latent, right = hidden.new_zeros(()), hidden.new_zeros(()), hidden.new_zeros(())
+        for start in range(0, count, size):
+            own = slice(start, min(start + size, count))
+            goal = None if goal_RLC is None else goal_RLC[own]
+            given = (hidden[own], eps[own], previous[own], t_R[own], target_RL[own], goal)
+            found = torch.utils.checkpoint.checkpoint(self._part, *given, use_reentrant=False)
+            share = (own.stop - own.start) / count
+            ce, right = ce + share * found[0], right + share * found[2]
+            latent = latent if found[1] is None else latent + share * found[1]
+        return ce, None if goal_RLC is None else latent, right
+
+    def _part(
+        self, hidden: Tensor, eps: Tensor, previous: Tensor, t_R: Tensor, target_RL: Tensor, goal_RLC: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Means over some rows."""
+        logits, zhat = self.scores(hidden, eps, previous, t_R)
         ce = F.cross_entropy(logits.flatten(0, 1), target_RL.flatten())
-        logs = {"ce": ce.detach(), "accuracy": (logits.detach().argmax(-1) == target_RL).float().mean()}
-        if zhat is None:
-            return ce, logs
-        latent = F.mse_loss(zhat, tokens(self._latents(batch)).repeat_interleave(S, 0))
-        return ce + latent, {**logs, "latent_mse": latent.detach()}
+        right = (logits.detach().argmax(-1) == target_RL).float().mean()
+        return ce, None if zhat is None or goal_RLC is None else F.mse_loss(zhat, goal_RLC), right
 
     @torch.no_grad()
     def _latents(self, batch: CodeBatch) -> Tensor:

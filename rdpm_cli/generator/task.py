@@ -105,7 +105,7 @@ class GeneratorTask:
         return self.generator.network
 
     def networks(self) -> list[nn.Module]:
-        """The whole."""
+        """The whole, but for its heads, which are a layer each."""
         return [self.generator.network]
 
     def loss(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,12 +5,15 @@ D = 64·depth and SwiGLU's hidden width round(8D/3/64)·64 give Table 1's parame
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from rdpm_cli.config import NetworkConfig
+from rdpm_cli.errors import UsageError
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of t
 
@@ -37,22 +40,54 @@ def rotate(x_NE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
     return torch.cat([a * cos_NE - b * sin_NE, b * cos_NE + a * sin_NE], -1)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens through scaled_dot_product_attention."""
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, A, N, E) -> (B, A, N, E)
 
-    def __init__(self, width: int, heads: int) -> None:
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own, FlashAttention among its kernels on CUDA."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def flash() -> Kernel:
+    """The flash-attn package's kernel, for bf16 and fp16 on CUDA. Raises UsageError where it is not installed."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise UsageError(
+            "attention=flash needs the flash-attn package, which is not installed",
+            "uv pip install 'rdpm[flash]' --no-build-isolation, or leave attention=sdpa",
+        ) from error
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mixed: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))  # (B, N, A, E)
+        return mixed.transpose(1, 2)
+
+    return kernel
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    kernel: Kernel = staticmethod(sdpa)
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
 
     def forward(self, x_BND: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, A, N, E)
         q, k, v = qkv
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            qkv = torch.stack([q, k])
         if cos is not None and sin is not None:
             q, k = rotate(qkv[:2], cos, sin).to(v.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = self.kernel(q, k, v)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, N, D))
         return out
 
@@ -75,10 +110,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """AdaLN-Zero: shift, scale and gate of both branches from the condition, starting as the identity."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, qk_norm)
         self.norm2 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, 6 * width)
@@ -110,6 +145,7 @@ class Transformer(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    recompute = False  # activation checkpointing: a block's are computed again in the backward pass
 
     def __init__(self, cfg: NetworkConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
         """grid: (h, w). channels: C of class latents. classes: without the null class, which is number `classes`."""
@@ -122,7 +158,7 @@ class Transformer(nn.Module):
         self.class_latents = nn.Embedding(classes + 1, self.length * channels) if cfg.class_latents else None
         self.class_latents_in = nn.Linear(channels, D, bias=False) if cfg.class_latents else None
         self.class_tokens = nn.Embedding(classes + 1, cfg.class_tokens * D) if cfg.class_tokens else None
-        self.blocks = nn.ModuleList(Block(D, cfg.head_count) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(D, cfg.head_count, cfg.qk_norm) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(D, 2 * D)
         if cfg.positions in ("rope", "both"):
@@ -130,6 +166,12 @@ class Transformer(nn.Module):
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
         self._initialise()
+
+    def use(self, kernel: Kernel) -> None:
+        """Attend with this kernel from now on."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attn.kernel = kernel
 
     def _initialise(self) -> None:
         """DiT's initialisation: Xavier linears, N(0, 0.02) embeddings, zero modulations."""
@@ -159,7 +201,11 @@ class Transformer(nn.Module):
         if self.class_tokens is not None:
             x_BND = torch.cat([self.class_tokens(labels_B).view(B, -1, D).to(x_BLD.dtype), x_BLD], 1)
         cos, sin = (self.cos, self.sin) if self.cfg.positions in ("rope", "both") else (None, None)
+        again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x_BND = block(x_BND, cond_BD, cos, sin)
+            if again:
+                x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, cos, sin, use_reentrant=False)
+            else:
+                x_BND = block(x_BND, cond_BD, cos, sin)
         shift, scale = self.modulation(F.silu(cond_BD)).chunk(2, -1)
         return modulate(self.norm(x_BND[:, -L:]), shift, scale)

@@ -48,3 +48,26 @@ tokenizer_cell() {
         mv "$score.part" "$score"
     done
 }
+
+# generator_cell NAME SECONDS STORE JUDGE key=value...: train a generator for so many seconds by a measured rate, draw 800
+# samples and judge them -> NAME.<seed>.json. STORE and JUDGE hold %s where the seed belongs.
+generator_cell() {
+    name=$1 seconds=$2 stores=$3 judges=$4
+    shift 4
+    for seed in $SEEDS; do
+        score=$OUT/$name.$seed.json
+        [ -s "$score" ] && continue
+        echo "$script: $name, seed $seed" >&2
+        # shellcheck disable=SC2059
+        store=$(printf "$stores" "$seed") judge=$(printf "$judges" "$seed")
+        set -- --recipe "$RECIPE" --quiet seed="$seed" "$@"
+        rdpm train-gen "$store" --out "$OUT/$name.$seed.probe" "$@" train.steps=80 train.log_every=40 >&2
+        steps=$(python "$here/gap.py" "$OUT/$name.$seed.probe" --steps-in "$seconds")
+        rdpm train-gen "$store" --out "$OUT/$name.$seed" "$@" train.steps="$steps" train.eval_every=0 >&2
+        rdpm sample --ckpt "$OUT/$name.$seed/generator.pt" --per-class 80 --out "$OUT/$name.$seed/samples" --quiet >&2
+        rdpm eval fid "$OUT/$name.$seed/samples" --extractor "$judge" --subset 297 --json --quiet >"$score.part"
+        python "$here/gap.py" "$OUT/$name.$seed" --into "$score.part"
+        mv "$score.part" "$score"
+        shift 4
+    done
+}

@@ -1,0 +1,47 @@
+"""A generator run's log: how many steps fit into some seconds; its held-out gap to the model-free baseline."""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_in(run: Path, seconds: float) -> int:
+    """At the rate between the first and the last logged step, without the start."""
+    logged = [row for row in rows(run) if "images_per_second" in row]
+    batch = json.loads((run / "run.json").read_text())["settings"]["recipe"]["generator"]["train"]["batch"]
+    ends = [
+        row["step"] * batch / row["images_per_second"] for row in (logged[0], logged[-1])
+    ]  # seconds since the start
+    return round(seconds * (logged[-1]["step"] - logged[0]["step"]) / (ends[1] - ends[0]))
+
+
+def gap(run: Path) -> dict[str, Any]:
+    """steps; cross-entropy and (accuracy - baseline), means over t; the gap of the last t alone."""
+    log = rows(run)
+    last = [row for row in log if "heldout/accuracy" in row][-1]
+    gaps = [a - b for a, b in zip(last["heldout/accuracy"], last["heldout/baseline"], strict=True)]
+    ce = statistics.mean(last["heldout/ce"])
+    return {"steps": log[-1]["step"], "heldout_ce": ce, "accuracy_gap": statistics.mean(gaps), "gap_at_T": gaps[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--steps-in", type=float, metavar="SECONDS")
+    parser.add_argument("--into", type=Path, metavar="JSON", help="add the gap to this file")
+    options = parser.parse_args()
+    if options.steps_in is not None:
+        print(steps_in(options.run, options.steps_in))
+    if options.into is not None:
+        options.into.write_text(json.dumps({**json.loads(options.into.read_text()), **gap(options.run)}))
+
+
+if __name__ == "__main__":
+    main()
