@@ -1,8 +1,8 @@
 #!/bin/sh
 # The tokenizer's ablation, after Table 2 of the paper: T, weight, bias and schedule, one factor at a time.
 #
-#   SCALE=digits recipes/ablations/table2.sh           about 30 CPU minutes (36 tokenizers of 150 steps)
-#   SCALE=cifar10 CIFAR10=cifar10.zip recipes/ablations/table2.sh      about 25 CPU minutes (12 tokenizers of 200 steps)
+#   SCALE=digits recipes/ablations/table2.sh           about 40 CPU minutes (36 tokenizers of 400 steps)
+#   SCALE=cifar10 CIFAR10=cifar10.zip recipes/ablations/table2.sh      about 25 CPU minutes (12 tokenizers of 400 steps)
 #   SCALE=imagenet256 IMAGENET=train IMAGENET_VAL=val recipes/ablations/table2.sh     not yet run
 #
 # A finished cell is not run again. Ends with $OUT/table.md, table.csv and plot.png.
