@@ -6,12 +6,14 @@ torch is imported inside the functions, so that a wrong path, recipe or option i
 
 from rdpm_cli.engine.generating import parse_classes, sample, train_gen
 from rdpm_cli.engine.inspection import inspect
+from rdpm_cli.engine.planning import Hardware, plan_generator, plan_tokenizer
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import find_tokenizer, reconstruct, tokenize
 
 __all__ = [
+    "Hardware",
     "Result",
     "copy_file",
     "eval_fid",
@@ -19,6 +21,8 @@ __all__ = [
     "find_tokenizer",
     "inspect",
     "parse_classes",
+    "plan_generator",
+    "plan_tokenizer",
     "reconstruct",
     "sample",
     "tokenize",
