@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import config, files, progress, recipe_files
-from rdpm_cli.engine import pictures
+from rdpm_cli.engine import flops, pictures
 from rdpm_cli.engine.runs import (
     Result,
     Training,
@@ -60,7 +60,8 @@ def train_gen(
         progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
         watch = [observers.generator_monitor(generator, tokenizer, cfg, class_names, batches)]
         task = GeneratorTask(generator)
-        generator.network = training.fit([task], batches, cfg.train, batches.images, watch)
+        flops_an_image = flops.generator_step(cfg, flops.Latent.of(tokenizer.cfg))
+        generator.network = training.fit([task], batches, cfg.train, batches.images, watch, flops_an_image)
         if first_process():
             training_curves(out / "curves.png", generator_run=out)
         provenance = {

@@ -30,13 +30,14 @@ LEAST_SPREAD = 0.1  # of a latent that tells something
 
 
 def progress(bar: Bar) -> Callable[..., None]:
-    """Advance a bar of steps, with loss and rate behind it."""
+    """Advance a bar of steps, with loss, rate and utilisation behind it."""
 
     def observe(run: Run, logs: dict[str, float] | None) -> None:
         if bar.done == 0 and run.step > 1:
             bar.resume_at(run.step - 1)
         note = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} images/s" if logs else ""
-        bar.advance(1, note)
+        share = logs.get("utilisation") if logs else None
+        bar.advance(1, note if share is None else f"{note}, {share:.0%} of peak")
 
     return observe
 

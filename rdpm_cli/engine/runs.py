@@ -67,8 +67,13 @@ class Training:
         cfg: config.TrainConfig,
         images: int,
         observers: Sequence[Observer] = (),
+        flops: int = 0,
     ) -> torch.nn.Module:
-        """Train with progress, from the newest checkpoint on. -> the first player's network, or its EMA."""
+        """Train with progress, from the newest checkpoint on. -> the first player's network, or its EMA.
+
+        flops: operations of a step an image, for the log; 0 where nobody counted them.
+        """
+        from rdpm_cli.engine import monitoring
         from rdpm_cli.engine import observers as watch
         from rdpm_cli.training import checkpoint
         from rdpm_cli.training.loop import Run, fit
@@ -77,7 +82,8 @@ class Training:
         if there := checkpoint.found(self.out / "checkpoints"):
             progress.say(f"resuming step {there[-1][0]} of {run.steps} from {there[-1][1]}")
         with progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar:
-            fit(players, batches, cfg, run, [watch.progress(bar), *observers])
+            machine = [monitoring.machine(flops)] if flops else []
+            fit(players, batches, cfg, run, [*machine, watch.progress(bar), *observers])
         return run.ema.model if run.ema else players[0].model
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import progress, recipe_files
-from rdpm_cli.engine import warming
+from rdpm_cli.engine import flops, warming
 from rdpm_cli.engine.runs import (
     Result,
     Training,
@@ -103,7 +103,8 @@ def _train(
 
     look = [observers.tokenizer_preview(tokenizer, source, cfg.train), observers.redrawn(draw, cfg.train)]
     watch = [*look, observers.codebook_alarm(cfg)]
-    kept = training.fit(players, batches, cfg.train, len(source), watch)
+    flops_an_image = sum(flops.tokenizer_step(cfg).values())
+    kept = training.fit(players, batches, cfg.train, len(source), watch, flops_an_image)
     assert isinstance(kept, model.Tokenizer)
     if first_process():
         draw()

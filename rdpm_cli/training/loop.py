@@ -55,7 +55,10 @@ class Observer(Protocol):
     """Called after steps: evaluations, previews, progress."""
 
     def __call__(self, run: "Run", logs: dict[str, float] | None) -> dict[str, float] | None:
-        """run: after `run.step` steps. logs: the logged values, at logged steps. -> more values for the log."""
+        """run: after `run.step` steps. logs: the logged values, at logged steps, to read or to add to.
+
+        -> more values for the log, in a line of their own.
+        """
 
 
 @dataclass
