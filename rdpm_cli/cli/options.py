@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,7 @@ Gpus = Annotated[
     int | None,
     typer.Option("--gpus", metavar="N", min=1, help="processes, one a GPU of this node; default: this process alone"),
 ]
+Track = Annotated[Literal["wandb"] | None, typer.Option("--track", help="also send the log to Weights & Biases")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what the run would take; run and write nothing")]
 Gpu = Annotated[
     str | None, typer.Option("--gpu", metavar="NAME", help="with --dry-run: h200 (default), h100, a100, ...")

@@ -17,6 +17,7 @@ def train_gen(
     out: options.RunFolder = None,
     keep: options.Keep = None,
     gpus: options.Gpus = None,
+    track: options.Track = None,
     dry_run: options.DryRun = False,
     gpu: options.Gpu = None,
     utilisation: options.Utilisation = None,
@@ -37,4 +38,4 @@ def train_gen(
         return
     options.only_planned(gpu, utilisation)
     processes = options.several(gpus)
-    report.show(engine.train_gen(codes, out, recipe, changes, device, processes), json)
+    report.show(engine.train_gen(codes, out, recipe, changes, device, processes, track), json)

@@ -13,6 +13,7 @@ def train_tokenizer(
     from_weights: options.FromWeights = None,
     keep: options.Keep = None,
     gpus: options.Gpus = None,
+    track: options.Track = None,
     dry_run: options.DryRun = False,
     gpu: options.Gpu = None,
     utilisation: options.Utilisation = None,
@@ -33,4 +34,4 @@ def train_tokenizer(
         return
     options.only_planned(gpu, utilisation)
     processes = options.several(gpus)
-    report.show(engine.train_tokenizer(images, out, recipe, changes, device, from_weights, processes), json)
+    report.show(engine.train_tokenizer(images, out, recipe, changes, device, from_weights, processes, track), json)

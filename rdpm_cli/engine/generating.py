@@ -20,6 +20,7 @@ from rdpm_cli.engine.runs import (
     versions,
 )
 from rdpm_cli.errors import UsageError
+from rdpm_cli.training import tracking
 
 if TYPE_CHECKING:
     from rdpm_cli.generator.model import LoadedGenerator
@@ -33,11 +34,13 @@ def train_gen(
     overrides: Sequence[str] = (),
     device: str = "auto",
     team: Team | None = None,
+    track: str | None = None,
 ) -> Result:
-    """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once. team: as --gpus."""
+    """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once. team, track: as --gpus, --track."""
     recipe = recipe_files.load_recipe(recipe_name, overrides, "generator")
     cfg = recipe.generator
     assert cfg is not None
+    tracking.check(track)
     out = out or Path("runs") / f"{recipe.name}-generator"
     from rdpm_cli.codes.store import CodeStore, Manifest
     from rdpm_cli.engine import observers
@@ -73,7 +76,9 @@ def train_gen(
         return model.pack(generator, cfg, tokenizer_content, class_names, provenance=provenance)
 
     final, chosen = out / "generator.pt", {"seed": recipe.seed, "generator": cfg.model_dump(mode="json")}
-    train_once(final, recipe.seed, {"command": "train-gen", "recipe": chosen, "store": m.digest()}, device, make, team)
+    train_once(
+        final, recipe.seed, {"command": "train-gen", "recipe": chosen, "store": m.digest()}, device, make, team, track
+    )
     loaded = model.load(final)
     values = {
         "generator": str(final),
