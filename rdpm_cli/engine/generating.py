@@ -43,7 +43,7 @@ def train_gen(
     tracking.check(track)
     out = out or Path("runs") / f"{recipe.name}-generator"
     from rdpm_cli.codes.store import CodeStore, Manifest
-    from rdpm_cli.engine import observers
+    from rdpm_cli.engine import observers, proxy
     from rdpm_cli.generator import model
     from rdpm_cli.generator.task import CodeBatches, GeneratorTask
     from rdpm_cli.tokenizer import model as tokenizer_file
@@ -54,6 +54,8 @@ def train_gen(
     store = CodeStore(codes, tokenizer_content["digest"])
     batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
     class_names = list(m.class_names)
+    if cfg.proxy.samples:
+        proxy.check(cfg.proxy, m, codes)
 
     def make(training: Training) -> dict[str, Any]:
         if first_process():
@@ -62,6 +64,8 @@ def train_gen(
         generator.network.to(training.device).train()
         progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
         watch = [observers.generator_monitor(generator, tokenizer, cfg, class_names, batches)]
+        if cfg.proxy.samples:
+            watch.append(proxy.score(generator, tokenizer, cfg, m, codes))
         task = GeneratorTask(generator)
         flops_an_image = flops.generator_step(cfg, flops.Latent.of(tokenizer.cfg))
         generator.network = training.fit([task], batches, cfg.train, batches.images, watch, flops_an_image)
@@ -86,6 +90,7 @@ def train_gen(
         "parameters": model.parameters(loaded.generator),
         **last_metrics(out, ["ce", "accuracy"]),
         **last_metrics(out, ["heldout/accuracy", "heldout/baseline"]),
+        **last_metrics(out, ["proxy/frechet_distance", "proxy/class_accuracy"]),
     }
     return Result("generator trained", values, f"rdpm sample --ckpt {final} --classes all")
 

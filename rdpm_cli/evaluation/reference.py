@@ -10,7 +10,7 @@ from PIL import Image
 
 from rdpm_cli import files
 from rdpm_cli.errors import DataError
-from rdpm_cli.images.sources import ImageSource, is_builtin, open_source
+from rdpm_cli.images.sources import ImageSource, is_builtin, open_source, spread
 from rdpm_cli.images.transform import TRANSFORM, Pixels
 
 BATCH = 64
@@ -62,18 +62,19 @@ def _read_samples(paths: list[Path], resolution: int) -> Iterator[Pixels]:
         yield np.stack(images)
 
 
-def open_images(source: ImageSource, resolution: int) -> ImageSet:
+def open_images(source: ImageSource, resolution: int, limit: int | None = None) -> ImageSet:
     """Images of a source after the ADM crop."""
-    labels = None if source.labels is None else [int(v) for v in source.labels]
-    return ImageSet(
-        source.spec, len(source), resolution, labels, source.class_names, read_batches(source, resolution), origin={}
-    )
+    chosen = spread(len(source), limit)
+    labels = None if source.labels is None else [int(source.labels[i]) for i in chosen]
+    batches = read_batches(source, resolution, limit)
+    return ImageSet(source.spec, len(chosen), resolution, labels, source.class_names, batches, origin={})
 
 
-def read_batches(source: ImageSource, resolution: int) -> Iterator[Pixels]:
+def read_batches(source: ImageSource, resolution: int, limit: int | None = None) -> Iterator[Pixels]:
     """(B, size, size, 3) uint8, in order."""
-    for start in range(0, len(source), BATCH):
-        part = range(start, min(start + BATCH, len(source)))
+    chosen = spread(len(source), limit)
+    for start in range(0, len(chosen), BATCH):
+        part = chosen[start : start + BATCH]
         yield np.stack([source.pixels(i, resolution) for i in part])
 
 
@@ -99,16 +100,24 @@ def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
             return open_samples(Path(ref))
         _refuse_unfinished(ref)
         return open_images(open_source(ref), target.resolution)
-    recorded = target.origin.get("reference")
-    hint = "give the reference with --ref IMAGES"
+    return open_recorded(target.origin.get("reference"), target.name, "give the reference with --ref IMAGES")
+
+
+def open_recorded(recorded: dict[str, Any] | None, where: str, hint: str, limit: int | None = None) -> ImageSet:
+    """The images that a record names, if they are still those; limit: so many of them, evenly spaced.
+
+    where: whose record. hint: the way out.
+
+    Raises DataError.
+    """
     if not recorded:
-        raise DataError(f"{target.name} records no reference", hint)
+        raise DataError(f"{where} records no reference", hint)
     if recorded["transform"] != TRANSFORM:
-        raise DataError(f"{target.name} names a reference with transform {recorded['transform']}", hint)
+        raise DataError(f"{where} names a reference with transform {recorded['transform']}", hint)
     name = recorded["source"]
     if not is_builtin(name) and not Path(name).exists():
         raise DataError(f"the recorded reference {name} is not here", hint)
     source = open_source(name)
     if source.digest() != recorded["digest"]:
         raise DataError(f"{name} holds other images than when it was tokenised", hint)
-    return open_images(source, int(recorded["resolution"]))
+    return open_images(source, int(recorded["resolution"]), limit)
