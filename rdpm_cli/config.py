@@ -155,16 +155,17 @@ FREE_ON_RESUME = {
     "workers": "who prepares the batch of a step, which is a function of (seed, step)",
     "skip_bad": "what follows a step that changed nothing: the run ends, or passes it over",
 }
+LOOKS = {"codebook_alarm", "proxy"}  # nor on these, which only look: outside `train`
 # These do change what is trained; but an unfinished run that diverges must be able to go on. run.json notes the change.
 CHANGEABLE_ON_RESUME = {"lr", "clip"}
 
 
 def binding(settings: dict[str, Any], finished: bool = False) -> dict[str, Any]:
-    """A run's settings without what may change on resume: the fields above, of every `train` section; the alarm."""
+    """A run's settings without what may change on resume: the fields above, of every `train` section; LOOKS."""
     kept, changeable = {}, set() if finished else CHANGEABLE_ON_RESUME
     for name, value in settings.items():
         inner = binding(value, finished) if isinstance(value, dict) else value
-        loose = {*FREE_ON_RESUME, *changeable} if name == "train" else {"codebook_alarm"}
+        loose = {*FREE_ON_RESUME, *changeable} if name == "train" else LOOKS
         kept[name] = {k: v for k, v in inner.items() if k not in loose} if isinstance(inner, dict) else inner
     return kept
 
@@ -263,6 +264,20 @@ class SamplingConfig(Section):
     micro_batch: int = Field(8, gt=0, description="images a forward pass; part of what fixes a sample on the CPU")
 
 
+class ProxyConfig(Section):
+    """A score of a few samples while a generator trains: for comparing steps of one run, not for reporting."""
+
+    samples: int = Field(0, ge=0, description="class-balanced, drawn from fixed seeds every train.eval_every; 0 = off")
+    extractor: str | None = Field(None, description="a judge's file, for its features; default: Inception")
+    weights: str | None = Field(None, description="Inception's weight file; default: looked up, never fetched")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.samples == 1:
+            raise ValueError("proxy.samples = 1: a covariance needs at least 2")
+        return self
+
+
 class GeneratorConfig(GeneratorArchitecture):
     """A generator, its training and its sampling defaults."""
 
@@ -271,6 +286,7 @@ class GeneratorConfig(GeneratorArchitecture):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
     sampling: SamplingConfig = SamplingConfig()
+    proxy: ProxyConfig = ProxyConfig()
 
 
 class JudgeConfig(Section):

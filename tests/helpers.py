@@ -53,9 +53,12 @@ def assert_same(found: Any, wanted: Any) -> None:
         assert torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name], name
 
 
+MACHINE = {"images_per_second", "flops_per_second", "utilisation", "memory_gib"}
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The log without the rate, which depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(folder)]
+    """The log without what depends on the clock and the machine."""
+    return [{k: v for k, v in row.items() if k not in MACHINE} for row in read_metrics(folder)]
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

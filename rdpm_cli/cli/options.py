@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from rdpm_cli import team
+from rdpm_cli.errors import UsageError
 
 Images = Annotated[
     str,
@@ -34,6 +35,14 @@ Gpus = Annotated[
     int | None,
     typer.Option("--gpus", metavar="N", min=1, help="processes, one a GPU of this node; default: this process alone"),
 ]
+Track = Annotated[Literal["wandb"] | None, typer.Option("--track", help="also send the log to Weights & Biases")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what the run would take; run and write nothing")]
+Gpu = Annotated[
+    str | None, typer.Option("--gpu", metavar="NAME", help="with --dry-run: h200 (default), h100, a100, ...")
+]
+Utilisation = Annotated[
+    float | None, typer.Option("--utilisation", help="with --dry-run: share of the GPU's bf16 peak; default 0.4")
+]
 Keep = Annotated[int | None, typer.Option("--keep", metavar="N", min=2, help="checkpoints kept, as train.keep=N")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="of the noise")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only N images, evenly spaced")]
@@ -47,6 +56,13 @@ command_line: list[str] = []  # of the command that runs, without the program
 def several(gpus: int | None) -> team.Team | None:
     """The processes that --gpus asks for. Raises UsageError under torchrun."""
     return team.ask(gpus, command_line)
+
+
+def only_planned(gpu: str | None, utilisation: float | None) -> None:
+    """Raises UsageError for options that mean nothing without --dry-run."""
+    for option, value in {"--gpu": gpu, "--utilisation": utilisation}.items():
+        if value is not None:
+            raise UsageError(f"{option} belongs to --dry-run", "add --dry-run; --gpus N and --device say where to run")
 
 
 def with_keep(overrides: Sequence[str] | None, keep: int | None) -> list[str]:

@@ -17,6 +17,10 @@ def train_gen(
     out: options.RunFolder = None,
     keep: options.Keep = None,
     gpus: options.Gpus = None,
+    track: options.Track = None,
+    dry_run: options.DryRun = False,
+    gpu: options.Gpu = None,
+    utilisation: options.Utilisation = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -28,5 +32,10 @@ def train_gen(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    changes, processes = options.with_keep(overrides, keep), options.several(gpus)
-    report.show(engine.train_gen(codes, out, recipe, changes, device, processes), json)
+    changes = options.with_keep(overrides, keep)
+    if dry_run:
+        report.show(engine.plan_generator(codes, recipe, changes, engine.Hardware.of(gpu, gpus, utilisation)), json)
+        return
+    options.only_planned(gpu, utilisation)
+    processes = options.several(gpus)
+    report.show(engine.train_gen(codes, out, recipe, changes, device, processes, track), json)

@@ -13,6 +13,10 @@ def train_tokenizer(
     from_weights: options.FromWeights = None,
     keep: options.Keep = None,
     gpus: options.Gpus = None,
+    track: options.Track = None,
+    dry_run: options.DryRun = False,
+    gpu: options.Gpu = None,
+    utilisation: options.Utilisation = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -24,5 +28,10 @@ def train_tokenizer(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    changes, processes = options.with_keep(overrides, keep), options.several(gpus)
-    report.show(engine.train_tokenizer(images, out, recipe, changes, device, from_weights, processes), json)
+    changes = options.with_keep(overrides, keep)
+    if dry_run:
+        report.show(engine.plan_tokenizer(images, recipe, changes, engine.Hardware.of(gpu, gpus, utilisation)), json)
+        return
+    options.only_planned(gpu, utilisation)
+    processes = options.several(gpus)
+    report.show(engine.train_tokenizer(images, out, recipe, changes, device, from_weights, processes, track), json)

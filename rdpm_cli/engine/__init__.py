@@ -7,6 +7,7 @@ torch is imported inside the functions, so that a wrong path, recipe or option i
 from rdpm_cli.codes.work import Work
 from rdpm_cli.engine.generating import parse_classes, sample, train_gen
 from rdpm_cli.engine.inspection import inspect
+from rdpm_cli.engine.planning import Hardware, plan_generator, plan_tokenizer
 from rdpm_cli.engine.reconstructing import reconstruct
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
@@ -15,6 +16,7 @@ from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
 from rdpm_cli.engine.verifying import verify
 
 __all__ = [
+    "Hardware",
     "Result",
     "StoreOptions",
     "Work",
@@ -24,6 +26,8 @@ __all__ = [
     "find_tokenizer",
     "inspect",
     "parse_classes",
+    "plan_generator",
+    "plan_tokenizer",
     "reconstruct",
     "sample",
     "tokenize",

@@ -1,6 +1,7 @@
 """What watches a training run: progress, held-out accuracy per t, preview pictures."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ LEAST_SPREAD = 0.1  # of a latent that tells something
 
 
 def progress(bar: Bar) -> Callable[..., None]:
-    """Advance a bar of steps, with loss and rate behind it."""
+    """Advance a bar of steps, with loss, rate and utilisation behind it."""
 
     def observe(run: Run, logs: dict[str, float] | None) -> None:
         if bar.done == 0 and run.step > 1:
             bar.resume_at(run.step - 1)
         note = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} images/s" if logs else ""
-        bar.advance(1, note)
+        share = logs.get("utilisation") if logs else None
+        bar.advance(1, note if share is None else f"{note}, {share:.0%} of peak")
 
     return observe
 
@@ -134,6 +136,18 @@ def decode_prefixes(tokenizer: Tokenizer, codes: torch.Tensor) -> list[Pixels]:
     return frames
 
 
+@contextlib.contextmanager
+def as_kept(generator: Generator, run: Run) -> Iterator[None]:
+    """Inside, the generator is what the run would keep: its average where there is one, in evaluation mode."""
+    trained = generator.network
+    generator.network = (run.ema.model if run.ema else trained).eval()
+    try:
+        yield
+    finally:
+        generator.network = trained
+        trained.train()
+
+
 def generator_monitor(
     generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, class_names: list[str], batches: CodeBatches
 ) -> Callable[..., Any]:
@@ -145,14 +159,9 @@ def generator_monitor(
     def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
         if not due(run, cfg.train):
             return None
-        trained = generator.network
-        generator.network = (run.ema.model if run.ema else trained).eval()
-        try:
+        with as_kept(generator, run):
             found = held_out_accuracy(generator, batches, run.device)
             parts = list(sampler.sample(generator, tokenizer, labels, options, cfg.sampling.micro_batch))
-        finally:
-            generator.network = trained
-            trained.train()
         sheet = writers.grid(
             np.concatenate([p.pixels_BHWC for p in parts]), PREVIEWS, [class_names[c] for c in classes]
         )
@@ -216,4 +225,5 @@ def generator_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
             "model": (t, last["heldout/accuracy"]),
             "model-free baseline": (t, last["heldout/baseline"]),
         }
-    return panels
+    score = _over_time(rows, ["proxy/frechet_distance"])
+    return panels | ({"proxy score|step": score} if score else {})

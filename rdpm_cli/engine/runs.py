@@ -52,6 +52,8 @@ class Training:
     seed: int
     device: torch.device
     stop: StopRequest
+    settings: dict[str, Any]
+    track: str | None = None  # of --track
 
     @property
     def begun(self) -> bool:
@@ -67,17 +69,27 @@ class Training:
         cfg: config.TrainConfig,
         images: int,
         observers: Sequence[Observer] = (),
+        flops: int = 0,
     ) -> torch.nn.Module:
-        """Train with progress, from the newest checkpoint on. -> the first player's network, or its EMA."""
+        """Train with progress, from the newest checkpoint on. -> the first player's network, or its EMA.
+
+        flops: operations of a step an image, for the log; 0 where nobody counted them.
+        """
+        from rdpm_cli.engine import monitoring
         from rdpm_cli.engine import observers as watch
-        from rdpm_cli.training import checkpoint
+        from rdpm_cli.training import checkpoint, tracking
         from rdpm_cli.training.loop import Run, fit
 
         run = Run(self.out, self.seed, self.device, cfg.total_steps(images), cfg.warmup(images), self.stop)
         if there := checkpoint.found(self.out / "checkpoints"):
             progress.say(f"resuming step {there[-1][0]} of {run.steps} from {there[-1][1]}")
-        with progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar:
-            fit(players, batches, cfg, run, [watch.progress(bar), *observers])
+        track = self.track if first_process() else None
+        with (
+            tracking.mirrors(track, self.out, self.settings) as run.mirrors,
+            progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar,
+        ):
+            machine = [monitoring.machine(flops)] if flops else []
+            fit(players, batches, cfg, run, [*machine, watch.progress(bar), *observers])
         return run.ema.model if run.ema else players[0].model
 
 
@@ -88,11 +100,12 @@ def train_once(
     device: str,
     make: Callable[[Training], dict[str, Any]],
     team: Team | None = None,
+    track: str | None = None,
 ) -> None:
     """Make the model file `final` by `make(training)` in its folder, unless it is finished.
 
-    team: its processes run this same function. One writer and one set of settings a folder: raises RunError and
-    UsageError otherwise.
+    team: its processes run this same function. track: as --track. One writer and one set of settings a folder: raises
+    RunError and UsageError otherwise.
     """
     import torch
 
@@ -114,7 +127,7 @@ def train_once(
             return
         torch.manual_seed(seed)
         stop = stack.enter_context(stop_on_signal(interrupt=processes() > 1))
-        content = make(Training(final.parent, seed, chosen, stop))
+        content = make(Training(final.parent, seed, chosen, stop, settings, track))
         if first_process():
             modelfile.save(final, content)
         barrier()

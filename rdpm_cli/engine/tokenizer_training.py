@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import progress, recipe_files
-from rdpm_cli.engine import warming
+from rdpm_cli.engine import flops, warming
 from rdpm_cli.engine.runs import (
     Result,
     Training,
@@ -18,6 +18,7 @@ from rdpm_cli.engine.runs import (
     training_curves,
     versions,
 )
+from rdpm_cli.training import tracking
 
 if TYPE_CHECKING:
     from rdpm_cli.config import TokenizerConfig
@@ -35,16 +36,18 @@ def train_tokenizer(
     device: str = "auto",
     from_weights: Path | None = None,
     team: Team | None = None,
+    track: str | None = None,
 ) -> Result:
     """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once.
 
-    from_weights: what a run begins with. team: as --gpus.
+    from_weights: what a run begins with. team, track: as --gpus, --track.
     """
     recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
     cfg = recipe.tokenizer
     assert cfg is not None
     from rdpm_cli.images.sources import open_source
 
+    tracking.check(track)
     given = warming.identity(from_weights)
     source = open_source(images)
     check_team(team, device, cfg.train.batch)
@@ -68,7 +71,7 @@ def train_tokenizer(
     resolved = cfg.model_dump(mode="json", exclude={"loss": {"perceptual_weights"}})  # its sha256 counts, not its place
     final, chosen = out / "tokenizer.pt", {"seed": recipe.seed, "tokenizer": resolved}
     settings = {"command": "train-tokenizer", "recipe": chosen, "data": data, "perceptual": backbone, **given}
-    train_once(final, recipe.seed, settings, device, make, team)
+    train_once(final, recipe.seed, settings, device, make, team, track)
     tokenizer, content = model.load(final)
     losses = last_metrics(out, ["loss", "recon", "quant", "lpips", "gan"])
     counts = {"parameters": model.parameters(tokenizer), "parameters_of": model.parameter_table(tokenizer)}
@@ -103,7 +106,8 @@ def _train(
 
     look = [observers.tokenizer_preview(tokenizer, source, cfg.train), observers.redrawn(draw, cfg.train)]
     watch = [*look, observers.codebook_alarm(cfg)]
-    kept = training.fit(players, batches, cfg.train, len(source), watch)
+    flops_an_image = sum(flops.tokenizer_step(cfg).values())
+    kept = training.fit(players, batches, cfg.train, len(source), watch, flops_an_image)
     assert isinstance(kept, model.Tokenizer)
     if first_process():
         draw()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rdpm_cli import files
 from rdpm_cli.errors import DataError
-from rdpm_cli.images.sources import ImageSource, is_builtin, is_there, open_source
+from rdpm_cli.images.sources import ImageSource, is_builtin, is_there, open_source, spread
 from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM, Pixels
 
 BATCH = 64
@@ -63,11 +63,20 @@ def _read_samples(paths: list[Path], resolution: int) -> Iterator[Pixels]:
 
 
 def open_images(
-    source: ImageSource, resolution: int, *, without: Collection[int] = (), draft: bool = False
+    source: ImageSource,
+    resolution: int,
+    *,
+    limit: int | None = None,
+    without: Collection[int] = (),
+    draft: bool = False,
 ) -> ImageSet:
-    """Images of a source after the ADM crop. without: indices left out; draft: as `tokenize --draft` read them."""
+    """Images of a source after the ADM crop.
+
+    without: indices left out; limit: so many of the others, evenly spaced; draft: as `tokenize --draft` read them.
+    """
     left_out = set(without)
-    indices = [i for i in range(len(source)) if i not in left_out]
+    kept = [i for i in range(len(source)) if i not in left_out]
+    indices = [kept[place] for place in spread(len(kept), limit)]
     labels = None if source.labels is None else [int(source.labels[i]) for i in indices]
     batches = read_batches(source, resolution, indices, draft)
     return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, batches, origin={})
@@ -101,12 +110,20 @@ def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
             return open_samples(Path(ref))
         _refuse_unfinished(ref)
         return open_images(open_source(ref), target.resolution)
-    recorded = target.origin.get("reference")
-    hint = "give the reference with --ref IMAGES"
+    return open_recorded(target.origin.get("reference"), target.name, "give the reference with --ref IMAGES")
+
+
+def open_recorded(recorded: dict[str, Any] | None, where: str, hint: str, limit: int | None = None) -> ImageSet:
+    """The images that a record names, if they are still those; limit: so many of them, evenly spaced.
+
+    where: whose record. hint: the way out.
+
+    Raises DataError.
+    """
     if not recorded:
-        raise DataError(f"{target.name} records no reference", hint)
+        raise DataError(f"{where} records no reference", hint)
     if recorded["transform"] not in (TRANSFORM, DRAFT_TRANSFORM):
-        raise DataError(f"{target.name} names a reference with transform {recorded['transform']}", hint)
+        raise DataError(f"{where} names a reference with transform {recorded['transform']}", hint)
     name = recorded["source"]
     if not is_there(name):
         raise DataError(f"the recorded reference {name} is not here", hint)
@@ -114,4 +131,6 @@ def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
     if source.digest() != recorded["digest"]:
         raise DataError(f"{name} holds other images than when it was tokenised", hint)
     draft = recorded["transform"] == DRAFT_TRANSFORM
-    return open_images(source, int(recorded["resolution"]), without=recorded.get("left_out", ()), draft=draft)
+    return open_images(
+        source, int(recorded["resolution"]), limit=limit, without=recorded.get("left_out", ()), draft=draft
+    )

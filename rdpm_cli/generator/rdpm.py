@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from rdpm_cli import noise
+from rdpm_cli import noise, precision
 from rdpm_cli.config import GeneratorArchitecture, NetworkConfig
 from rdpm_cli.errors import UsageError
 from rdpm_cli.generator.contract import CodeBatch, Known, SampleOptions
@@ -85,7 +85,7 @@ class RDPM:
         logits, zhat = self.network.heads(hidden_RLD)
         if zhat is None:
             return logits, None
-        with torch.autocast(zhat.device.type, enabled=False):
+        with precision.full(zhat):
             zhat = zhat.float()
             return logits.float() + self.geometric_logits(zhat, eps_RCHW, previous_RCHW, t_R), zhat
 

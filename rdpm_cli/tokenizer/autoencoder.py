@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdpm_cli import precision
 from rdpm_cli.config import AutoencoderConfig
 
 
@@ -169,7 +170,7 @@ class Decoder(nn.Module):
         for level in reversed(list(self.up)):
             y = level(y)
         y = F.silu(self.norm_out(y), inplace=True)
-        with torch.autocast(y.device.type, enabled=False):
+        with precision.full(y):
             out: Tensor = self.conv_out(y.float())
         return out
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights, WeightsEnum
 
-from rdpm_cli import weights
+from rdpm_cli import precision, weights
 from rdpm_cli.errors import UsageError
 
 Net = Literal["alex", "vgg"]
@@ -58,13 +58,12 @@ class Perceptual(nn.Module):
     Distances are fp32 also inside autocast, where only the convolutions follow it: they cost 120 GF an image of 256².
     """
 
-    def __init__(self, net: Net, found: weights.Found, hint: str) -> None:
-        """Raises CheckpointError, with the hint, for a file of another layout."""
+    def __init__(self, net: Net, network: nn.Module, sha256: str = "", note: str = "") -> None:
+        """network: the package's, filled. sha256: of its backbone's weights."""
         super().__init__()
-        self.sha256 = found.sha256
+        self.sha256, self.note = sha256, note
         self.name = f"lpips {version('lpips')} {net}"
-        self.note = "" if found.published else f"LPIPS: the weights in {found.path} are not the published ones"
-        self.network = _network(net, found.path, hint).eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
         self.trunk = Trunk(self.network.get_submodule("net"))
         self.network.add_module("net", self.trunk)
 
@@ -75,7 +74,7 @@ class Perceptual(nn.Module):
     def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
         """Distances (B,) of images in [-1, 1]; gradients reach the images."""
         self.trunk.low = torch.is_autocast_enabled(x_BCHW.device.type)
-        with torch.autocast(x_BCHW.device.type, enabled=False):
+        with precision.full(x_BCHW):
             distances: Tensor = self.network(x_BCHW.float(), y_BCHW.float())
         return distances.flatten()
 
@@ -90,7 +89,14 @@ def load(net: Net, given: Path | None, option: str, without: str, resolution: in
         raise UsageError(too_small(net, resolution), f"use larger images, or {without}")
     either = f"{option} (or {without})"
     found = weights.find(backbone.published, given, either)
-    return Perceptual(net, found, weights.where_to_put(backbone.published, either))
+    network = _network(net, found.path, weights.where_to_put(backbone.published, either))
+    note = "" if found.published else f"LPIPS: the weights in {found.path} are not the published ones"
+    return Perceptual(net, network, found.sha256, note)
+
+
+def hollow(net: Net) -> Perceptual:
+    """LPIPS without its weights: for what a step costs, not for what it says."""
+    return Perceptual(net, _empty(net))
 
 
 def too_small(net: Net, resolution: int) -> str:
@@ -98,14 +104,26 @@ def too_small(net: Net, resolution: int) -> str:
     return f"LPIPS ({net}) needs images of at least {BACKBONES[net].smallest} pixels a side, not {resolution}"
 
 
+def _empty(net: Net) -> nn.Module:
+    """The package's network, unfilled."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torchvision, about an argument that lpips 0.1.4 still gives
+        network: nn.Module = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    return network
+
+
 def _network(net: Net, path: Path, hint: str) -> nn.Module:
-    """The package's network, filled strictly. On `meta` first: its own way fetches weights, or draws 138M values."""
+    """The package's network, filled strictly. On `meta` first: its own way fetches weights, or draws 138M values.
+
+    Raises CheckpointError, with the hint, for a file of another layout.
+    """
     import lpips
 
     content = weights.read(path, net, hint)
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore", UserWarning)  # torchvision, about an argument that lpips 0.1.4 still gives
-        network: nn.Module = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    with torch.device("meta"):
+        network = _empty(net)
     scaling: nn.Module = lpips.ScalingLayer()
     network.scaling_layer = scaling
     heads_file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"

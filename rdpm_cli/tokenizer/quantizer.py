@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdpm_cli import precision
 from rdpm_cli.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.step import TrainStep
 from rdpm_cli.tokenizer.schedule import alphas, beta
@@ -42,7 +43,7 @@ class Search:
 
     def nearest(self, v_NC: Tensor) -> Tensor:
         """-> (N,) int64, the lowest index on a tie."""
-        with torch.autocast(v_NC.device.type, enabled=False):
+        with precision.full(v_NC):
             return torch.cat([self._block(v) for v in v_NC.detach().float().split(self.rows)])
 
     def _block(self, v_NC: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ class Quantizer(nn.Module):
         if self.phi is None:
             return sum_BCHW
         share = 0.5 if self.cfg.bias == "blend" else 1.0
-        with torch.autocast(sum_BCHW.device.type, enabled=False):  # z' is the tokenizer's own, to fp32
+        with precision.full(sum_BCHW):  # z' is the tokenizer's own, to fp32
             convolved = F.conv2d(sum_BCHW, self.phi.weight, padding=1)
         assert self.phi.bias is not None
         n = terms.to(sum_BCHW.dtype).view(-1, 1, 1, 1) if isinstance(terms, Tensor) else float(terms)
@@ -196,7 +197,7 @@ class Quantizer(nn.Module):
         errors (empty) and usage.
         """
         learning = self.training and not codes_only
-        with torch.autocast(z_BCHW.device.type, enabled=False):
+        with precision.full(z_BCHW):
             z_BCHW, eps_BTCHW = z_BCHW.float(), eps_BTCHW.float()
             z_t, total = z_BCHW, torch.zeros_like(z_BCHW)
             loss, codes, vectors, errors = z_BCHW.new_zeros(()), [], [], []

@@ -1,38 +1,51 @@
-"""metrics.jsonl and TensorBoard: one line, or one point, a logged step."""
+"""metrics.jsonl, TensorBoard and trackers: one line, or one point, a logged step."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rdpm_cli import files
+from rdpm_cli.training.tracking import Mirror
 
 
 class MetricsLog:
     """RUN/metrics.jsonl and RUN/tensorboard/. On resume, lines after the resumed step are dropped."""
 
-    def __init__(self, folder: Path, resumed_at: int) -> None:
+    def __init__(self, folder: Path, resumed_at: int, mirrors: Sequence[Mirror] = ()) -> None:
+        """mirrors: what else gets every number."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
+        self.path, self.mirrors = folder / "metrics.jsonl", mirrors
         kept = [row for row in read_metrics(folder) if row["step"] <= resumed_at]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         files.write_atomic(self.path, lambda file: file.write(text.encode()))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line; numbers also go to TensorBoard, those of a list, one a t, by t."""
+        """Append one line; numbers also go to TensorBoard and the mirrors, those of a list, one a t, by t."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, list):
-                for t, one in enumerate(value, 1):
-                    self.board.add_scalar(f"{name}/t{t:02d}", one, step)
-            elif isinstance(value, int | float):
-                self.board.add_scalar(name, value, step)
+        numbers = scalars(values)
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
+        for mirror in self.mirrors:
+            mirror.write(step, numbers)
 
     def close(self) -> None:
         """Flush."""
         self.board.close()
+
+
+def scalars(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line by name; those of a list, one a t, as name/t01 and so on."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            found |= {f"{name}/t{t:02d}": one for t, one in enumerate(value, 1)}
+        elif isinstance(value, int | float):
+            found[name] = value
+    return found
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from rdpm_cli.step import TrainStep, world
 from rdpm_cli.training import checkpoint, distributed
 from rdpm_cli.training.ema import Ema
 from rdpm_cli.training.logging import MetricsLog
+from rdpm_cli.training.tracking import Mirror
 
 
 class Batches(Protocol):
@@ -55,7 +56,10 @@ class Observer(Protocol):
     """Called after steps: evaluations, previews, progress."""
 
     def __call__(self, run: "Run", logs: dict[str, float] | None) -> dict[str, float] | None:
-        """run: after `run.step` steps. logs: the logged values, at logged steps. -> more values for the log."""
+        """run: after `run.step` steps. logs: the logged values, at logged steps, to read or to add to.
+
+        -> more values for the log, in a line of their own.
+        """
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Run:
     step: int = 0
     skipped: int = 0  # steps passed over for a non-finite loss
     ema: Ema | None = None
+    mirrors: Sequence[Mirror] = ()  # trackers that get what the log gets
 
     @property
     def done(self) -> bool:
@@ -128,7 +133,7 @@ def fit(
     pairs = [(player, make_optimizer(player.model, cfg)) for player in players]
     run.ema = Ema(players[0].model, cfg.ema) if cfg.ema else None
     _resume(pairs, run)
-    log = MetricsLog(run.folder, run.step) if world()[0] == 0 else None
+    log = MetricsLog(run.folder, run.step, run.mirrors) if world()[0] == 0 else None
     started, first = time.monotonic(), run.step
     for data in _data(batches, cfg, run, parts):
         logs = _step(pairs, data, batches, cfg, run, parts)

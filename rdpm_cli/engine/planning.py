@@ -1,0 +1,309 @@
+"""`--dry-run` of the training commands: what a run would take, without running and without writing anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpm_cli import config, noise, recipe_files
+from rdpm_cli.engine import flops, gpus
+from rdpm_cli.engine.flops import Latent
+from rdpm_cli.engine.gpus import GIB, Gpu
+from rdpm_cli.engine.runs import Result
+from rdpm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rdpm_cli.codes.manifest import Manifest
+    from rdpm_cli.engine.memory import Make
+
+IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+USABLE = 0.9  # of a GPU's memory: the rest is for CUDA itself, kernels' workspaces and gaps between tensors
+LABEL_AND_INDEX = 12  # bytes a row of a store, beside the codes
+DEFAULT_GPU, DEFAULT_UTILISATION = "h200", 0.4
+TITLE = "nothing run or written: this is a dry run"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run would have. utilisation: the share of a GPU's bf16 peak that training is taken to reach."""
+
+    gpu: Gpu
+    count: int
+    utilisation: float
+
+    @classmethod
+    def of(cls, gpu: str | None = None, count: int | None = None, utilisation: float | None = None) -> Hardware:
+        """By the options --gpu, --gpus and --utilisation; None for the default. Raises UsageError."""
+        share = DEFAULT_UTILISATION if utilisation is None else utilisation
+        if not 0 < share <= 1:
+            raise UsageError(f"--utilisation {share} is not a share", "give a number above 0, up to 1")
+        return cls(gpus.called(gpu or DEFAULT_GPU), count or 1, share)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done. passes: of a training step, by part, floating-point operations an image."""
+
+    recipe: str
+    cfg: config.TrainConfig
+    images: int
+    forward: int
+    passes: dict[str, int]
+    assumed: str | None = None
+
+    @property
+    def image(self) -> int:
+        """Floating-point operations of a training step an image."""
+        return sum(self.passes.values())
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.cfg.total_steps(self.images)
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def timing(work: Work, hardware: Hardware) -> dict[str, Any]:
+    """Length of the run: images, steps, operations, hours."""
+    a_second = hardware.utilisation * hardware.gpu.bf16_flops * hardware.count
+    images = work.steps * work.cfg.batch
+    hours = images * work.image / a_second / 3600
+    parts = {name: float(n) for name, n in work.passes.items()}
+    return {
+        "images": work.images,
+        "batch": work.cfg.batch,
+        "steps": work.steps,
+        "epochs": images / work.images,
+        "flops": {
+            "image_forward": float(work.forward),
+            "image": float(work.image),
+            "image_parts": parts if len(parts) > 1 else None,
+            "step": float(work.image * work.cfg.batch),
+            "run": float(work.image * images),
+        },
+        "gpu": hardware.gpu.name,
+        "gpus": hardware.count,
+        "gpu_bf16_flops": hardware.gpu.bf16_flops,
+        "utilisation": hardware.utilisation,
+        "images_per_second": a_second / work.image,
+        "hours": hours,
+        "gpu_hours": hours * hardware.count,
+    }
+
+
+def own_images(cfg: config.TrainConfig, count: int) -> int:
+    """Images a step of each of `count` processes. Raises UsageError where they cannot share the batch."""
+    from rdpm_cli.training import distributed
+
+    distributed.check_share(cfg.batch, count)
+    return cfg.batch // count
+
+
+def largest(fixed: int, start: float, each: float, room: float, most: int) -> int:
+    """The largest micro-batch, a multiple of 16 of at most `most` images, that fits; 0 for none.
+
+    fixed + start + each × images bytes are needed, room bytes are there.
+    """
+    fits = math.floor((room - fixed - start) / each)
+    fits = min(fits, most)
+    return most if fits == most else max(0, fits // noise.BLOCK * noise.BLOCK)
+
+
+def memory(make: Make, cfg: config.TrainConfig, hardware: Hardware, frozen: int, step: int = 0) -> dict[str, Any]:
+    """GiB of a GPU by part, for the recipe's micro-batch; the largest micro-batch that fits.
+
+    make: the players and a micro-batch. frozen: bytes of networks that do not learn. step: the one measured.
+    """
+    from rdpm_cli.engine import memory as measured
+
+    own = own_images(cfg, hardware.count)
+    micro = min(cfg.micro_batch or own, own)
+    low, high = (measured.activations(make, cfg, rows, step) for rows in (noise.BLOCK, 2 * noise.BLOCK))
+    each = (high - low) / noise.BLOCK
+    start = low - each * noise.BLOCK
+    with measured.shapes_alone():
+        held = {**measured.fixed(make(1)[0], cfg), "frozen": frozen}
+    room = USABLE * hardware.gpu.memory_gib * GIB
+    parts = {**held, "activations": start + each * micro}
+    return {
+        "micro_batch": micro,
+        "memory_gib": {name: size / GIB for name, size in {**parts, "total": sum(parts.values())}.items()},
+        "memory_gib_an_image": each / GIB,
+        "gpu_memory_gib": hardware.gpu.memory_gib,
+        "fits": sum(parts.values()) <= room,
+        "largest_micro_batch": largest(sum(held.values()), start, each, room, own),
+    }
+
+
+# ---- train-gen -----------------------------------------------------------------------------------------------------
+
+
+def plan_generator(codes: Path, recipe_name: str, overrides: Sequence[str], hardware: Hardware) -> Result:
+    """What `train-gen CODES` would take. A store that does not exist is taken to be ImageNet's."""
+    recipe = recipe_files.load_recipe(recipe_name, overrides, "generator")
+    cfg = recipe.generator
+    assert cfg is not None
+    from rdpm_cli.codes.manifest import Manifest
+
+    m = Manifest.load(codes) if codes.exists() else None
+    architecture = config.TokenizerArchitecture() if m or not recipe.tokenizer else recipe.tokenizer
+    latent = _latent(m) if m else Latent.of(architecture)
+    grid = m.grid if m else architecture.autoencoder.grid
+    classes = len(m.class_names) if m else IMAGENET_CLASSES
+    assumed = f"no store {codes}: ImageNet's {IMAGENET_IMAGES:,} images, {IMAGENET_CLASSES} classes"
+    work = Work(
+        recipe=recipe.name,
+        cfg=cfg.train,
+        images=_trained_images(m.images if m else IMAGENET_IMAGES),
+        forward=flops.generator_forward(cfg.network, latent),
+        passes={"generator": flops.generator_step(cfg, latent)},
+        assumed=None if m else assumed,
+    )
+    frozen = (codes / "tokenizer.pt").stat().st_size if m else 4 * _tokenizer_parameters(architecture)
+    make = generator_maker(cfg, latent, grid, classes)
+    values = {
+        "recipe": work.recipe,
+        "assumed": work.assumed,
+        "parameters": _parameters(make),
+        **timing(work, hardware),
+        **memory(make, cfg.train, hardware, frozen),
+        "store_gb": store_bytes(latent, m, cfg.objective.noise == "fresh") / 1e9,
+    }
+    return Result(TITLE, values)
+
+
+def _latent(m: Manifest) -> Latent:
+    return Latent(math.prod(m.grid), m.channels, m.codes, m.steps)
+
+
+def _trained_images(images: int) -> int:
+    """Without those that training holds out, by the hash or, where it takes none, the last."""
+    import numpy as np
+
+    from rdpm_cli.codes.store import held_out
+
+    return images - max(1, int(held_out(np.arange(images)).sum()))
+
+
+def store_bytes(latent: Latent, m: Manifest | None, latents: bool) -> int:
+    """Codes (uint16), labels and indices of every view, and z (fp16) where kept. m: None for one view of ImageNet."""
+    images, views = (m.images, m.views) if m else (IMAGENET_IMAGES, 1)
+    flips = 2 if m and m.flip else 1
+    row = 2 * latent.steps * latent.positions + LABEL_AND_INDEX
+    z = 2 * latent.channels * latent.positions * flips if (m.latents if m else latents) else 0
+    return images * (views * row + z)
+
+
+def generator_maker(cfg: config.GeneratorConfig, latent: Latent, grid: tuple[int, int], classes: int) -> Make:
+    """rows -> a fresh generator's player and a micro-batch, to be called where tensors have no content."""
+
+    def make(rows: int) -> tuple[list[Any], Any]:
+        import torch
+
+        from rdpm_cli.generator import model, transformer
+        from rdpm_cli.generator.contract import CodeBatch
+        from rdpm_cli.generator.task import GeneratorTask
+        from rdpm_cli.tokenizer.quantizer import Quantizer
+
+        quant = config.QuantizerConfig(codes=latent.codes, steps=latent.steps)
+        quantizer = Quantizer(quant, config.ScheduleConfig(), latent.channels).eval().requires_grad_(False)
+        generator = model.FAMILIES[cfg.family](cfg, quantizer, grid, classes)
+        model.prepare(generator, cfg, transformer.sdpa)
+        C, S = latent.channels, cfg.objective.steps_per_image
+        batch = CodeBatch(
+            codes_BTHW=torch.zeros(rows, latent.steps, *grid, dtype=torch.int64),
+            labels_B=torch.zeros(rows, dtype=torch.int64),
+            t_BS=torch.ones(rows, S, dtype=torch.int64),
+            eps_BSCHW=torch.zeros(rows, S, C, *grid),  # also where noise is fresh: drawing it leaves nothing behind
+            z_BCHW=None,
+            spread_B=torch.zeros(rows) if cfg.objective.perturb else None,
+        )
+        return [GeneratorTask(generator)], batch
+
+    return make
+
+
+# ---- train-tokenizer -----------------------------------------------------------------------------------------------
+
+
+def plan_tokenizer(images: str, recipe_name: str, overrides: Sequence[str], hardware: Hardware) -> Result:
+    """What `train-tokenizer IMAGES` would take. Images that are not there are taken to be ImageNet's."""
+    recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
+    cfg = recipe.tokenizer
+    assert cfg is not None
+    from rdpm_cli.images.sources import is_builtin, open_source
+
+    count = len(open_source(images)) if is_builtin(images) or Path(images).exists() else None
+    work = Work(
+        recipe=recipe.name,
+        cfg=cfg.train,
+        images=count or IMAGENET_IMAGES,
+        forward=flops.tokenizer_forward(cfg),
+        passes=flops.tokenizer_step(cfg),
+        assumed=None if count else f"no images {images}: ImageNet's {IMAGENET_IMAGES:,}",
+    )
+    make = tokenizer_maker(cfg)
+    frozen = 4 * flops.VGG16_PARAMETERS if cfg.loss.perceptual != "none" else 0
+    values = {
+        "recipe": work.recipe,
+        "assumed": work.assumed,
+        "parameters": _parameters(make),
+        **timing(work, hardware),
+        **memory(make, cfg.train, hardware, frozen, step=cfg.discriminator.start),
+    }
+    return Result(TITLE, values)
+
+
+def tokenizer_maker(cfg: config.TokenizerConfig) -> Make:
+    """rows -> the players and a micro-batch of images, to be called where tensors have no content.
+
+    The quantiser is left out: it has no weights to speak of, and keeps 1% of what the networks keep.
+    """
+
+    def make(rows: int) -> tuple[list[Any], Any]:
+        import torch
+
+        from rdpm_cli.tokenizer import perceptual
+        from rdpm_cli.tokenizer.discriminator import PatchDiscriminator
+        from rdpm_cli.tokenizer.model import Tokenizer
+        from rdpm_cli.tokenizer.task import DiscriminatorTask, TokenizerTask
+
+        tokenizer = Tokenizer(cfg, cfg.loss.weight).train()
+        tokenizer.quantizer.forward = _pass_on  # type: ignore[assignment, method-assign]
+        lpips = perceptual.hollow("vgg") if cfg.loss.perceptual != "none" else None
+        size = cfg.autoencoder.resolution
+        critic = PatchDiscriminator(cfg.discriminator) if cfg.loss.adversarial != "none" else None
+        task = TokenizerTask(tokenizer, cfg, lpips, critic)
+        players = [task, DiscriminatorTask(critic, task)] if critic else [task]
+        return players, torch.zeros(rows, 3, size, size, dtype=torch.uint8)
+
+    return make
+
+
+def _pass_on(z_BCHW: Any, eps_BTCHW: Any) -> Any:
+    """A chain whose z'_T is z."""
+    from rdpm_cli.tokenizer.quantizer import Chain, Usage
+
+    none = z_BCHW.new_zeros(())
+    return Chain(none, z_BCHW, none, none.view(1), Usage(none, none, none, none.view(1, 1)), none)
+
+
+def _parameters(make: Make) -> int:
+    """Trainable parameters of the first player."""
+    from rdpm_cli.engine.memory import shapes_alone
+
+    with shapes_alone():
+        return sum(p.numel() for p in make(1)[0][0].model.parameters())
+
+
+def _tokenizer_parameters(cfg: config.TokenizerArchitecture) -> int:
+    from rdpm_cli.engine.memory import shapes_alone
+    from rdpm_cli.tokenizer import model
+
+    with shapes_alone():
+        return model.parameters(model.Tokenizer(cfg))
