@@ -1,4 +1,4 @@
-"""train-gen and sample."""
+"""sample: a checkpoint -> images."""
 
 from __future__ import annotations
 
@@ -8,94 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import config, files, progress, recipe_files
-from rdpm_cli.engine import flops, pictures
-from rdpm_cli.engine.runs import (
-    Result,
-    Training,
-    check_team,
-    first_process,
-    last_metrics,
-    train_once,
-    training_curves,
-    versions,
-)
+from rdpm_cli.engine import pictures
+from rdpm_cli.engine.runs import Result
 from rdpm_cli.errors import UsageError
-from rdpm_cli.training import tracking
 
 if TYPE_CHECKING:
     from rdpm_cli.generator.model import LoadedGenerator
-    from rdpm_cli.team import Team
-
-
-def train_gen(
-    codes: Path,
-    out: Path | None,
-    recipe_name: str,
-    overrides: Sequence[str] = (),
-    device: str = "auto",
-    team: Team | None = None,
-    track: str | None = None,
-) -> Result:
-    """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once. team, track: as --gpus, --track."""
-    recipe = recipe_files.load_recipe(recipe_name, overrides, "generator")
-    cfg = recipe.generator
-    assert cfg is not None
-    tracking.check(track)
-    out = out or Path("runs") / f"{recipe.name}-generator"
-    from rdpm_cli.codes.manifest import Manifest
-    from rdpm_cli.codes.store import CodeStore
-    from rdpm_cli.engine import observers, proxy
-    from rdpm_cli.generator import model
-    from rdpm_cli.generator.task import CodeBatches, GeneratorTask
-    from rdpm_cli.tokenizer import model as tokenizer_file
-
-    m = Manifest.load(codes)
-    check_team(team, device, cfg.train.batch)
-    tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt")
-    store = CodeStore(codes, tokenizer_content["digest"])
-    batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
-    class_names = list(m.class_names)
-    kernel = model.find_kernel(cfg, device)
-    if cfg.proxy.samples:
-        proxy.check(cfg.proxy, m, codes)
-
-    def make(training: Training) -> dict[str, Any]:
-        if first_process():
-            store.verify()
-        generator = model.build(cfg, tokenizer.to(training.device), len(class_names))
-        generator.network.to(training.device).train()
-        model.prepare(generator, cfg, kernel)
-        progress.say(f"{model.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
-        watch = [observers.generator_monitor(generator, tokenizer, cfg, class_names, batches)]
-        if cfg.proxy.samples:
-            watch.append(proxy.score(generator, tokenizer, cfg, m, codes))
-        task = GeneratorTask(generator)
-        flops_an_image = flops.generator_step(cfg, flops.Latent.of(tokenizer.cfg))
-        generator.network = training.fit([task], batches, cfg.train, batches.images, watch, flops_an_image)
-        if first_process():
-            training_curves(out / "curves.png", generator_run=out)
-        provenance = {
-            "recipe": recipe.model_dump(mode="json"),
-            "store": {"path": str(codes.resolve()), "digest": m.digest()},
-            "reference": pictures.store_reference(codes, m),
-            **versions(),
-        }
-        return model.pack(generator, cfg, tokenizer_content, class_names, provenance=provenance)
-
-    final, chosen = out / "generator.pt", {"seed": recipe.seed, "generator": cfg.model_dump(mode="json")}
-    train_once(
-        final, recipe.seed, {"command": "train-gen", "recipe": chosen, "store": m.digest()}, device, make, team, track
-    )
-    loaded = model.load(final)
-    values = {
-        "generator": str(final),
-        "digest": loaded.digest,
-        "parameters": model.parameters(loaded.generator),
-        **last_metrics(out, ["ce", "accuracy"]),
-        **last_metrics(out, ["heldout/accuracy", "heldout/baseline"]),
-        **last_metrics(out, ["proxy/frechet_distance", "proxy/class_accuracy"]),
-    }
-    return Result("generator trained", values, f"rdpm sample --ckpt {final} --classes all")
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
