@@ -1,5 +1,6 @@
 """Images that are odd, damaged or huge: what is read, as what, and what is refused."""
 
+import errno
 import io
 import pickle
 import struct
@@ -14,7 +15,7 @@ import pytest
 from pictures import adm_center_crop_arr, encoded, make_files, make_tar, random_image, real, run_alone, write_parquet
 from PIL import Image
 
-from rdpm_cli.errors import DataError, ImageError
+from rdpm_cli.errors import DataError, ImageError, RunError
 from rdpm_cli.images import decode
 from rdpm_cli.images.interface import ImageSource
 from rdpm_cli.images.sources import open_source
@@ -133,6 +134,33 @@ def test_an_image_error_says_which_image_and_why_and_reaches_another_process(tmp
 def test_what_is_no_image_is_named(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(ImageError, match=r"a/1\.png cannot be read"):
         one(tmp_path, raw).image(0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), RunError),
+        (OSError(errno.ESTALE, "Stale file handle"), RunError),
+        (OSError(errno.EMFILE, "Too many open files"), RunError),
+        (MemoryError(), MemoryError),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), DataError),
+        (PermissionError(errno.EACCES, "Permission denied"), DataError),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_fault_of_the_machine_is_no_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, kind: type[Exception]
+) -> None:
+    """Else `--on-bad skip` would leave a good image out for ever."""
+    source = one(tmp_path, encoded(random_image(9, 9)))
+
+    def fail(_: int) -> Image.Image:
+        raise fault
+
+    monkeypatch.setattr(source, "open", fail)
+    with pytest.raises(kind) as caught:
+        source.pixels(0, 9)
+    assert not isinstance(caught.value, ImageError)
 
 
 def test_a_bad_image_in_a_shard_is_named_and_the_next_one_is_read(tmp_path: Path) -> None:

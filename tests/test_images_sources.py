@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import stat
 import zipfile
@@ -488,14 +489,49 @@ def test_a_folder_of_shards_is_one_set_of_images(tmp_path: Path, image_folder: P
         open_source(str(tmp_path / "tars"))
 
 
-def test_a_folder_of_images_may_have_an_archive_beside(tmp_path: Path) -> None:
-    make_files(tmp_path, "a/1.png", "b/2.png")
-    make_tar(tmp_path / "backup.tar", {})
-    assert isinstance(open_source(str(tmp_path)), FolderSource)
-    make_files(tmp_path / "loose", "preview.png")
-    make_tar(tmp_path / "loose" / "0.tar", {})
-    with pytest.raises(DataError, match=r"loose images such as 'preview\.png' and shards such as '0\.tar'"):
-        open_source(str(tmp_path / "loose"))
+@pytest.mark.parametrize("image", ["preview.png", "a/1.png", "assets/logo.png"])
+@pytest.mark.parametrize("shard", ["0.tar", "data/0.tar"])
+def test_a_folder_of_images_and_of_shards_is_refused(tmp_path: Path, image: str, shard: str) -> None:
+    """Neither is passed over silently: a picture in a data set's repository would stand for all of its shards."""
+    make_files(tmp_path, image)
+    (tmp_path / shard).parent.mkdir(exist_ok=True)
+    make_tar(tmp_path / shard, {})
+    with pytest.raises(DataError, match=rf"holds 1 images such as '{image}' and 1 shards such as '{shard}'") as caught:
+        open_source(str(tmp_path))
+    assert f"'{(tmp_path / shard).parent}/*.tar'" in caught.value.hint
+
+
+@pytest.mark.parametrize("wrapper", ["", "set/"])
+def test_a_class_folder_without_images_is_refused_unless_the_classes_are_listed(tmp_path: Path, wrapper: str) -> None:
+    """It would move the labels of the classes after it, so that two splits disagree; torchvision refuses it too."""
+    make_files(tmp_path, f"{wrapper}a/1.png", f"{wrapper}c/2.png")
+    (tmp_path / wrapper / "b").mkdir()
+    (tmp_path / wrapper / ".hidden").mkdir()
+    with pytest.raises(DataError, match="b is a class folder without images"):
+        open_source(str(tmp_path))
+    (tmp_path / wrapper / "classes.txt").write_text("a\nb\nc\n")
+    source = open_source(str(tmp_path))
+    assert (source.labels, source.class_names) == ([0, 2], ["a", "b", "c"])
+
+
+def test_what_is_no_regular_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    make_files(tmp_path, "a/1.png")
+    os.mkfifo(tmp_path / "a" / "2.png")
+    with pytest.raises(DataError, match=r"a/2\.png is no file"):
+        open_source(str(tmp_path))
+    (tmp_path / "a" / "2.png").unlink()
+    (tmp_path / "a" / "2.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"a/2\.png is no file, or a link to none"):
+        open_source(str(tmp_path))
+
+
+def test_a_member_that_a_zip_holds_twice_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a/1.png", b"x")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a/1.png", b"x")
+    with pytest.raises(DataError, match=r"holds 'a/1\.png' twice"):
+        open_source(str(tmp_path / "x.zip"))
 
 
 # ---- damaged ------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ Utilisation = Annotated[
     float | None, typer.Option("--utilisation", help="with --dry-run: share of the GPU's bf16 peak; default 0.4")
 ]
 Keep = Annotated[int | None, typer.Option("--keep", metavar="N", min=2, help="checkpoints kept, as train.keep=N")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="of the noise")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="of the noise")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only N images, evenly spaced")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]

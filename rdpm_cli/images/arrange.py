@@ -9,7 +9,9 @@ from pathlib import Path
 
 from rdpm_cli.errors import DataError, some_of
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif",
+}  # fmt: skip
 SPLITS = {"train", "val", "valid", "validation", "test"}
 CLASSES, EDM = "classes.txt", "dataset.json"
 MOST_CLASSES = 1_000_000
@@ -18,11 +20,15 @@ HINT = "give a folder or .zip of class folders, a flat folder of images, .tar sh
 
 @dataclass(frozen=True)
 class Listing:
-    """Images in order. labels: one an image, or None where there are none; class_names: in label order."""
+    """Images in order. labels: one an image, or None where there are none; class_names: in label order.
+
+    by_folder: are the classes the folders that hold images, and nothing else?
+    """
 
     names: list[str]
     labels: list[int] | None
     class_names: list[str]
+    by_folder: bool
 
 
 def arrange(found: Iterable[str], where: str, read: Callable[[str], bytes]) -> Listing:
@@ -42,7 +48,7 @@ def arrange(found: Iterable[str], where: str, read: Callable[[str], bytes]) -> L
         labels, class_names = numbered([listed.get(name[start:]) for name in names], names, where, lines)
     else:
         labels, class_names = by_folder(names, where, lines)
-    return Listing(names, labels, class_names)
+    return Listing(names, labels, class_names, labels is not None and not notes)
 
 
 def is_image(name: str) -> bool:
@@ -142,11 +148,13 @@ def by_folder(names: Sequence[str], where: str, lines: list[str] | None = None) 
 
     lines: the names in `classes.txt`: the folders' own, which then fix the order, or others for the sorted folders.
     """
-    inner = _without_wrapper(names)
+    inner = without_wrapper(names)
     tops = [name.partition("/")[0] if "/" in name else None for name in inner]
     splits = sorted(SPLITS.intersection(top for top in tops if top))
     if splits and all(name.count("/") >= 2 for name in inner):
-        raise DataError(f"{where} holds data splits ({', '.join(splits)}), not classes", f"give {where}/{splits[-1]}")
+        one = "train" if "train" in splits else splits[0]
+        hint = f"give {where}/{one}" if Path(where).is_dir() else "pack each of them by itself"
+        raise DataError(f"{where} holds data splits ({', '.join(splits)}), not classes", hint)
     if all(top is None for top in tops):
         return None, []
     if None in tops:
@@ -173,7 +181,7 @@ def _named_folders(folders: list[str], lines: list[str] | None, where: str) -> t
     )
 
 
-def _without_wrapper(names: Sequence[str]) -> Sequence[str]:
+def without_wrapper(names: Sequence[str]) -> Sequence[str]:
     """The names below a single folder that wraps all class folders, as many archives have."""
     while all(name.count("/") >= 2 for name in names) and len({name.partition("/")[0] for name in names}) == 1:
         names = [name.partition("/")[2] for name in names]

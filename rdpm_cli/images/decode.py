@@ -1,10 +1,13 @@
 """Bytes -> RGB as ADM and torchvision read them. What a bad image may raise, whatever it is, comes out as ImageError.
 
+What the machine does to a good image does not: it would be left out of a code store for ever.
+
 Alpha is dropped by `convert("RGB")`, not composited; EXIF orientation is not applied (Pillow itself turns TIFF); of an
 animation the first frame counts; the format is told by the content, not by the suffix.
 """
 
 import contextlib
+import errno
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +16,16 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rdpm_cli.errors import ImageError, RdpmError
+from rdpm_cli.errors import DataError, ImageError, RdpmError, RunError
 
 # What Pillow may read a file as. Left out: formats that start other programs (EPS) or that no data set is made of.
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO}
+# Of the machine, not of the image: Pillow's own errors, and those of damaged bytes, have no number or EINVAL.
+FAULTS = {
+    errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.EINTR, errno.EAGAIN,
+    errno.EBADF, errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.EREMOTEIO, errno.ENOLINK, errno.ENOSPC, errno.EDQUOT,
+}  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
@@ -57,10 +67,18 @@ def naming(spec: str, name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except RdpmError:
+    except (RdpmError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise unreadable(spec, name, "it is empty or of no known image format") from error
+    except OSError as error:
+        if error.errno in GONE:
+            raise DataError(
+                f"{spec}: {name} is not there any more: {error.strerror}", "name the images anew"
+            ) from error
+        if error.errno in FAULTS:
+            raise RunError(f"{spec}: reading {name} failed: {error.strerror}", "run the same command again") from error
+        raise unreadable(spec, name, str(error) or type(error).__name__) from error
     except Exception as error:  # decoders of damaged bytes raise nearly everything
         raise unreadable(spec, name, str(error) or type(error).__name__) from error
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from rdpm_cli.errors import DataError
 from rdpm_cli.images import decode
-from rdpm_cli.images.arrange import CLASSES, EDM, arrange, is_hidden, is_image, read_note
+from rdpm_cli.images.arrange import CLASSES, EDM, arrange, is_hidden, is_image, read_note, without_wrapper
 from rdpm_cli.images.interface import ImageSource
 
 
@@ -24,6 +24,19 @@ class FolderSource(ImageSource):
             members = [name for name in members if not name.startswith("previews/")]
         listing = arrange(members, self.spec, lambda name: read_note(root / name))
         self.names, self.labels, self.class_names = listing.names, listing.labels, listing.class_names
+        if listing.by_folder:
+            self._need_no_empty_class()
+
+    def _need_no_empty_class(self) -> None:
+        """Refuse a class folder without images, as ImageFolder does: it would move the labels of those after it."""
+        first = self.names[0]
+        wrapper = first[: len(first) - len(without_wrapper(self.names)[0])]
+        folders = {entry.name for entry in _entries(self.root / wrapper) if entry.is_dir(follow_symlinks=False)}
+        if empty := sorted(folders - set(self.class_names)):
+            raise DataError(
+                f"{self.root / wrapper / empty[0]} is a class folder without images",
+                f"remove it, or list the classes in {CLASSES}, one a line",
+            )
 
     def open(self, index: int) -> Image.Image:
         return decode.open_image(self.root / self.names[index])
@@ -51,6 +64,8 @@ def visible_files(root: Path) -> list[str]:
             if entry.is_symlink() and (is_folder or is_image(path) or entry.name in (CLASSES, EDM)):
                 _need_inside(entry.path, inside)
             if not is_folder:
+                if is_image(path) and not entry.is_file():
+                    raise DataError(f"{entry.path} is no file, or a link to none", "remove it")
                 found.append(path)
             else:
                 (links if entry.is_symlink() else todo).append(path)

@@ -71,13 +71,16 @@ def open_source(spec: str) -> ImageSource:
 
 
 def _open_folder(root: Path) -> ImageSource:
-    """Shards where there are any and no images; a folder of images otherwise, whatever else lies in it."""
+    """A folder of images, or of shards: never one while the other is passed over."""
     found = visible_files(root)
     shards = [name for name in found if name.lower().endswith(tuple(SHARDS))]
     images = [name for name in found if is_image(name)]
-    if shards and any("/" not in name for name in images):
-        raise DataError(f"{root} holds loose images such as '{min(images)}' and shards such as '{min(shards)}'",
-                        f"name the shards: '{root / min(shards)}', or a pattern of several")  # fmt: skip
+    if shards and images:
+        first = Path(min(shards))
+        raise DataError(
+            f"{root} holds {len(images):,} images such as '{min(images)}' and {len(shards):,} shards such as '{first}'",
+            f"name the shards: '{root / first.parent}/*{first.suffix}'; for the images, move the shards away",
+        )
     if shards and not images:
         return _open_shards(str(root.resolve()), shard_files(shards, root))
     if not images and (packed := [name for name in found if name.lower().endswith(COMPRESSED)]):

@@ -2,6 +2,7 @@
 
 import bz2
 import io
+import itertools
 import stat
 import struct
 import zipfile
@@ -39,6 +40,9 @@ class ZipSource(ImageSource):
             check_member(member.filename, stat.S_ISLNK(member.external_attr >> 16), self.spec)
         listing = arrange([member.filename for member in members], self.spec, archive.read)
         self.names, self.labels, self.class_names = listing.names, listing.labels, listing.class_names
+        if len(set(listing.names)) < len(listing.names):
+            twice = next(name for name, after in itertools.pairwise(listing.names) if name == after)
+            raise DataError(f"{self.spec} holds '{twice}' twice", "pack it again")
         chosen = [archive.getinfo(name) for name in listing.names]
         self.offsets = np.array([m.header_offset for m in chosen], dtype=np.int64)
         self.packed = np.array([m.compress_size for m in chosen], dtype=np.int64)
