@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -32,6 +33,21 @@ def command_line(args: list[str], environment: dict[str, str]) -> None:
     from rdpm_cli.cli import main
 
     main()
+
+
+def killed_at(step: int, args: list[str], environment: dict[str, str]) -> None:
+    """Be `rdpm ARGS`, killed as it has logged this step."""
+    from rdpm_cli.training.logging import MetricsLog
+
+    write = MetricsLog.write
+
+    def write_and_die(log: MetricsLog, at: int, values: dict[str, Any]) -> None:
+        write(log, at, values)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(MetricsLog, "write", write_and_die)  # noqa: B010
+    command_line(args, environment)
 
 
 def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, distance, leaves, metrics, newest_state
-from processes import command_line, exit_code, spawn, tokenizer_command, torchrun
+from processes import command_line, exit_code, killed_at, spawn, tokenizer_command, torchrun
 from torch import Tensor
 
 from rdpm_cli import modelfile
 from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.threads import one_thread
-from rdpm_cli.training.logging import MetricsLog, read_metrics
+from rdpm_cli.training.logging import read_metrics
 
 ADVERSARIAL = [
     "autoencoder.channels=4", "quantizer.codes=32", "quantizer.decay=0.5", "loss.adversarial=hinge",
@@ -28,19 +28,6 @@ STEPS = 60
 def command(out: Path, *more: str) -> list[str]:
     batch = ["train.batch=16", f"train.steps={STEPS}", "train.save_every=30", "discriminator.start=10"]
     return tokenizer_command(out, *ADVERSARIAL, *batch, *more)
-
-
-def killed_at(step: int, args: list[str]) -> None:
-    """Be `rdpm ARGS`, killed as it has logged this step."""
-    write = MetricsLog.write
-
-    def write_and_die(log: MetricsLog, at: int, values: dict[str, Any]) -> None:
-        write(log, at, values)
-        if at == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(MetricsLog, "write", write_and_die)  # noqa: B010
-    command_line(args, {})
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +65,7 @@ def test_the_run_in_question_has_all_that_a_resume_must_keep(whole: Path) -> Non
 def test_a_killed_run_resumes_as_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
     """Killed at step 33: steps 31 to 33 stand in the log, and are taken again from the checkpoint of step 30."""
     out = tmp_path / "run"
-    assert exit_code(spawn(killed_at, 33, command(out))) == -signal.SIGKILL
+    assert exit_code(spawn(killed_at, 33, command(out), {})) == -signal.SIGKILL
     assert read_metrics(out)[-1]["step"] == 33
     assert newest_state(out)["step"] == 30
     assert not (out / "tokenizer.pt").exists()
