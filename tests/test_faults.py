@@ -158,7 +158,7 @@ class Disk:
     """A disk of so many bytes under the store: what goes beyond is refused as the system refuses it."""
 
     def __init__(self, root: Path, size: int, patch: pytest.MonkeyPatch) -> None:
-        self.root, self.size, self.asked = root, size, 0
+        self.root, self.size, self.refused = root, size, False
         original = files.write_atomic
 
         def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -173,8 +173,7 @@ class Disk:
 
     def _status(self, _: object) -> Any:
         """What the system says: at first that all is well, for another process takes the rest later."""
-        self.asked += 1
-        return SimpleNamespace(f_bavail=1 << 40 if self.asked == 1 else max(0, self.free), f_frsize=1)
+        return SimpleNamespace(f_bavail=max(0, self.free) if self.refused else 1 << 40, f_frsize=1)
 
 
 class Bounded:
@@ -190,6 +189,7 @@ class Bounded:
             self.file.flush()
             return written
         self.file.write(whole[: max(0, self.disk.free)])
+        self.disk.refused = True
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -221,6 +221,19 @@ def test_other_errors_of_the_system_are_not_taken_for_a_full_disk(
     monkeypatch.setattr(writing, "write_shard", fail)
     with pytest.raises(OSError, match="input/output"):
         big(tmp_path / "codes", tiny_tokenizer_file).finish()
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])
+def test_what_is_full_beside_the_disk_keeps_the_systems_text(
+    number: int, tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(writing, "write_shard", fail)
+    with pytest.raises(RunError, match=rf"cannot be written: {os.strerror(number)}, though .* are free") as caught:
+        big(tmp_path / "codes", tiny_tokenizer_file).finish()
+    assert "quota" in caught.value.hint
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes import encode
 from rdpm_cli.codes.encode import Encoded, Prepared
 from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.codes.work import Work
 from rdpm_cli.config import GeneratorConfig
 from rdpm_cli.errors import DataError, ImageError
 from rdpm_cli.generator.task import CodeBatches
@@ -117,8 +118,9 @@ def test_a_share_of_bad_images_is_rounded_up(making: MakeStore) -> None:
     assert making(bad=[7], on_bad="skip", max_bad=0.0001).finish().manifest.bad == 1
     with pytest.raises(DataError, match=r"--max-bad 0 allows 0"):
         making("none", bad=[7], on_bad="skip", max_bad=0).finish()
-    with pytest.raises(DataError, match=r"40 of 40 images"):
+    with pytest.raises(DataError, match=r"no image of memory:40 can be read; the 40"):
         making("all", bad=range(40), on_bad="skip", max_bad=1).finish()
+    assert [Work(max_bad=share).bad_allowed(100) for share in (0.07, 0.29, 0.0701)] == [7, 29, 8]
 
 
 def test_a_bad_image_that_was_mended_comes_back_with_its_shard(making: MakeStore) -> None:

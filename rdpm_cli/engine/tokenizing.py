@@ -163,9 +163,9 @@ def _forecast(out: Path, source: ImageSource, tokenizer: Tokenizer, plan: Plan, 
     from rdpm_cli.codes import writing
 
     writing.check(out, plan)
-    todo = writing.missing_shards(out, plan)
+    todo = [] if writing.is_finished(out) else writing.missing_shards(out, plan)
     if todo:
-        writing.need_space(out, plan)
+        writing.need_space(out, plan, todo, 0)
     images = sum(len(plan.shard_range(shard)) for shard in todo)
     batch_seconds = _time_batch(source, tokenizer, plan)
     batches = sum(-(-len(plan.shard_range(shard)) // plan.micro_batch) for shard in todo)
