@@ -82,7 +82,9 @@ class _Worker:
     def _alive(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+                raise  # an end in the middle of an answer has no number
             self.process.join()
             code = self.process.exitcode or 0
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -73,6 +73,14 @@ class ImageError(DataError):
         return functools.partial(ImageError, name=self.name, reason=self.reason), (self.message, self.hint)
 
 
+class DamagedError(DataError):
+    """Files that are not what was written. found: a line for each, all of them shown."""
+
+    def __init__(self, place: Path, found: Sequence[str], hint: str) -> None:
+        super().__init__("\n  ".join((f"{place} is damaged:", *found)), hint)
+        self.found = list(found)
+
+
 class CheckpointError(DataError):
     """A checkpoint or weight file that is unreadable, of the wrong kind, or absent."""
 

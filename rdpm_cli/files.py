@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, locks, digests. A plain helper of every room; torch-free."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -35,8 +36,28 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
-        why = "is a file" if folder.is_file() else f"cannot be a folder: {error.strerror}"
-        raise UsageError(f"{folder} {why}", "name another folder") from error
+        raise _no_folder(folder, str(error.strerror)) from error
+
+
+def _no_folder(folder: Path, reason: str) -> UsageError:
+    why = "is a file" if folder.is_file() else f"cannot be a folder: {reason}"
+    return UsageError(f"{folder} {why}", "name another folder")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise what make_folder would, by what is above it, and PermissionError where nothing can be put into it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    number = 0
+    if not there.is_dir():
+        number = errno.EEXIST if there == folder else errno.ENOTDIR
+    elif there != folder and not os.statvfs(there).f_blocks:  # the system's own tree, such as /proc, holds no files
+        number = errno.ENOENT
+    elif not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    if number == errno.EACCES and there == folder:
+        raise PermissionError(number, os.strerror(number), str(folder))
+    if number:
+        raise _no_folder(folder, os.strerror(number))
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 from rdpm_cli.errors import Stopped
 
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+PATIENCE = 3.0  # seconds that a piece of work may still take, where it may be left in its middle
 
 
 class StopRequest:
@@ -32,10 +33,12 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal(interrupt: bool = False) -> Iterator[StopRequest]:
+def stop_on_signal(interrupt: bool = False, saved: str = "") -> Iterator[StopRequest]:
     """Turn the first SIGTERM or SIGUSR1 into a request; a second one takes its usual course.
 
-    interrupt: SIGINT too, as for one of several processes, to which a launcher passes Ctrl-C on.
+    interrupt: SIGINT too, as for one of several processes, to which a launcher passes Ctrl-C on. saved: what is safe at
+    every moment, where something is: a piece of work that goes on for PATIENCE after the request, as a read from a disk
+    that does not answer, is then left in its middle, as Ctrl-C leaves it.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -47,12 +50,21 @@ def stop_on_signal(interrupt: bool = False) -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         request.name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
+        if saved:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
 
+    def leave(number: int, frame: FrameType | None) -> None:
+        request.leave(saved)
+
+    if saved:
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, leave)
     for number in watched:
         signal.signal(number, note)
     try:
         yield request
     finally:
+        if saved:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

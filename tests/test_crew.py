@@ -2,9 +2,11 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +103,23 @@ def test_a_killed_worker_is_an_error_that_says_so() -> None:
     with pytest.raises(RunError, match=r"worker process \d+ was killed by SIGKILL") as caught:
         list(crew.in_order(die, range(100), 2))
     assert "out of memory?" in caught.value.hint
+
+
+def die_in_an_answer(_: int) -> bytes:
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return bytes(1 << 22)  # more than a pipe holds
+
+
+def test_a_worker_killed_in_the_middle_of_an_answer_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = crew._Worker.take
+
+    def late(worker: Any) -> tuple[int, Any]:
+        time.sleep(0.5)
+        return take(worker)
+
+    monkeypatch.setattr(crew._Worker, "take", late)
+    with pytest.raises(RunError, match=r"worker process \d+ was killed by SIGKILL"):
+        list(crew.in_order(die_in_an_answer, range(2), 2))
 
 
 def note_and_wait(path: str) -> None:

@@ -8,6 +8,8 @@ files, is not done.
 import errno
 import os
 import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 from helpers import Making, MemoryImages, content, encoded
 from processes import FORKS, alive, exit_code, spawn, wait_for
 
-from rdpm_cli import engine, files
+from rdpm_cli import engine, files, signals
 from rdpm_cli.codes import encode, writing
 from rdpm_cli.errors import EXIT_STOPPED, RunError
 from rdpm_cli.images import sources
@@ -158,7 +160,7 @@ class Disk:
     """A disk of so many bytes under the store: what goes beyond is refused as the system refuses it."""
 
     def __init__(self, root: Path, size: int, patch: pytest.MonkeyPatch) -> None:
-        self.root, self.size, self.asked = root, size, 0
+        self.root, self.size, self.refused = root, size, False
         original = files.write_atomic
 
         def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -173,8 +175,7 @@ class Disk:
 
     def _status(self, _: object) -> Any:
         """What the system says: at first that all is well, for another process takes the rest later."""
-        self.asked += 1
-        return SimpleNamespace(f_bavail=1 << 40 if self.asked == 1 else max(0, self.free), f_frsize=1)
+        return SimpleNamespace(f_bavail=max(0, self.free) if self.refused else 1 << 40, f_frsize=1)
 
 
 class Bounded:
@@ -190,6 +191,7 @@ class Bounded:
             self.file.flush()
             return written
         self.file.write(whole[: max(0, self.disk.free)])
+        self.disk.refused = True
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -223,17 +225,36 @@ def test_other_errors_of_the_system_are_not_taken_for_a_full_disk(
         big(tmp_path / "codes", tiny_tokenizer_file).finish()
 
 
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])
+def test_what_is_full_beside_the_disk_keeps_the_systems_text(
+    number: int, tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(writing, "write_shard", fail)
+    with pytest.raises(RunError, match=rf"cannot be written: {os.strerror(number)}, though .* are free") as caught:
+        big(tmp_path / "codes", tiny_tokenizer_file).finish()
+    assert "quota" in caught.value.hint
+
+
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 
 def slow_command(images: int, pause: float, args: list[str]) -> None:
     """Be `rdpm tokenize memory OUT ...` on images that take a while."""
-    import sys
-    import time
+    paused_command(images, lambda _: pause, args)
 
+
+def hanging_command(images: int, at: int, args: list[str]) -> None:
+    """The same where reading one image never ends."""
+    paused_command(images, lambda index: 1000 if index == at else 0, args)
+
+
+def paused_command(images: int, pause: Callable[[int], float], args: list[str]) -> None:
     class Slow(MemoryImages):
         def open(self, index: int) -> Any:
-            time.sleep(pause)
+            time.sleep(pause(index))
             return super().open(index)
 
     def open_source(spec: str) -> sources.ImageSource:
@@ -296,6 +317,27 @@ def wait_until_gone(pids: list[int]) -> None:
     spare.start()
     wait_for(lambda: not any(alive(pid) for pid in pids), spare, 20)
     spare.kill()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_read_that_hangs(
+    number: signal.Signals, workers: int, command: list[str], tiny_tokenizer_file: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "codes"
+    process = spawn(hanging_command, 256, 200, [*command, "--workers", str(workers)])
+    wait_for((root / "index-00000.npy").exists, process)
+    assert process.pid is not None
+    crew = children(process.pid)
+    time.sleep(0.5)  # for it to hang
+    start = time.monotonic()
+    os.kill(process.pid, number)
+    assert exit_code(process, 20) == EXIT_STOPPED
+    assert time.monotonic() - start < signals.PATIENCE + 3
+    wait_until_gone(crew)
+    assert not list(root.glob(".*.tmp"))
+    again = Making(root, MemoryImages(256), tiny_tokenizer_file, **SMALL)
+    assert writing.missing_shards(root, again.plan) == [1]
 
 
 def test_the_whole_group_may_get_the_signal(command: list[str], tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from rdpm_cli import crew
 from rdpm_cli.cli.app import run as run_cli
-from rdpm_cli.codes import encode
+from rdpm_cli.codes import encode, writing
 from rdpm_cli.codes.encode import Encoded, Prepared
 from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.codes.work import Work
 from rdpm_cli.config import GeneratorConfig
 from rdpm_cli.errors import DataError, ImageError
 from rdpm_cli.generator.task import CodeBatches
@@ -117,8 +118,9 @@ def test_a_share_of_bad_images_is_rounded_up(making: MakeStore) -> None:
     assert making(bad=[7], on_bad="skip", max_bad=0.0001).finish().manifest.bad == 1
     with pytest.raises(DataError, match=r"--max-bad 0 allows 0"):
         making("none", bad=[7], on_bad="skip", max_bad=0).finish()
-    with pytest.raises(DataError, match=r"40 of 40 images"):
+    with pytest.raises(DataError, match=r"no image of memory:40 can be read; the 40"):
         making("all", bad=range(40), on_bad="skip", max_bad=1).finish()
+    assert [Work(max_bad=share).bad_allowed(100) for share in (0.07, 0.29, 0.0701)] == [7, 29, 8]
 
 
 def test_a_bad_image_that_was_mended_comes_back_with_its_shard(making: MakeStore) -> None:
@@ -351,7 +353,11 @@ def test_a_dry_run_says_what_comes_and_writes_nothing(
     (root / "codes-00003.npy").unlink()
     before = {path: path.stat().st_mtime_ns for path in root.iterdir()}
     again = answer([*command, *more, "--dry-run"], capsys)
-    assert (again["images_missing"], again["shards_missing"], again["bytes_missing"]) == (6, 1, told["bytes"] // 6)
+    assert (again["images_missing"], again["shards_missing"]) == (6, 1)
+    assert told["bytes_missing"] - again["bytes_missing"] == told["bytes"] * 5 // 6
+    assert told["bytes_missing"] - told["bytes"] == 4 * writing.MANIFEST_BYTES + sum(
+        (root / name).stat().st_size for name in ("tokenizer.pt", "names.jsonl")
+    )
     assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == before
 
 
@@ -365,10 +371,40 @@ def test_a_dry_run_refuses_what_the_run_would(
     (tmp_path / "full" / "thesis.tex").touch()
     assert run_cli([*command[:2], str(tmp_path / "full"), *command[3:], "--dry-run"]) == 2
     assert "is not empty" in capsys.readouterr().err
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=10, f_frsize=1))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=10, f_frsize=1, f_blocks=10))
     assert run_cli([*command[:2], str(tmp_path / "new" / "codes"), *command[3:], "--dry-run"]) == 1
     assert "disk full" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/codes", "link/codes", "/proc/codes"])
+def test_a_dry_run_refuses_a_place_as_the_run_does(
+    place: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    told = []
+    for more in ([], ["--dry-run"]):
+        assert run_cli([*command[:2], str(tmp_path / place), *command[3:], *more]) == 2
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]
+    assert "is a file" in told[0] or "cannot be a folder" in told[0]
+
+
+def test_a_dry_run_tells_of_bad_images(
+    spoilt_folder: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [command[0], str(spoilt_folder), *command[2:], "--dry-run"]
+    assert run_cli(command) == 3
+    assert "a/00.png cannot be read as an image" in capsys.readouterr().err
+    assert answer([*command, "--on-bad", "skip"], capsys)["bad_in_first_micro_batch"] == 2
+    assert not (tmp_path / "codes").exists()
+
+
+def test_a_finished_store_says_what_was_compared(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    answer(command, capsys)
+    assert run_cli([part for part in command if part != "--quiet"]) == 0
+    assert "names were compared with it, not their pixels" in capsys.readouterr().err
 
 
 def test_a_draft_is_another_transform(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,7 @@ def test_train_gen_refuses_a_damaged_shard(
     (root / "codes-00000.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     command = ["train-gen", str(root), "--recipe", "digits", "--out", str(tmp_path / "run"), "--device", "cpu"]
     assert run_cli([*command, "--quiet", "network.depth=1", "train.batch=16"]) == 3
-    assert "codes-00000.npy is damaged" in capsys.readouterr().err
+    assert "codes-00000.npy differs from its checksum" in capsys.readouterr().err
 
 
 # ---- decoding ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import typer
 
 from rdpm_cli.cli import options, report
 from rdpm_cli.cli.app import app
+from rdpm_cli.errors import DamagedError
 
 
 @app.command()
@@ -26,4 +27,9 @@ def verify(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    report.show(engine.verify(target, decode, device), json)
+    try:
+        report.show(engine.verify(target, decode, device), json)
+    except DamagedError as error:
+        if json:
+            report.show(engine.Result("damaged", {"store": str(target), "damaged": error.found}), json)
+        raise

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdpm_cli import files
 from rdpm_cli.codes.manifest import (
     BAD,
     MANIFEST,
     NAMES,
+    THESE_AGAIN,
     TOKENIZER,
     Manifest,
     Shard,
@@ -19,15 +19,16 @@ from rdpm_cli.codes.manifest import (
     read_lines,
     shard_arrays,
     shard_files,
+    wrong_files,
 )
-from rdpm_cli.errors import DataError, some_of
+from rdpm_cli.errors import DamagedError
 from rdpm_cli.tokenizer import model
 
 ROWS_AT_ONCE = 4096  # of codes looked at: memory is flat
 
 
 def check_store(root: Path) -> Manifest:
-    """Checksums, counts, ranges, order, the tokenizer's digest. Raises DataError naming the files that are wrong."""
+    """Checksums, counts, ranges, order, the tokenizer's digest. Raises DataError naming every file that is wrong."""
     manifest = Manifest.load(root)
     found = [*_manifest_file(root, manifest), *_beside(root, manifest)]
     for number, shard in enumerate(manifest.shards):
@@ -35,10 +36,7 @@ def check_store(root: Path) -> Manifest:
     if not found:
         found = [*_counts(manifest), *_names(root, manifest), *_left_out(root, manifest), *_tokenizer(root, manifest)]
     if found:
-        raise DataError(
-            f"{root} is damaged: {some_of(found)}",
-            "copy these files again, or remove them and run the same `rdpm tokenize` again",
-        )
+        raise DamagedError(root, found, THESE_AGAIN)
     return manifest
 
 
@@ -48,19 +46,11 @@ def _manifest_file(root: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{MANIFEST} is not as it was written"
 
 
-def _sums(root: Path, wanted: dict[str, str]) -> Iterator[str]:
-    for name, sha256 in wanted.items():
-        if not (root / name).is_file():
-            yield f"{name} is missing"
-        elif files.sha256_file(root / name) != sha256:
-            yield f"{name} differs from its checksum"
-
-
 def _beside(root: Path, manifest: Manifest) -> Iterator[str]:
     beside = {TOKENIZER, NAMES, *([BAD] if manifest.bad else [])}
     if set(manifest.files) != beside:
         yield f"{MANIFEST} lists {', '.join(sorted(manifest.files))}, not {', '.join(sorted(beside))}"
-    yield from _sums(root, manifest.files)
+    yield from wrong_files(root, manifest.files)
 
 
 def _shard(root: Path, manifest: Manifest, number: int, shard: Shard) -> Iterator[str]:
@@ -69,7 +59,7 @@ def _shard(root: Path, manifest: Manifest, number: int, shard: Shard) -> Iterato
     if list(shard.sha256) != list(names.values()):
         yield f"{MANIFEST} lists {', '.join(shard.sha256)} for shard {number}"
         return
-    wrong = list(_sums(root, shard.sha256))
+    wrong = list(wrong_files(root, shard.sha256))
     yield from wrong or _content(root, manifest, number, shard)
 
 

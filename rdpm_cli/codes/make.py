@@ -13,7 +13,7 @@ from rdpm_cli import files
 from rdpm_cli.codes import writing
 from rdpm_cli.codes.encode import Encoded, encode_parts, parts
 from rdpm_cli.codes.manifest import BAD, BadImage, Plan
-from rdpm_cli.codes.quality import measure
+from rdpm_cli.codes.quality import measure, original
 from rdpm_cli.codes.work import Work
 from rdpm_cli.errors import DataError, ImageError, some_of
 from rdpm_cli.images.decode import unreadable
@@ -44,20 +44,41 @@ def write_store(
         if rank == 0:
             stack.enter_context(files.only_writer(root))
             writing.begin(root, plan, record, tokenizer_file, source.names)
+            if not writing.is_finished(root):
+                writing.drop(root, _readable_again(root, source, plan))
         work.together()
-        if writing.is_finished(root, plan):
+        if writing.is_finished(root):
             yield plan.data.count
             return
-        todo = writing.missing_shards(root, plan)
+        todo = writing.unwritten_shards(root, plan)
         work.together()
         yield plan.data.count - sum(len(plan.shard_range(shard)) for shard in todo[rank::size])
         yield from _write_shards(root, source, tokenizer, plan, todo[rank::size], work)
-        while writing.missing_shards(root, plan):  # the other ranks'
+        while writing.unwritten_shards(root, plan):  # the other ranks'
             time.sleep(POLL)
             yield 0
         if rank == 0:
+            if len(writing.gather_bad(root, plan)) > work.bad_allowed(plan.data.count):
+                again = _readable_again(root, source, plan)
+                writing.drop(root, again)
+                for _ in _write_shards(root, source, tokenizer, plan, again, work):
+                    yield 0
             _finish(root, source, tokenizer, plan, work)
         work.together()
+
+
+def _readable_again(root: Path, source: ImageSource, plan: Plan) -> list[int]:
+    """Shards with an image that could not be read and now can, as when the disk that it lies on has come back."""
+    listed = writing.listed_bad(root, plan)
+    return [shard for shard, bad in listed.items() if any(_is_readable(source, plan, one.index) for one in bad)]
+
+
+def _is_readable(source: ImageSource, plan: Plan, index: int) -> bool:
+    try:
+        original(source, plan, index)
+    except ImageError:
+        return False
+    return True
 
 
 def _write_shards(
@@ -74,7 +95,7 @@ def _write_shards(
                     yield found[-1].looked_at
                 found.append(next(encoded))
                 if found[-1].bad and work.on_bad == "stop":
-                    raise _bad_image(source, found[-1].bad[0])
+                    raise bad_image(source, found[-1].bad[0])
             writing.write_shard(root, shard, _arrays(found, source, plan), [b for part in found for b in part.bad])
             yield found[-1].looked_at
 
@@ -96,7 +117,8 @@ def _arrays(found: list[Encoded], source: ImageSource, plan: Plan) -> dict[str, 
     return arrays
 
 
-def _bad_image(source: ImageSource, bad: BadImage) -> ImageError:
+def bad_image(source: ImageSource, bad: BadImage) -> ImageError:
+    """What --on-bad stop says of an image that cannot be read."""
     return unreadable(source.spec, bad.name, bad.reason, ", or leave out such images by --on-bad skip")
 
 
@@ -104,13 +126,18 @@ def _finish(root: Path, source: ImageSource, tokenizer: Tokenizer, plan: Plan, w
     """Count what was left out, look at a few images, write the manifest. Raises DataError beyond work.max_bad."""
     bad, allowed = writing.gather_bad(root, plan), work.bad_allowed(plan.data.count)
     if bad and work.on_bad == "stop":  # found under --on-bad skip
-        raise _bad_image(source, bad[0])
-    if len(bad) > allowed or len(bad) == plan.data.count:
+        raise bad_image(source, bad[0])
+    if len(bad) == plan.data.count:
+        raise DataError(
+            f"no image of {source.spec} can be read; the {len(bad)} reasons are in {root / BAD}",
+            "mend the images and run the same command again",
+        )
+    if len(bad) > allowed:
         named = some_of((b.name for b in bad), 3)
         raise DataError(
             f"{len(bad)} of {plan.data.count} images cannot be read ({named}), and --max-bad {work.max_bad:g} allows "
             f"{allowed}; all of them, with the reasons, are in {root / BAD}",
-            "give a larger --max-bad to finish without them, or mend them and tokenize into a new folder",
+            "mend them and run the same command again, or give a larger --max-bad to finish without them",
         )
     manifest = writing.tabulate(root, plan, bad)
     writing.finish(root, manifest.model_copy(update={"samples": measure(root, manifest, tokenizer, source)}))

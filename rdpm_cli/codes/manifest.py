@@ -7,6 +7,7 @@ bad.jsonl where images were left out, and manifest.json, which is written last.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from rdpm_cli.errors import DataError, UsageError
 VERSION: Literal[2] = 2
 MANIFEST, NAMES, TOKENIZER, BAD = "manifest.json", "names.jsonl", "tokenizer.pt", "bad.jsonl"
 AGAIN = "copy it again, or remove it and run the same `rdpm tokenize` again"
+WITHOUT = f"{AGAIN}: without it every shard is made anew"
+THESE_AGAIN = "copy these files again, or remove them and run the same `rdpm tokenize` again"
 
 
 class DataOrigin(Section):
@@ -131,9 +134,9 @@ class Manifest(Plan):
         try:
             manifest = cls.model_validate(raw)
         except ValidationError as error:
-            raise DataError(f"{path} is not a code store's manifest: {error.errors()[0]['msg']}", AGAIN) from error
+            raise DataError(f"{path} is not a code store's manifest: {error.errors()[0]['msg']}", WITHOUT) from error
         if manifest.sha256 != manifest.digest():
-            raise DataError(f"{path} is damaged: it does not match its own checksum", AGAIN)
+            raise DataError(f"{path} is damaged: it does not match its own checksum", WITHOUT)
         return manifest
 
     def digest(self) -> str:
@@ -179,6 +182,23 @@ class BadImage(Section):
 def bad_file(shard: int) -> str:
     """Where a shard of an unfinished store notes its bad images."""
     return f"bad-{shard:05d}.jsonl"
+
+
+def sums_file(shard: int) -> str:
+    """Where a shard of an unfinished store notes the sha256 of its files, as they were written."""
+    return f"sums-{shard:05d}.json"
+
+
+def wrong_files(root: Path, sums: dict[str, str]) -> Iterator[str]:
+    """A line for every file that is not there, cannot be read, or has another sha256."""
+    for name, sha256 in sums.items():
+        try:
+            if files.sha256_file(root / name) != sha256:
+                yield f"{name} differs from its checksum"
+        except (FileNotFoundError, IsADirectoryError):
+            yield f"{name} is missing"
+        except OSError as error:
+            yield f"{name} cannot be read: {error.strerror}"
 
 
 def bad_lines(bad: list[BadImage]) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rdpm_cli.codes.manifest import Manifest, Sample
+from rdpm_cli.codes.manifest import Manifest, Plan, Sample
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.images.sources import ImageSource, spread
 from rdpm_cli.images.tensors import hwc, to_pixels
@@ -44,9 +44,9 @@ def decoded_psnr(store: CodeStore, indices: Sequence[int], tokenizer: Tokenizer,
     return found
 
 
-def original(source: ImageSource, manifest: Manifest, index: int) -> Pixels:
-    """The pixels that an image of the store was coded from."""
-    return source.pixels(index, manifest.resolution, draft=manifest.transform == DRAFT_TRANSFORM)
+def original(source: ImageSource, plan: Plan, index: int) -> Pixels:
+    """The pixels that an image of the store is coded from. Raises ImageError."""
+    return source.pixels(index, plan.resolution, draft=plan.transform == DRAFT_TRANSFORM)
 
 
 def psnr(original: Pixels, recon: Pixels) -> float:

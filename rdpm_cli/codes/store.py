@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdpm_cli import files
-from rdpm_cli.codes.manifest import AGAIN, Manifest, shard_arrays, shard_files
-from rdpm_cli.errors import DataError
+from rdpm_cli.codes.manifest import AGAIN, THESE_AGAIN, Manifest, shard_arrays, shard_files, wrong_files
+from rdpm_cli.errors import DamagedError, DataError
 
 HELD_OUT_PERCENT = 2
 
@@ -62,11 +62,10 @@ class CodeStore:
         return self.manifest.rows
 
     def verify(self) -> None:
-        """Compare every shard's bytes with the manifest. Raises DataError naming the first that differs."""
-        for shard in self.manifest.shards:
-            for name, wanted in shard.sha256.items():
-                if files.sha256_file(self.root / name) != wanted:
-                    raise DataError(f"{self.root / name} is damaged: it differs from the manifest", AGAIN)
+        """Compare every shard's bytes with the manifest. Raises DataError naming every file that differs."""
+        found = [line for shard in self.manifest.shards for line in wrong_files(self.root, shard.sha256)]
+        if found:
+            raise DamagedError(self.root, found, THESE_AGAIN)
 
     def view(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The view of each row."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_BAD = 0.0001  # share of the images
+ROUNDING = 1e-9  # images
 
 
 def _alone() -> None:
@@ -25,5 +26,5 @@ class Work:
     together: Callable[[], None] = _alone
 
     def bad_allowed(self, count: int) -> int:
-        """How many of so many images may be left out: the share, rounded up."""
-        return math.ceil(self.max_bad * count)
+        """How many of so many images may be left out: the share, rounded up, but not what binary fractions add."""
+        return math.ceil(self.max_bad * count - ROUNDING)

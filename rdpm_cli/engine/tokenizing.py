@@ -17,7 +17,7 @@ from rdpm_cli.errors import CheckpointError, Stopped
 if TYPE_CHECKING:
     import torch
 
-    from rdpm_cli.codes.manifest import Manifest, Plan
+    from rdpm_cli.codes.manifest import BadImage, Manifest, Plan
     from rdpm_cli.images.sources import ImageSource
     from rdpm_cli.team import Team
     from rdpm_cli.tokenizer.model import Tokenizer
@@ -88,7 +88,7 @@ def tokenize(
         how = replace(work or Work(), workers=workers or _default_workers(), together=barrier)
         _place(loaded, plan, chosen)
         if dry_run:
-            return _forecast(out, source, loaded, plan, how)
+            return _forecast(out, source, loaded, path.read_bytes(), plan, how)
         _write(out, source, loaded, path.read_bytes(), plan, how)
     return _answer(out, Manifest.load(out))
 
@@ -107,23 +107,27 @@ def _place(tokenizer: Tokenizer, plan: Plan, device: torch.device) -> None:
 
 
 def _write(out: Path, source: ImageSource, tokenizer: Tokenizer, tokenizer_file: bytes, plan: Plan, work: Work) -> None:
-    """Write the store with progress. A signal ends it between two pieces of work; finished shards stay."""
+    """Write the store with progress. A signal ends it after a piece of work, or in a long one; whole shards stay."""
+    from rdpm_cli.codes import writing
     from rdpm_cli.codes.make import write_store
     from rdpm_cli.signals import stop_on_signal
     from rdpm_cli.step import world
 
     record = {"argv": sys.argv, "processes": world()[1], "workers": work.workers, "versions": versions()}
+    saved = f"finished shards are kept in {out}"
     with (
-        stop_on_signal(interrupt=world()[1] > 1) as stop,
+        stop_on_signal(interrupt=world()[1] > 1, saved=saved) as stop,
         progress.Bar("tokenize", len(source), "images") as bar,
     ):
         pieces = write_store(out, source, tokenizer, tokenizer_file, plan, record, work)
         try:
             bar.resume_at(next(pieces))
+            if writing.is_finished(out):
+                progress.say(f"{out} was finished already; the images' names were compared with it, not their pixels")
             for done in pieces:
                 bar.advance(done)
                 if bar.done < len(source) or world()[1] > 1:
-                    stop.leave(f"finished shards are kept in {out}")
+                    stop.leave(saved)
         finally:
             pieces.close()
 
@@ -158,16 +162,23 @@ def _answer(out: Path, m: Manifest) -> Result:
     return Result("codes written", values, f"rdpm train-gen {out} --recipe NAME")
 
 
-def _forecast(out: Path, source: ImageSource, tokenizer: Tokenizer, plan: Plan, work: Work) -> Result:
-    """What the same command without --dry-run would do. Raises UsageError and RunError as it would."""
-    from rdpm_cli.codes import writing
+def _forecast(
+    out: Path, source: ImageSource, tokenizer: Tokenizer, tokenizer_file: bytes, plan: Plan, work: Work
+) -> Result:
+    """What the same command without --dry-run would do. Raises UsageError, RunError and ImageError as it would."""
+    from rdpm_cli.codes import make, writing
 
+    files.check_folder(out)
     writing.check(out, plan)
-    todo = writing.missing_shards(out, plan)
-    if todo:
-        writing.need_space(out, plan)
+    finished = writing.is_finished(out)
+    todo = [] if finished else writing.missing_shards(out, plan)
+    beside = len(tokenizer_file) + len(writing.name_lines(source.names))
+    if not finished:
+        writing.need_space(out, plan, todo, beside)
     images = sum(len(plan.shard_range(shard)) for shard in todo)
-    batch_seconds = _time_batch(source, tokenizer, plan)
+    batch_seconds, bad = _time_batch(source, tokenizer, plan, todo[0] if todo else 0)
+    if bad and todo and work.on_bad == "stop":
+        raise make.bad_image(source, bad[0])
     batches = sum(-(-len(plan.shard_range(shard)) // plan.micro_batch) for shard in todo)
     at_once = min(work.workers, crew.cores(), max(1, batches)) if plan.device == "cpu" else 1
     values = {
@@ -178,10 +189,11 @@ def _forecast(out: Path, source: ImageSource, tokenizer: Tokenizer, plan: Plan, 
         "shards": plan.shard_count,
         "shards_missing": len(todo),
         "bytes": plan.image_bytes() * len(source),
-        "bytes_missing": plan.image_bytes() * images,
+        "bytes_missing": 0 if finished else writing.bytes_missing(plan, todo) + beside,
         "bytes_free": files.free_bytes(out),
         "workers": work.workers,
         "micro_batch": plan.micro_batch,
+        "bad_in_first_micro_batch": len(bad),
         "seconds_per_micro_batch": round(batch_seconds, 4),
         "seconds": round(-(-batches // at_once) * batch_seconds, 1),
     }
@@ -191,18 +203,18 @@ def _forecast(out: Path, source: ImageSource, tokenizer: Tokenizer, plan: Plan, 
 WARM_SECONDS = 5.0  # a first micro-batch that takes longer than this is not repeated
 
 
-def _time_batch(source: ImageSource, tokenizer: Tokenizer, plan: Plan) -> float:
-    """Seconds of one micro-batch, all of it in this process, once warm."""
+def _time_batch(source: ImageSource, tokenizer: Tokenizer, plan: Plan, shard: int) -> tuple[float, list[BadImage]]:
+    """Seconds of a shard's first micro-batch, all of it in this process, once warm; its images that cannot be read."""
     from rdpm_cli.codes import encode
 
-    part = encode.parts(plan, 0)[0]
+    part = encode.parts(plan, shard)[0]
     for _ in range(2):
         start = time.perf_counter()
-        encode.encode_part(source, tokenizer, plan, part)
+        bad = encode.encode_part(source, tokenizer, plan, part).bad
         seconds = time.perf_counter() - start
         if seconds > WARM_SECONDS:
             break
-    return seconds
+    return seconds, bad
 
 
 def source_of(manifest: Manifest) -> ImageSource | None:
