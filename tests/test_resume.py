@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import Making, MemoryImages, content, encoded
 
+from rdpm_cli import engine
 from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes import writing
 from rdpm_cli.codes.store import CodeStore
@@ -126,6 +127,20 @@ def test_every_damaged_file_is_listed(copy: Making, capsys: pytest.CaptureFixtur
     with pytest.raises(DamagedError) as caught:
         CodeStore(copy.root).verify()
     assert len(caught.value.found) == 16
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_the_hint_for_a_broken_manifest_is_true(text: str, copy: Making, whole: Path) -> None:
+    (copy.root / "manifest.json").write_text(text)
+    for look in (lambda: engine.verify(copy.root), lambda: next(copy.run())):
+        with pytest.raises(DataError) as caught:
+            look()
+        assert (
+            "remove it and run the same `rdpm tokenize` again: without it every shard is made anew" in caught.value.hint
+        )
+    (copy.root / "manifest.json").unlink()
+    copy.finish()
+    assert content(copy.root) == content(whole)
 
 
 # ---- images that can be read again ---------------------------------------------------------------------------------

@@ -120,13 +120,16 @@ class Manifest(Plan):
         if not np.allclose(manifest.noise, noise.fingerprint(manifest.seed), rtol=0, atol=1e-5):
             raise DataError(
                 f"{root}: this numpy ({np.__version__}) draws other noise than the one that made the store",
-                "install the numpy of the store's run.json, or run `rdpm tokenize` again",
+                "install the numpy of the store's run.json, or run `rdpm tokenize` again into a new folder",
             )
         return manifest
 
     @classmethod
     def _parse(cls, path: Path) -> "Manifest":
-        raw = files.read_json(path)
+        try:
+            raw = files.read_json(path)
+        except DataError as error:
+            raise DataError(error.message, WITHOUT) from error
         version = raw.get("version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version != VERSION:
             hint = "run `rdpm tokenize` again into a new folder"

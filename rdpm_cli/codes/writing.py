@@ -57,7 +57,10 @@ def check(root: Path, plan: Plan) -> None:
 
 
 def _begun_plan(root: Path) -> dict[str, Any]:
-    note = files.read_json(root / "run.json")
+    try:
+        note = files.read_json(root / "run.json")
+    except DataError as error:
+        raise DataError(error.message, "remove the folder, or choose another") from error
     plan = note.get("plan") if isinstance(note, dict) else None
     if not isinstance(plan, dict):
         raise UsageError(f"{root} is not a code store: its run.json is of another command", "choose another folder")
