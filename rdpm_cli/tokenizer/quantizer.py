@@ -285,7 +285,7 @@ class Quantizer(nn.Module):
 
 @torch.no_grad()
 def _spread(z_BCHW: Tensor) -> Tensor:
-    """Share of z's energy that varies over images and positions: about 1; 0 for an encoder that tells nothing.
+    """Share of z's energy that varies over images and positions, at most 1; 0 for an encoder that tells nothing.
 
     Usage does not show that: the noise of the first steps spreads over a shared book whatever z is.
     """
