@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import CPU, tiny_config
+from pictures import encoded, make_tar, random_image
 from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -285,6 +286,13 @@ def test_a_plan_without_a_store_assumes_imagenet(
     assert found["micro_batch"] == 128
     assert found["largest_micro_batch"] == 128  # an eighth of the batch
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_counts_the_images_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in range(2):
+        make_tar(tmp_path / f"train-{shard}.tar", {f"{i}.png": encoded(random_image(16, 16)) for i in range(3)})
+    found = answer(capsys, "train-tokenizer", str(tmp_path / "train-{0..1}.tar"), "--recipe", "digits", "--dry-run")
+    assert (found["images"], found["assumed"]) == (6, None)
 
 
 def test_a_plan_reads_the_store_that_is_there(digits_codes: Path, capsys: pytest.CaptureFixture[str]) -> None:

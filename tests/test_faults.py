@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -273,6 +274,14 @@ def command(tmp_path: Path, tiny_tokenizer_file: Path) -> list[str]:
     return ["tokenize", "memory", str(tmp_path / "codes"), *fixed]
 
 
+def begun(root: Path, target: Callable[..., None], *args: Any) -> tuple[ForkServerProcess, int]:
+    """A command that has written the first shard of its store, and its process id."""
+    process = spawn(target, *args)
+    wait_for((root / "index-00000.npy").exists, process)
+    assert process.pid is not None
+    return process, process.pid
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -291,12 +300,10 @@ def test_a_signal_leaves_whole_shards_and_no_process(
     number: signal.Signals, workers: int, code: int, command: list[str], tiny_tokenizer_file: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "codes"
-    process = spawn(slow_command, 640, 0.002, [*command, "--workers", str(workers)])
-    wait_for((root / "index-00000.npy").exists, process)
-    assert process.pid is not None
-    crew = children(process.pid)
+    process, pid = begun(root, slow_command, 640, 0.002, [*command, "--workers", str(workers)])
+    crew = children(pid)
     assert len(crew) == (workers if workers > 1 else 0)
-    os.kill(process.pid, number)
+    os.kill(pid, number)
     assert exit_code(process, 20) == code
     wait_until_gone(crew)
     assert not (root / "manifest.json").exists()
@@ -325,13 +332,11 @@ def test_a_signal_ends_a_read_that_hangs(
     number: signal.Signals, workers: int, command: list[str], tiny_tokenizer_file: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "codes"
-    process = spawn(hanging_command, 256, 200, [*command, "--workers", str(workers)])
-    wait_for((root / "index-00000.npy").exists, process)
-    assert process.pid is not None
-    crew = children(process.pid)
+    process, pid = begun(root, hanging_command, 256, 200, [*command, "--workers", str(workers)])
+    crew = children(pid)
     time.sleep(0.5)  # for it to hang
     start = time.monotonic()
-    os.kill(process.pid, number)
+    os.kill(pid, number)
     assert exit_code(process, 20) == EXIT_STOPPED
     assert time.monotonic() - start < signals.PATIENCE + 3
     wait_until_gone(crew)
@@ -342,10 +347,8 @@ def test_a_signal_ends_a_read_that_hangs(
 
 def test_the_whole_group_may_get_the_signal(command: list[str], tmp_path: Path) -> None:
     """Launchers signal groups: the workers leave it to their parent."""
-    process = spawn(in_own_group, 640, 0.002, [*command, "--workers", "2"])
-    wait_for((tmp_path / "codes" / "index-00000.npy").exists, process)
-    assert process.pid is not None
-    os.killpg(process.pid, signal.SIGTERM)
+    process, pid = begun(tmp_path / "codes", in_own_group, 640, 0.002, [*command, "--workers", "2"])
+    os.killpg(pid, signal.SIGTERM)
     assert exit_code(process, 20) == EXIT_STOPPED
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rdpm_cli import team
 from rdpm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rdpm_cli.engine import Hardware
 
 Images = Annotated[
     str,
@@ -58,11 +61,16 @@ def several(gpus: int | None) -> team.Team | None:
     return team.ask(gpus, command_line)
 
 
-def only_planned(gpu: str | None, utilisation: float | None) -> None:
-    """Raises UsageError for options that mean nothing without --dry-run."""
+def hardware(dry_run: bool, gpu: str | None, gpus: int | None, utilisation: float | None) -> "Hardware | None":
+    """What --dry-run plans for; None without it. Raises UsageError for options that then mean nothing."""
+    if dry_run:
+        from rdpm_cli import engine
+
+        return engine.Hardware.of(gpu, gpus, utilisation)
     for option, value in {"--gpu": gpu, "--utilisation": utilisation}.items():
         if value is not None:
             raise UsageError(f"{option} belongs to --dry-run", "add --dry-run; --gpus N and --device say where to run")
+    return None
 
 
 def with_keep(overrides: Sequence[str] | None, keep: int | None) -> list[str]:

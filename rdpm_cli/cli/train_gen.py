@@ -33,9 +33,9 @@ def train_gen(
     from rdpm_cli import engine
 
     changes = options.with_keep(overrides, keep)
-    if dry_run:
-        report.show(engine.plan_generator(codes, recipe, changes, engine.Hardware.of(gpu, gpus, utilisation)), json)
-        return
-    options.only_planned(gpu, utilisation)
-    processes = options.several(gpus)
-    report.show(engine.train_gen(codes, out, recipe, changes, device, processes, track), json)
+    if hardware := options.hardware(dry_run, gpu, gpus, utilisation):
+        result = engine.plan_generator(codes, recipe, changes, hardware)
+    else:
+        processes = options.several(gpus)
+        result = engine.train_gen(codes, out, recipe, changes, device, processes, track)
+    report.show(result, json)

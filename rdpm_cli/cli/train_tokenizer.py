@@ -29,9 +29,9 @@ def train_tokenizer(
     from rdpm_cli import engine
 
     changes = options.with_keep(overrides, keep)
-    if dry_run:
-        report.show(engine.plan_tokenizer(images, recipe, changes, engine.Hardware.of(gpu, gpus, utilisation)), json)
-        return
-    options.only_planned(gpu, utilisation)
-    processes = options.several(gpus)
-    report.show(engine.train_tokenizer(images, out, recipe, changes, device, from_weights, processes, track), json)
+    if hardware := options.hardware(dry_run, gpu, gpus, utilisation):
+        result = engine.plan_tokenizer(images, recipe, changes, hardware)
+    else:
+        processes = options.several(gpus)
+        result = engine.train_tokenizer(images, out, recipe, changes, device, from_weights, processes, track)
+    report.show(result, json)

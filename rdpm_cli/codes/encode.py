@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def make_plan(
     shard_images: int,
     device: torch.device,
     draft: bool = False,
-    precision: str | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
     micro_batch: int | None = None,
 ) -> Plan:
     """Everything that fixes the store. Needs labels: a store is what a class-conditional generator learns from.
@@ -70,7 +71,7 @@ def make_plan(
         class_names=tuple(source.class_names),
         data=DataOrigin(source=source.spec, count=len(source), digest=source.digest()),
         device=device.type,
-        precision="bf16" if (precision or ("fp32" if device.type == "cpu" else "bf16")) == "bf16" else "fp32",
+        precision=precision or ("fp32" if device.type == "cpu" else "bf16"),
         micro_batch=micro_batch or max(1, positions // math.prod(auto.grid)),
         shard_images=shard_images,
     )
@@ -112,12 +113,17 @@ def parts(plan: Plan, shard: int) -> list[range]:
     return [range(start, min(start + plan.micro_batch, indices.stop)) for start in indices[:: plan.micro_batch]]
 
 
+def original(source: ImageSource, plan: Plan, index: int) -> NDArray[np.uint8]:
+    """The pixels that an image of the store is coded from, (size, size, 3). Raises ImageError."""
+    return source.pixels(index, plan.resolution, draft=plan.transform == DRAFT_TRANSFORM)
+
+
 def prepare(source: ImageSource, plan: Plan, part: range) -> Prepared:
     """Decode, crop, draw the noise. Padded to the micro-batch by the last image."""
     pixels, bad = {}, []
     for index in part:
         try:
-            pixels[index] = source.pixels(index, plan.resolution, draft=plan.transform == DRAFT_TRANSFORM)
+            pixels[index] = original(source, plan, index)
         except ImageError as error:
             reason = " ".join(ADDRESS.sub("", error.reason).split())
             bad.append(BadImage(index=index, name=error.name, reason=reason))

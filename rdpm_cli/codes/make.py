@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from rdpm_cli import files
 from rdpm_cli.codes import writing
-from rdpm_cli.codes.encode import Encoded, encode_parts, parts
+from rdpm_cli.codes.encode import Encoded, encode_parts, original, parts
 from rdpm_cli.codes.manifest import BAD, BadImage, Plan
-from rdpm_cli.codes.quality import measure, original
+from rdpm_cli.codes.quality import measure
 from rdpm_cli.codes.work import Work
 from rdpm_cli.errors import DataError, ImageError, some_of
 from rdpm_cli.images.decode import unreadable

@@ -7,6 +7,7 @@ bad.jsonl where images were left out, and manifest.json, which is written last.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,14 @@ from rdpm_cli.errors import DataError, UsageError
 VERSION: Literal[2] = 2
 MANIFEST, NAMES, TOKENIZER, BAD = "manifest.json", "names.jsonl", "tokenizer.pt", "bad.jsonl"
 AGAIN = "copy it again, or remove it and run the same `rdpm tokenize` again"
+LABEL_AND_INDEX = 12  # bytes a row
 WITHOUT = f"{AGAIN}: without it every shard is made anew"
 THESE_AGAIN = "copy these files again, or remove them and run the same `rdpm tokenize` again"
+
+
+def image_bytes(positions: int, steps: int, views: int, latents: int) -> int:
+    """Bytes of one image in the shards. latents: numbers of z a position, over the images that are kept, fp16."""
+    return views * (2 * steps * positions + LABEL_AND_INDEX) + 2 * latents * positions
 
 
 class DataOrigin(Section):
@@ -74,9 +81,8 @@ class Plan(Section):
 
     def image_bytes(self) -> int:
         """Bytes of one image in the shards: codes, labels and index of its views, latents where kept."""
-        h, w = self.grid
-        latents = self.mirrored * 2 * self.channels * h * w if self.latents else 0
-        return self.views * (2 * self.steps * h * w + 12) + latents
+        latents = self.mirrored * self.channels if self.latents else 0
+        return image_bytes(math.prod(self.grid), self.steps, self.views, latents)
 
 
 class Shard(Section):

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rdpm_cli.codes.manifest import Manifest, Plan, Sample
+from rdpm_cli.codes.encode import original
+from rdpm_cli.codes.manifest import Manifest, Sample
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.images.sources import ImageSource, spread
 from rdpm_cli.images.tensors import hwc, to_pixels
-from rdpm_cli.images.transform import DRAFT_TRANSFORM, Pixels
+from rdpm_cli.images.transform import Pixels
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
 
@@ -44,12 +45,7 @@ def decoded_psnr(store: CodeStore, indices: Sequence[int], tokenizer: Tokenizer,
     return found
 
 
-def original(source: ImageSource, plan: Plan, index: int) -> Pixels:
-    """The pixels that an image of the store is coded from. Raises ImageError."""
-    return source.pixels(index, plan.resolution, draft=plan.transform == DRAFT_TRANSFORM)
-
-
-def psnr(original: Pixels, recon: Pixels) -> float:
+def psnr(image: Pixels, recon: Pixels) -> float:
     """10 log10(255² / MSE) of uint8 pixels, in dB, rounded; an exact copy counts as 100."""
-    error = int(np.square(original.astype(np.int64) - recon).sum())
-    return round(10 * math.log10(255**2 * original.size / error), DIGITS) if error else EXACT
+    error = int(np.square(image.astype(np.int64) - recon).sum())
+    return round(10 * math.log10(255**2 * image.size / error), DIGITS) if error else EXACT

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 USABLE = 0.9  # of a GPU's memory: the rest is for CUDA itself, kernels' workspaces and gaps between tensors
-LABEL_AND_INDEX = 12  # bytes a row of a store, beside the codes
 DEFAULT_GPU, DEFAULT_UTILISATION = "h200", 0.4
 TITLE = "nothing run or written: this is a dry run"
 
@@ -192,11 +191,11 @@ def _trained_images(images: int) -> int:
 
 def store_bytes(latent: Latent, m: Manifest | None, latents: bool) -> int:
     """Codes (uint16), labels and indices of every view, and z (fp16) where kept. m: None for one view of ImageNet."""
-    images, views = (m.images, m.views) if m else (IMAGENET_IMAGES, 1)
-    flips = 2 if m and m.flip else 1
-    row = 2 * latent.steps * latent.positions + LABEL_AND_INDEX
-    z = 2 * latent.channels * latent.positions * flips if (m.latents if m else latents) else 0
-    return images * (views * row + z)
+    from rdpm_cli.codes.manifest import image_bytes
+
+    if m:
+        return m.images * m.image_bytes()
+    return IMAGENET_IMAGES * image_bytes(latent.positions, latent.steps, 1, latent.channels if latents else 0)
 
 
 def generator_maker(cfg: config.GeneratorConfig, latent: Latent, grid: tuple[int, int], classes: int) -> Make:
@@ -236,9 +235,9 @@ def plan_tokenizer(images: str, recipe_name: str, overrides: Sequence[str], hard
     recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
     cfg = recipe.tokenizer
     assert cfg is not None
-    from rdpm_cli.images.sources import is_builtin, open_source
+    from rdpm_cli.images.sources import is_there, open_source
 
-    count = len(open_source(images)) if is_builtin(images) or Path(images).exists() else None
+    count = len(open_source(images)) if is_there(images) else None
     work = Work(
         recipe=recipe.name,
         cfg=cfg.train,

@@ -109,7 +109,7 @@ def _decoded(
     import numpy as np
     import torch
 
-    from rdpm_cli.codes.quality import original
+    from rdpm_cli.codes.encode import original
     from rdpm_cli.images.tensors import hwc, to_pixels
     from rdpm_cli.threads import one_thread
 
