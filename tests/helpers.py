@@ -15,7 +15,8 @@ from rdpm_cli.codes.encode import Encoded
 from rdpm_cli.codes.manifest import Plan
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.codes.work import Work
-from rdpm_cli.config import TokenizerConfig
+from rdpm_cli.config import RDPMSampling, TokenizerConfig
+from rdpm_cli.generator.contract import SampleOptions
 from rdpm_cli.images.sources import ImageSource, open_source
 from rdpm_cli.signals import StopRequest
 from rdpm_cli.tokenizer import model
@@ -26,6 +27,11 @@ from rdpm_cli.training.logging import read_metrics
 from rdpm_cli.training.loop import Batches, Run, fit
 
 CPU = torch.device("cpu")
+
+
+def sampling_options(seed: int = 0, **sampling: Any) -> SampleOptions:
+    """RDPM's, by field."""
+    return SampleOptions(RDPMSampling(**sampling), seed)
 
 
 def newest_state(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import rdpm_cli
 
 PACKAGE = Path(rdpm_cli.__file__).parent
 ROOMS = ["images", "tokenizer", "codes", "generator", "evaluation"]  # in the order the data walks
-HELPERS = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__", "demo"}
+HELPERS = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__", "demo"} | {"config"}
 LONGEST = 400  # lines of a module
 
 ALLOWED: dict[str, set[str]] = {

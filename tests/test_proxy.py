@@ -51,7 +51,8 @@ def test_the_score_is_that_of_the_kept_weights_samples(digits_codes: Path, judge
     assert [row["step"] for row in rows] == [2, 4]
     loaded = model.load(tmp_path / "run" / "generator.pt")
     labels = [0, 0, 0, 1, 1, 2, 2]
-    parts = sampler.sample(loaded.generator, loaded.tokenizer, labels, SampleOptions(), loaded.sampling.micro_batch)
+    how = loaded.sampling
+    parts = sampler.sample(loaded.generator, loaded.tokenizer, labels, SampleOptions(how), how.micro_batch)
     pixels = np.concatenate([part.pixels_BHWC for part in parts])
     extractor = features.make_extractor(judge_file, None, CPU)
     drawn = reference.ImageSet("drawn", 7, 16, labels, list("abc"), iter([pixels]), origin={})

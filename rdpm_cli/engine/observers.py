@@ -154,7 +154,7 @@ def generator_monitor(
     """Held-out accuracy per t beside the model-free baseline, norms, and a grid of samples from fixed seeds."""
     classes = list(range(min(10, len(class_names))))
     labels = [c for c in classes for _ in range(PREVIEWS)]
-    options = SampleOptions(**cfg.sampling.model_dump(exclude={"micro_batch"}))
+    options = SampleOptions(cfg.sampling)
 
     def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
         if not due(run, cfg.train):

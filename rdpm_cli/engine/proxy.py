@@ -29,7 +29,7 @@ def check(cfg: ProxyConfig, m: Manifest, store: Path) -> None:
 
 def score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, m: Manifest, store: Path) -> Observer:
     """`proxy/frechet_distance`, and `proxy/class_accuracy` where a judge knows the classes; of the averaged weights."""
-    options = SampleOptions(**cfg.sampling.model_dump(exclude={"micro_batch"}))
+    options = SampleOptions(cfg.sampling)
     labels = [place * len(m.class_names) // cfg.proxy.samples for place in range(cfg.proxy.samples)]
 
     @cache

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import config, files, progress, recipe_files
+from rdpm_cli import files, progress, recipe_files
 from rdpm_cli.engine import pictures
 from rdpm_cli.engine.runs import Result
 from rdpm_cli.errors import UsageError
@@ -68,9 +68,9 @@ def sample(
     given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "tau": tau, "skip_steps": skip_steps}
     asked = {name: value for name, value in given.items() if value is not None}
     sampling = recipe_files.validate(
-        config.SamplingConfig, {**loaded.sampling.model_dump(), **asked}, "sampling options"
+        type(loaded.sampling), {**loaded.sampling.model_dump(), **asked}, "sampling options"
     )
-    options = SampleOptions(seed=seed, **sampling.model_dump(exclude={"micro_batch"}))
+    options = SampleOptions(sampling, seed)
     labels = sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
     loaded.generator.check(options)
     record = pictures.picture_record(

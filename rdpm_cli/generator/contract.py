@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rdpm_cli.config import SamplingConfig
 from rdpm_cli.step import TrainStep
 
 
@@ -30,11 +31,8 @@ class CodeBatch:
 class SampleOptions:
     """What, with checkpoint, label and index, fixes a sample."""
 
+    sampling: SamplingConfig  # the family's own
     seed: int = 0
-    cfg: float = 0.0
-    cfg_schedule: str = "linear"
-    tau: float = 1.0
-    skip_steps: int = 0
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rdpm_cli import modelfile
-from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig
+from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, RDPMSampling, SamplingConfig
 from rdpm_cli.errors import CheckpointError, UsageError
 from rdpm_cli.generator import transformer
 from rdpm_cli.generator.contract import Generator
@@ -92,7 +92,7 @@ def load(path: Path) -> LoadedGenerator:
     classes = config.pop("classes")
     if config.pop("tokenizer") != content["tokenizer"]["digest"]:
         raise CheckpointError(f"{path} carries another tokenizer than it was trained with", "copy or make it again")
-    sampling = modelfile.config_of(SamplingConfig, config.pop("sampling"), str(path))
+    sampling = modelfile.config_of(RDPMSampling, config.pop("sampling"), str(path))
     generator = build(modelfile.config_of(GeneratorArchitecture, config, str(path)), tokenizer, classes)
     modelfile.fill(generator.network, content, str(path))
     generator.network.eval().requires_grad_(False)

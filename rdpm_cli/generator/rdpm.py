@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from rdpm_cli import noise, precision
-from rdpm_cli.config import GeneratorArchitecture, NetworkConfig
+from rdpm_cli.config import GeneratorArchitecture, NetworkConfig, RDPMSampling
 from rdpm_cli.errors import UsageError
 from rdpm_cli.generator.contract import CodeBatch, Known, SampleOptions
 from rdpm_cli.generator.guidance import guidance_at, guide
@@ -27,6 +27,12 @@ SCALE_GAIN = 20.0  # of the learnt number under the softplus: s_t must reach abo
 def tokens(x_BCHW: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, L, C)."""
     return x_BCHW.flatten(2).transpose(1, 2)
+
+
+def rdpm_sampling(options: SampleOptions) -> RDPMSampling:
+    """The options' sampling section, which is RDPM's here."""
+    assert isinstance(options.sampling, RDPMSampling)
+    return options.sampling
 
 
 class RDPMNetwork(nn.Module):
@@ -191,16 +197,17 @@ class RDPM:
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options this tokenizer cannot use."""
-        T = self.quantizer.steps
-        if not 0 <= options.skip_steps < T:
-            raise UsageError(f"--skip-steps {options.skip_steps} is not in 0..{T - 1}", f"this checkpoint has T = {T}")
-        if options.skip_steps and self.quantizer.alphas[0] == 1.0 and T > 1:
+        T, skip = self.quantizer.steps, rdpm_sampling(options).skip_steps
+        if skip >= T:
+            raise UsageError(f"--skip-steps {skip} is not in 0..{T - 1}", f"this checkpoint has T = {T}")
+        if skip and self.quantizer.alphas[0] == 1.0 and T > 1:
             raise UsageError("--skip-steps needs a noisy schedule; this tokenizer's is rvq", "leave it out")
 
     @torch.no_grad()
     def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t = argmax(tau · logits + Gumbel), noise addressed by index."""
         self.check(options)
+        how = rdpm_sampling(options)
         device, indices = labels_B.device, [int(i) for i in indices_B]
         shape = (self.quantizer.books.shape[-1], *self.grid)
         previous = torch.zeros(len(indices), *shape, device=device)
@@ -208,20 +215,20 @@ class RDPM:
         for t in range(1, self.quantizer.steps + 1):
             none, ts = [0] * len(indices), [t] * len(indices)
             eps = torch.from_numpy(noise.normal_rows("sample", options.seed, indices, none, ts, shape)).to(device)
-            if t <= options.skip_steps:
+            if t <= how.skip_steps:
                 codes_t = self.quantizer.guess(previous, eps, t)
             else:
-                logits_BLK = self._guided(eps, previous, t, labels_B, options)
-                codes_t = self._draw(logits_BLK, indices, t, options).view(-1, *self.grid)
+                logits_BLK = self._guided(eps, previous, t, labels_B, how)
+                codes_t = self._draw(logits_BLK, indices, t, options.seed, how.tau).view(-1, *self.grid)
             if known is not None:
                 codes_t = torch.where(known.keep_BTHW[:, t - 1], known.codes_BTHW[:, t - 1], codes_t)
             previous = previous + self.quantizer.bias(self.quantizer.look_up(codes_t, t))
             codes.append(codes_t)
         return torch.stack(codes, 1)
 
-    def _guided(self, eps: Tensor, previous: Tensor, t: int, labels_B: Tensor, options: SampleOptions) -> Tensor:
+    def _guided(self, eps: Tensor, previous: Tensor, t: int, labels_B: Tensor, how: RDPMSampling) -> Tensor:
         """logits (B, L, K) fp32; one pass of 2B rows with guidance, of B rows where lambda_t = 0."""
-        lambda_t = guidance_at(t, self.quantizer.steps, options.cfg, options.cfg_schedule)
+        lambda_t = guidance_at(t, self.quantizer.steps, how.cfg, how.cfg_schedule)
         t_B = torch.full_like(labels_B, t)
         if lambda_t == 0:
             return self.predict(eps, previous, t_B, labels_B)[0].float()
@@ -230,13 +237,11 @@ class RDPM:
         cond, uncond = logits.chunk(2)
         return guide(cond, uncond, lambda_t)
 
-    def _draw(self, logits_BLK: Tensor, indices: list[int], t: int, options: SampleOptions) -> Tensor:
+    def _draw(self, logits_BLK: Tensor, indices: list[int], t: int, seed: int, tau: float) -> Tensor:
         """argmax(tau · logits + Gumbel): an exact draw from softmax(tau · logits). (B, L) int64."""
         shape = tuple(logits_BLK.shape[1:])
         drawn = [
-            (options.tau * row + torch.from_numpy(noise.gumbel(options.seed, index, t, shape)).to(row.device)).argmax(
-                -1
-            )
+            (tau * row + torch.from_numpy(noise.gumbel(seed, index, t, shape)).to(row.device)).argmax(-1)
             for row, index in zip(logits_BLK, indices, strict=True)
         ]
         return torch.stack(drawn)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from rdpm_cli.config import NetworkConfig
+from rdpm_cli.config import TransformerConfig
 from rdpm_cli.errors import UsageError
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of t
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
     sin: Tensor
     recompute = False  # activation checkpointing: a block's are computed again in the backward pass
 
-    def __init__(self, cfg: NetworkConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
+    def __init__(self, cfg: TransformerConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
         """grid: (h, w). channels: C of class latents. classes: without the null class, which is number `classes`."""
         super().__init__()
         D = cfg.hidden

@@ -1,0 +1,79 @@
+"""The recipe's schema: one frozen class a component. `recipe_files.py` reads the files. Torch-free.
+
+The field is the single source of an option: recipe key, override, help, manifest entry and error all derive from it.
+"""
+
+from pydantic import Field
+
+from rdpm_cli import files
+from rdpm_cli.config.base import Section
+from rdpm_cli.config.generator import (
+    GeneratorArchitecture,
+    GeneratorConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    ProxyConfig,
+    RDPMSampling,
+    SamplingConfig,
+    TransformerConfig,
+)
+from rdpm_cli.config.tokenizer import (
+    AutoencoderConfig,
+    DiscriminatorConfig,
+    QuantizerConfig,
+    ScheduleConfig,
+    TokenizerArchitecture,
+    TokenizerConfig,
+    TokenizerLossConfig,
+)
+from rdpm_cli.config.train import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, LOOKS, TrainConfig, binding
+
+__all__ = [
+    "CHANGEABLE_ON_RESUME",
+    "FREE_ON_RESUME",
+    "LOOKS",
+    "AutoencoderConfig",
+    "DiscriminatorConfig",
+    "GeneratorArchitecture",
+    "GeneratorConfig",
+    "JudgeConfig",
+    "NetworkConfig",
+    "ObjectiveConfig",
+    "ProxyConfig",
+    "QuantizerConfig",
+    "RDPMSampling",
+    "Recipe",
+    "SamplingConfig",
+    "ScheduleConfig",
+    "Section",
+    "TokenizerArchitecture",
+    "TokenizerConfig",
+    "TokenizerLossConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "binding",
+]
+
+
+class JudgeConfig(Section):
+    """A small classifier of real images, an honest extractor where Inception says little."""
+
+    width: int = Field(32, gt=0, description="channels of the first layer")
+    features: int = Field(64, gt=0, description="width of the penultimate layer")
+    train: TrainConfig
+
+
+class Recipe(Section):
+    """The whole way. A recipe may hold only the parts its commands need."""
+
+    name: str = Field("", description="filled in with the file's name")
+    seed: int = Field(0, ge=0, lt=2**63, description="of training and of the store's noise")
+    classes: int = Field(1000, gt=0, description="for `rdpm inspect` alone; training counts the store's own")
+    views: int = Field(1, ge=1, description="noise draws an image that the demo keeps in its store")
+    tokenizer: TokenizerConfig | None = Field(None, description="for train-tokenizer")
+    generator: GeneratorConfig | None = Field(None, description="for train-gen")
+    judge: JudgeConfig | None = Field(None, description="for the demo")
+
+    def digest(self) -> str:
+        """sha256 of the resolved recipe."""
+        return files.digest(self.model_dump(mode="json"))

@@ -1,0 +1,101 @@
+"""The generator: network, objective, sampling."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rdpm_cli.config.base import Section
+from rdpm_cli.config.train import TrainConfig
+
+
+class TransformerConfig(Section):
+    """The transformer, shared by the families."""
+
+    depth: int = Field(16, gt=0, description="transformer blocks")
+    width: int | None = Field(None, gt=0, description="D; default 64 × depth (Table 1)")
+    heads: int | None = Field(None, gt=0, description="attention heads; default depth")
+    positions: Literal["rope", "learned", "both"] = Field("rope", description="2-D RoPE, a learned table, or both")
+    class_latents: bool = Field(False, description="a learned C-vector a class and position, added to the input")
+    class_tokens: int = Field(0, ge=0, description="in-context tokens a class, dropped before the head")
+    qk_norm: bool = Field(False, description="RMSNorm of queries and keys, a head at a time")
+
+    @property
+    def hidden(self) -> int:
+        """D, the width of the residual stream."""
+        return self.width or 64 * self.depth
+
+    @property
+    def head_count(self) -> int:
+        """Attention heads."""
+        return self.heads or self.depth
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.hidden % self.head_count or (self.hidden // self.head_count) % 4:
+            raise ValueError(f"width / heads must be a multiple of 4, not {self.hidden} / {self.head_count}")
+        return self
+
+
+class NetworkConfig(TransformerConfig):
+    """RDPM's network: the transformer and its head."""
+
+    head: Literal["linear", "geometric"] = Field("linear", description="geometric also predicts z and scores by it")
+
+
+class GeneratorArchitecture(Section):
+    """What rebuilds a generator, beside its tokenizer; travels in its checkpoint."""
+
+    family: Literal["rdpm"] = Field("rdpm", description="generator family")
+    network: NetworkConfig = NetworkConfig()
+
+
+class ObjectiveConfig(Section):
+    """How a training batch is drawn from the code store."""
+
+    noise: Literal["cached", "fresh", "fresh-from-codes"] = Field(
+        "cached", description="the store's draws; new ones on its latents z; new ones on z'_T of its codes"
+    )
+    steps_per_image: int = Field(1, ge=1, description="values of t an image and step; loss rows = batch × this")
+    t_weights: Literal["uniform", "alpha"] = Field("uniform", description="t drawn uniformly, or ~ alpha_t + 0.2")
+    perturb: float = Field(0.0, ge=0, description="a in z' + a·U·N(0,1), one U an image, targets unchanged")
+    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class")
+
+
+class SamplingConfig(Section):
+    """Defaults of `rdpm sample`, recorded in the checkpoint: what every family has."""
+
+    cfg: float = Field(0.0, ge=0, description="lambda of guidance; 0 = off")
+    micro_batch: int = Field(8, gt=0, description="images a forward pass; part of what fixes a sample on the CPU")
+
+
+class RDPMSampling(SamplingConfig):
+    """How RDPM samples."""
+
+    cfg_schedule: Literal["constant", "linear"] = Field("linear", description="linear: 0 at t = 1, lambda at t = T")
+    tau: float = Field(1.0, gt=0, description="inverse temperature: 1 samples exactly, larger is greedier")
+    skip_steps: int = Field(0, ge=0, description="first steps taken from the model-free guess, no network call")
+
+
+class ProxyConfig(Section):
+    """A score of a few samples while a generator trains: for comparing steps of one run, not for reporting."""
+
+    samples: int = Field(0, ge=0, description="class-balanced, drawn from fixed seeds every train.eval_every; 0 = off")
+    extractor: str | None = Field(None, description="a judge's file, for its features; default: Inception")
+    weights: str | None = Field(None, description="Inception's weight file; default: looked up, never fetched")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.samples == 1:
+            raise ValueError("proxy.samples = 1: a covariance needs at least 2")
+        return self
+
+
+class GeneratorConfig(GeneratorArchitecture):
+    """A generator, its training and its sampling defaults."""
+
+    attention: Literal["sdpa", "flash"] = Field("sdpa", description="in training; flash: the flash-attn package")
+    recompute: bool = Field(False, description="activation checkpointing: each block's again in the backward pass")
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig
+    sampling: RDPMSampling = RDPMSampling()
+    proxy: ProxyConfig = ProxyConfig()
