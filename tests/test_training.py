@@ -42,6 +42,7 @@ from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.tokenizer.task import ImageBatches, TokenizerTask
 from rdpm_cli.training import checkpoint, distributed
+from rdpm_cli.training.averaging import AveragedLoss
 from rdpm_cli.training.ema import Ema
 from rdpm_cli.training.logging import read_metrics
 from rdpm_cli.training.loop import Batches, Player, Run, fit, lr_at, make_optimizer
@@ -499,12 +500,12 @@ def test_ranks_share_the_batch_without_gap_or_overlap(monkeypatch: pytest.Monkey
 def test_one_process_shares_with_nobody() -> None:
     assert distributed.own_rows(7) == range(7)
     model = nn.Linear(2, 2)
-    before = model.weight.detach().clone()
-    distributed.broadcast_model(model)
-    model.weight.grad = torch.ones(2, 2)
-    distributed.average_gradients(model.parameters())
-    assert torch.equal(model.weight, before)
-    assert torch.equal(model.weight.grad, torch.ones(2, 2))
+    loss = AveragedLoss(model, lambda x: (model(x).sum(), {"x": x}))
+    with loss.part(last=True):
+        value, logs = loss(torch.ones(1, 2))
+        value.backward()
+    assert torch.equal(model.weight.grad, torch.ones(2, 2))  # type: ignore[arg-type]
+    assert (logs["x"].tolist(), loss.own_norm) == ([[1.0, 1.0]], None)
     assert distributed.average_logs({"a": torch.tensor(2.0)}) == {"a": 2.0}
     assert distributed.any_process(True, CPU)
     assert not distributed.any_process(False, CPU)
@@ -569,9 +570,10 @@ def primitives(environment: dict[str, str], out: Path) -> None:
         model = nn.Linear(2, 1)
         model.register_buffer("count", torch.tensor(10 + rank))
         nn.init.constant_(model.weight, 1.0 + rank)
-        distributed.broadcast_model(model)
-        model.weight.grad = torch.full((1, 2), 1.0 + 2 * rank)
-        distributed.average_gradients(model.parameters())
+        loss = AveragedLoss(model, lambda x: (model(x).sum(), {}))
+        for last in (False, True):  # two micro-batches of x = 1 and x = 3, by rank
+            with loss.part(last):
+                loss(torch.full((1, 2), 1.0 + 2 * rank))[0].backward()
         rows = distributed.own_rows(64)
         step = TrainStep(0, 0, rows, 64, device)
         found = {
@@ -579,6 +581,7 @@ def primitives(environment: dict[str, str], out: Path) -> None:
             "weight": model.weight.detach(),
             "count": model.get_buffer("count"),
             "gradient": model.weight.grad,
+            "own_norm": loss.own_norm,
             "logs": distributed.average_logs({"a": torch.tensor(float(rank))}),
             "any": [distributed.any_process(rank == 1, device), distributed.any_process(False, device)],
             "sum": step.sum_(torch.tensor([1.0, float(rank)])),
@@ -615,10 +618,12 @@ def test_helpers_of_two_processes_agree(tmp_path: Path) -> None:
     for found in (first, second):
         assert found["weight"].tolist() == [[1.0, 1.0]]  # the first process's
         assert int(found["count"]) == 10
-        assert found["gradient"].tolist() == [[2.0, 2.0]]  # the mean of 1 and 3
+        assert found["gradient"].tolist() == [[4.0, 4.0]]  # the mean of 1 + 1 and 3 + 3
         assert found["logs"] == {"a": 0.5}
         assert found["any"] == [True, False]
         assert found["sum"].tolist() == [2.0, 1.0]
+    norms = [found["own_norm"].item() for found in (first, second)]  # of two weights and a bias, before the mean
+    np.testing.assert_allclose(norms, [math.sqrt(12), math.sqrt(76)], rtol=1e-6)
     assert torch.equal(first["pick"], second["pick"])
     whole = TrainStep(0, 0, range(64), 64, CPU).normal(2)
     assert torch.equal(torch.cat([first["normal"], second["normal"]]), whole)

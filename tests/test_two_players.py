@@ -138,11 +138,11 @@ def keep_what_a_rank_holds(args: list[str], environment: dict[str, str], out: Pa
 
     plain = loop._save
 
-    def save(pairs: Any, run: Any, cfg: Any) -> None:
-        state = {player.name: dict(player.model.state_dict()) for player, _ in pairs}
+    def save(seats: Any, run: Any, cfg: Any) -> None:
+        state = {seat.player.name: dict(seat.player.model.state_dict()) for seat in seats}
         tensors = {name: value for name, value in leaves(state).items() if isinstance(value, Tensor)}
         torch.save(tensors, out / f"{environment['RANK']}.pt")
-        plain(pairs, run, cfg)
+        plain(seats, run, cfg)
 
     loop._save = save
     command_line(args, environment)

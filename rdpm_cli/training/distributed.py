@@ -2,17 +2,15 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdpm_cli import noise
 from rdpm_cli.errors import LostProcessError, Stopped, UsageError
 from rdpm_cli.step import world
-
-BUCKET = 32 * 1024 * 1024  # elements averaged at once
 
 
 @contextlib.contextmanager
@@ -79,29 +77,6 @@ def check_share(batch: int, size: int) -> None:
         raise UsageError(
             f"train.batch={batch} cannot be shared by {size} processes", f"give a multiple of {size * noise.BLOCK}"
         )
-
-
-def broadcast_model(model: nn.Module) -> None:
-    """Give every process the first one's weights and buffers."""
-    if dist.is_initialized():
-        for value in model.state_dict().values():
-            dist.broadcast(value, 0)
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Mean of the gradients over processes, a bucket at a time."""
-    size = world()[1]
-    if size == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    while gradients:
-        bucket: list[Tensor] = []
-        while gradients and (not bucket or sum(g.numel() for g in bucket) + gradients[0].numel() <= BUCKET):
-            bucket.append(gradients.pop(0))
-        flat = torch.cat([g.flatten() for g in bucket])
-        dist.all_reduce(flat)
-        for gradient, part in zip(bucket, (flat / size).split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
 
 def average_logs(logs: dict[str, Tensor]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from rdpm_cli.errors import RunError
 from rdpm_cli.signals import StopRequest, leave_signals_to_parent
 from rdpm_cli.step import TrainStep, world
 from rdpm_cli.training import checkpoint, distributed
+from rdpm_cli.training.averaging import AveragedLoss
 from rdpm_cli.training.ema import Ema
 from rdpm_cli.training.logging import MetricsLog
 from rdpm_cli.training.tracking import Mirror
@@ -128,20 +129,18 @@ def fit(
     """
     rows = distributed.own_rows(cfg.batch)
     parts = micro_rows(rows, cfg.micro_batch)
-    for player in players:
-        _prepare(player, cfg)
-    pairs = [(player, make_optimizer(player.model, cfg)) for player in players]
+    seats = [_prepare(player, cfg) for player in players]
     run.ema = Ema(players[0].model, cfg.ema) if cfg.ema else None
-    _resume(pairs, run)
+    _resume(seats, run)
     log = MetricsLog(run.folder, run.step, run.mirrors) if world()[0] == 0 else None
     started, first = time.monotonic(), run.step
     for data in _data(batches, cfg, run, parts):
-        logs = _step(pairs, data, batches, cfg, run, parts)
+        logs = _step(seats, data, batches, cfg, run, parts)
         run.step += 1
         values = None
         if logs and (run.step % cfg.log_every == 0 or run.done):
             rate = (run.step - first) * cfg.batch / (time.monotonic() - started)
-            lr = pairs[0][1].param_groups[0]["lr"]
+            lr = seats[0].optimizer.param_groups[0]["lr"]
             values = {**distributed.average_logs(logs), "lr": lr, "images_per_second": rate, "skipped": run.skipped}
         more = [observer(run, values) for observer in observers]
         for line in (values, *more):
@@ -149,7 +148,7 @@ def fit(
                 log.write(run.step, line)
         stopping = distributed.any_process(run.stop.asked, run.device)
         if run.step % cfg.save_every == 0 or run.done or stopping:
-            _save(pairs, run, cfg)
+            _save(seats, run, cfg)
         if stopping and not run.done:
             run.stop.name = run.stop.name or "a signal to another process"
             run.stop.leave(f"step {run.step} of {run.steps} is saved in {run.folder / 'checkpoints'}")
@@ -157,14 +156,23 @@ def fit(
         log.close()
 
 
-def _prepare(player: Player, cfg: TrainConfig) -> None:
+@dataclass
+class _Seat:
+    """A player, what moves it, and its loss over all processes."""
+
+    player: Player
+    optimizer: torch.optim.Optimizer
+    loss: AveragedLoss
+
+
+def _prepare(player: Player, cfg: TrainConfig) -> _Seat:
     """The first process's weights everywhere, in the layout and form that the recipe asks for."""
-    distributed.broadcast_model(player.model)
     if cfg.channels_last:
         player.model.to(memory_format=torch.channels_last)
     if cfg.compile:
         for network in player.networks():
             network.compile()
+    return _Seat(player, make_optimizer(player.model, cfg), AveragedLoss(player.model, player.loss))
 
 
 def _data(batches: Batches, cfg: TrainConfig, run: Run, parts: list[range]) -> Iterator[list[Any]]:
@@ -183,11 +191,8 @@ def _data(batches: Batches, cfg: TrainConfig, run: Run, parts: list[range]) -> I
     return iter(loader)
 
 
-Pair = tuple[Player, torch.optim.Optimizer]
-
-
 def _step(
-    pairs: Sequence[Pair], data: list[Any], batches: Batches, cfg: TrainConfig, run: Run, parts: list[range]
+    seats: Sequence[_Seat], data: list[Any], batches: Batches, cfg: TrainConfig, run: Run, parts: list[range]
 ) -> dict[str, Tensor]:
     """One optimiser step of every player that trains yet. -> logs; none after a step that was passed over.
 
@@ -196,19 +201,19 @@ def _step(
     whole = TrainStep(run.seed, run.step, range(parts[0].start, parts[-1].stop), cfg.batch, run.device)
     steps = [TrainStep(run.seed, run.step, part, cfg.batch, run.device) for part in parts]
     torch.manual_seed(noise.seed_of("torch", run.seed, run.step, world()[0]))  # dropout and the like
-    active = [(player, optimizer) for player, optimizer in pairs if run.step >= player.start]
-    found = [_gradients(pair, data, steps, cfg, run) for pair in active]
-    names = [player.name for player, _ in active]
+    active = [seat for seat in seats if run.step >= seat.player.start]
+    found = [_gradients(seat, data, steps, cfg, run) for seat in active]
+    names = [seat.player.name for seat in active]
     bad = [name for name, (logs, _) in zip(names, found, strict=True) if not _finite(logs["loss"] + logs["grad_norm"])]
     if distributed.any_process(bool(bad), run.device):
         ours = [name for name, (_, own) in zip(names, found, strict=True) if not _finite(own)]
         if run.skipped >= cfg.skip_bad:
-            _save(pairs, run, cfg)
+            _save(seats, run, cfg)
         _pass_over(ours, bad, batches, cfg, run, whole.rows)
         return {}
     logs = _update(active, [logs for logs, _ in found], whole)
     if run.ema:
-        run.ema.update(pairs[0][0].model)
+        run.ema.update(seats[0].player.model)
     return logs
 
 
@@ -217,30 +222,28 @@ def _finite(value: Tensor) -> bool:
 
 
 def _gradients(
-    pair: Pair, data: list[Any], steps: list[TrainStep], cfg: TrainConfig, run: Run
+    seat: _Seat, data: list[Any], steps: list[TrainStep], cfg: TrainConfig, run: Run
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One player's losses over the micro-batches and their gradients, clipped. -> logs; what tells a bad batch of ours.
 
     The latter is loss + gradient norm before any mean over processes, for a mean makes one's NaN everybody's.
     """
-    player, optimizer = pair
-    for group in optimizer.param_groups:
+    for group in seat.optimizer.param_groups:
         group["lr"] = lr_at(run.step, cfg, run.steps, run.warmup)
-    optimizer.zero_grad()
+    seat.optimizer.zero_grad()
     loss, logs = torch.zeros((), device=run.device), dict[str, Tensor]()
     for batch, step in zip(data, steps, strict=True):
         share = len(step.rows) / sum(len(s.rows) for s in steps)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-            part, found = player.loss(batch.to(run.device), step)
-        (share * part).backward()
+        with seat.loss.part(last=step is steps[-1]):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+                part, found = seat.loss(batch.to(run.device), step)
+            (share * part).backward()
         loss = loss + share * part.detach()
         logs = {name: logs.get(name, 0.0) + share * value for name, value in found.items()}
-    parameters = [p for p in player.model.parameters() if p.requires_grad]
-    alone = world()[1] == 1
-    before = None if alone else torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    distributed.average_gradients(parameters)
+    parameters = [p for p in seat.player.model.parameters() if p.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-    return {"loss": loss, "grad_norm": norm, **logs}, loss + (norm if before is None else before)
+    own_norm = norm if seat.loss.own_norm is None else seat.loss.own_norm
+    return {"loss": loss, "grad_norm": norm, **logs}, loss + own_norm
 
 
 def _pass_over(ours: list[str], bad: list[str], batches: Batches, cfg: TrainConfig, run: Run, rows: range) -> None:
@@ -264,25 +267,25 @@ def _pass_over(ours: list[str], bad: list[str], batches: Batches, cfg: TrainConf
     progress.warn(f"passed over ({run.skipped} of {cfg.skip_bad}): {what}")
 
 
-def _update(pairs: Sequence[Pair], found: Sequence[dict[str, Tensor]], whole: TrainStep) -> dict[str, Tensor]:
+def _update(seats: Sequence[_Seat], found: Sequence[dict[str, Tensor]], whole: TrainStep) -> dict[str, Tensor]:
     """Move every player. -> their logs; the names of all but the first carry the player's."""
     logs: dict[str, Tensor] = {}
-    for place, ((player, optimizer), values) in enumerate(zip(pairs, found, strict=True)):
-        optimizer.step()
-        prefix = f"{player.name}/" if place else ""
-        logs |= {prefix + name: value for name, value in (values | player.after_step(whole)).items()}
+    for place, (seat, values) in enumerate(zip(seats, found, strict=True)):
+        seat.optimizer.step()
+        prefix = f"{seat.player.name}/" if place else ""
+        logs |= {prefix + name: value for name, value in (values | seat.player.after_step(whole)).items()}
     return logs
 
 
-def _save(pairs: Sequence[Pair], run: Run, cfg: TrainConfig) -> None:
+def _save(seats: Sequence[_Seat], run: Run, cfg: TrainConfig) -> None:
     if world()[0] == 0:
         state = {
             "step": run.step,
             "skipped": run.skipped,
             "threads": torch.get_num_threads(),
             "players": {
-                player.name: {"model": player.model.state_dict(), "optimizer": optimizer.state_dict()}
-                for player, optimizer in pairs
+                seat.player.name: {"model": seat.player.model.state_dict(), "optimizer": seat.optimizer.state_dict()}
+                for seat in seats
             },
             "ema": {"model": run.ema.model.state_dict(), "updates": run.ema.updates} if run.ema else None,
         }
@@ -290,13 +293,13 @@ def _save(pairs: Sequence[Pair], run: Run, cfg: TrainConfig) -> None:
     distributed.barrier()
 
 
-def _resume(pairs: Sequence[Pair], run: Run) -> None:
+def _resume(seats: Sequence[_Seat], run: Run) -> None:
     state = checkpoint.load_newest(run.folder / "checkpoints", run.device)
     if state is None:
         return
-    for player, optimizer in pairs:
-        player.model.load_state_dict(state["players"][player.name]["model"])
-        optimizer.load_state_dict(state["players"][player.name]["optimizer"])
+    for seat in seats:
+        seat.player.model.load_state_dict(state["players"][seat.player.name]["model"])
+        seat.optimizer.load_state_dict(state["players"][seat.player.name]["optimizer"])
     if run.ema and state["ema"]:
         run.ema.model.load_state_dict(state["ema"]["model"])
         run.ema.updates = state["ema"]["updates"]
