@@ -137,6 +137,16 @@ def test_the_table_of_generators_has_the_gap_to_the_baseline(tmp_path: Path) -> 
 
 
 def test_scales_without_a_judge_are_refused(tmp_path: Path) -> None:
-    done = ablate(tmp_path, "paper-vs-plus", SCALE="cifar10", CIFAR10="x")
+    done = ablate(tmp_path, "paper-vs-plus", SCALE="imagenet256", IMAGENET="x", IMAGENET_VAL="y")
     assert done.returncode == 2
     assert "no judge" in done.stderr
+
+
+def test_some_cells_alone_share_the_tokenizer_of_cifar10(tmp_path: Path) -> None:
+    scale = {"SCALE": "cifar10", "CIFAR10": "x", "CELLS": "paper plus", "SEEDS": "0 1"}
+    done = ablate(tmp_path, "paper-vs-plus", **scale)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]] == ["paper", "plus"]
+    codes = [call[1] for call in calls(tmp_path, "train-gen")]
+    assert codes == [str(tmp_path / "out" / "codes")] * 8  # two cells, two seeds, each with its probe of the rate
+    assert len(calls(tmp_path, "tokenize")) == 1

@@ -3,24 +3,42 @@
 #
 #   recipes/ablations/paper-vs-plus.sh                       digits, 3 seeds, 60 s a generator: about 75 CPU minutes
 #   SEEDS=0 TIME=180 recipes/ablations/paper-vs-plus.sh      one seed, longer
+#   CELLS="paper plus" recipes/ablations/paper-vs-plus.sh    these alone
+#   SCALE=cifar10 CIFAR10=cifar10-train.zip CELLS="paper plus" TIME=180 recipes/ablations/paper-vs-plus.sh
 #
-# Tokenizer, codes and judge are the demo's ($OUT/demo.<seed>, made where absent). A finished cell is not run again.
+# Tokenizer, codes and judge: on digits the demo's of each seed ($OUT/demo.<seed>); on CIFAR-10 one of each for all seeds
+# ($OUT/tokenizer, codes, judge). What is there is not made again, nor is a finished cell.
 # Ends with $OUT/table.md, table.csv and plot.png.
 SCALE=${SCALE:-digits}
 . "$(dirname "$0")/lib.sh"
-[ "$SCALE" = digits ] || { echo "$script: SCALE=$SCALE has no judge yet; digits alone" >&2 && exit 2; }
 TIME=${TIME:-60}
-
-for seed in $SEEDS; do
-    [ -s "$OUT/demo.$seed/result.json" ] || rdpm demo --out "$OUT/demo.$seed" --seed "$seed" --quiet >&2
-done
+case $SCALE in
+digits)
+    STORE=$OUT/demo.%s/codes JUDGE=$OUT/demo.%s/runs/judge/judge.pt
+    for seed in $SEEDS; do
+        [ -s "$OUT/demo.$seed/result.json" ] || rdpm demo --out "$OUT/demo.$seed" --seed "$seed" --quiet >&2
+    done
+    ;;
+cifar10)
+    STORE=$OUT/codes JUDGE=$OUT/judge/judge.pt
+    rdpm train-tokenizer "$TRAIN" --recipe "$RECIPE" --out "$OUT/tokenizer" --quiet train.steps=2000 \
+        train.eval_every=1000 quantizer.bias=add >&2
+    rdpm tokenize "$TRAIN" "$STORE" --tokenizer "$OUT/tokenizer/tokenizer.pt" --views 2 --flip --quiet >&2
+    rdpm eval judge "$TRAIN" "$OUT/judge" --quiet train.epochs=6 >&2
+    ;;
+*)
+    echo "$script: SCALE=$SCALE has no judge; digits or cifar10" >&2
+    exit 2
+    ;;
+esac
 
 off="network.positions=rope network.class_latents=false network.head=linear objective.t_weights=uniform objective.perturb=0"
 cell() {
     name=$1
     shift
+    case " ${CELLS:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     # shellcheck disable=SC2086
-    generator_cell "$name" "$TIME" "$OUT/demo.%s/codes" "$OUT/demo.%s/runs/judge/judge.pt" $off "$@"
+    generator_cell "$name" "$TIME" "$STORE" "$JUDGE" $off "$@"
 }
 positions="network.positions=both" latents="network.class_latents=true" head="network.head=geometric"
 weights="objective.t_weights=alpha" perturb="objective.perturb=0.3"
