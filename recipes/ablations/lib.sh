@@ -49,6 +49,30 @@ tokenizer_cell() {
     done
 }
 
+# judge_and_store: a judge of real images, and a store for generators to learn from -> JUDGE, STORE (%s where a seed
+# belongs). On digits the demo's of each seed; on CIFAR-10 one of each for all seeds. What is there is not made again.
+judge_and_store() {
+    case $SCALE in
+    digits)
+        STORE=$OUT/demo.%s/codes JUDGE=$OUT/demo.%s/runs/judge/judge.pt
+        for seed in $SEEDS; do
+            [ -s "$OUT/demo.$seed/result.json" ] || rdpm demo --out "$OUT/demo.$seed" --seed "$seed" --quiet >&2
+        done
+        ;;
+    cifar10)
+        STORE=$OUT/codes JUDGE=$OUT/judge/judge.pt
+        rdpm train-tokenizer "$TRAIN" --recipe "$RECIPE" --out "$OUT/tokenizer" --quiet train.steps=2000 \
+            train.eval_every=1000 quantizer.bias=add >&2
+        rdpm tokenize "$TRAIN" "$STORE" --tokenizer "$OUT/tokenizer/tokenizer.pt" --views 2 --flip --quiet >&2
+        rdpm eval judge "$TRAIN" "$OUT/judge" --quiet train.epochs=6 >&2
+        ;;
+    *)
+        echo "$script: SCALE=$SCALE has no judge; digits or cifar10" >&2
+        exit 2
+        ;;
+    esac
+}
+
 # generator_cell NAME SECONDS STORE JUDGE key=value...: train a generator for so many seconds by a measured rate, draw 800
 # samples and judge them -> NAME.<seed>.json. STORE and JUDGE hold %s where the seed belongs.
 generator_cell() {

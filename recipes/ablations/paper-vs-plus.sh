@@ -12,25 +12,7 @@
 SCALE=${SCALE:-digits}
 . "$(dirname "$0")/lib.sh"
 TIME=${TIME:-60}
-case $SCALE in
-digits)
-    STORE=$OUT/demo.%s/codes JUDGE=$OUT/demo.%s/runs/judge/judge.pt
-    for seed in $SEEDS; do
-        [ -s "$OUT/demo.$seed/result.json" ] || rdpm demo --out "$OUT/demo.$seed" --seed "$seed" --quiet >&2
-    done
-    ;;
-cifar10)
-    STORE=$OUT/codes JUDGE=$OUT/judge/judge.pt
-    rdpm train-tokenizer "$TRAIN" --recipe "$RECIPE" --out "$OUT/tokenizer" --quiet train.steps=2000 \
-        train.eval_every=1000 quantizer.bias=add >&2
-    rdpm tokenize "$TRAIN" "$STORE" --tokenizer "$OUT/tokenizer/tokenizer.pt" --views 2 --flip --quiet >&2
-    rdpm eval judge "$TRAIN" "$OUT/judge" --quiet train.epochs=6 >&2
-    ;;
-*)
-    echo "$script: SCALE=$SCALE has no judge; digits or cifar10" >&2
-    exit 2
-    ;;
-esac
+judge_and_store
 
 off="network.positions=rope network.class_latents=false network.head=linear objective.t_weights=uniform objective.perturb=0"
 cell() {
