@@ -21,7 +21,7 @@ if sys.argv[1] == "demo":
     after("--out").mkdir()
     (after("--out") / "result.json").write_text("x")
 if sys.argv[1] == "train-gen":
-    after("--out").mkdir()
+    after("--out").mkdir(exist_ok=True)
     steps = int([word for word in sys.argv if word.startswith("train.steps=")][0].split("=")[1])
     rows = [{{"step": 40, "images_per_second": 32.0}}, {{"step": 80, "images_per_second": 48.0}}]  # 30 s, then 10 s
     last = {{"step": steps, "heldout/ce": [1.0, 2.0], "heldout/accuracy": [0.9, 0.5], "heldout/baseline": [0.8, 0.0]}}
@@ -29,6 +29,17 @@ if sys.argv[1] == "train-gen":
     train = {{"batch": 24}}
     note = {{"settings": {{"recipe": {{"generator": {{"train": train}}}}}}}}
     (after("--out") / "run.json").write_text(json.dumps(note))
+if sys.argv[1] == "train-tokenizer":
+    after("--out").mkdir(exist_ok=True)
+    given = dict(word.split("=") for word in sys.argv if word.startswith("schedule."))
+    schedule = {{"kind": given["schedule.kind"], "base": float(given.get("schedule.base", 0.75))}} if given else {{}}
+    recipe = {{"tokenizer": {{"schedule": schedule, "quantizer": {{"steps": 10}}}}}}
+    (after("--out") / "run.json").write_text(json.dumps({{"settings": {{"recipe": recipe}}}}))
+if sys.argv[1] == "sample":
+    after("--out").mkdir(exist_ok=True)
+    (after("--out") / "samples.json").write_text(json.dumps({{"samples": [0] * 4}}))
+if sys.argv[1:3] == ["eval", "all"]:
+    print(json.dumps({{"frechet_distance": 5.0, "spatial_frechet_distance": None, "precision": 0.7}}))
 if sys.argv[1:3] == ["eval", "fid"]:
     print(json.dumps({{"value": 5.0, "class_accuracy": 0.5}}))
 if sys.argv[1:3] == ["eval", "recon"]:
@@ -150,3 +161,40 @@ def test_some_cells_alone_share_the_tokenizer_of_cifar10(tmp_path: Path) -> None
     codes = [call[1] for call in calls(tmp_path, "train-gen")]
     assert codes == [str(tmp_path / "out" / "codes")] * 8  # two cells, two seeds, each with its probe of the rate
     assert len(calls(tmp_path, "tokenize")) == 1
+
+
+def table(done: subprocess.CompletedProcess[str]) -> list[dict[str, str]]:
+    """The printed table, a row a cell."""
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_table3_draws_every_row_from_two_generators(tmp_path: Path) -> None:
+    rows = table(ablate(tmp_path, "table3", SEEDS="0 1", CFG="2"))
+    names = ["raw", "cfg", "cfg-linear", "gumbel", "gumbel-alone"]
+    assert [row["cell"] for row in rows] == [*names, *(f"weak-{name}" for name in names)]
+    assert rows[0]["precision"] == "0.7000 ± 0.0000"
+    assert rows[0]["sfid/spatial_frechet_distance"] == "n/a"
+    drawn = calls(tmp_path, "sample")
+    assert len(drawn) == 20
+    assert {call[call.index("--cfg") + 1] for call in drawn if "--cfg" in call} == {"2", "0"}
+    assert table(ablate(tmp_path, "table3", SEEDS="0 1", CFG="2")) == rows
+    assert len(calls(tmp_path, "sample")) == 20
+
+
+@pytest.mark.parametrize(
+    ("script", "cells"),
+    [
+        ("table4", ["sin", "linear", "pow"]),
+        ("figure5", ["base-0.5", "base-0.65", "base-0.75", "base-0.85", "base-0.95"]),
+    ],
+)
+def test_a_schedule_has_a_tokenizer_and_a_generator_of_its_own(tmp_path: Path, script: str, cells: list[str]) -> None:
+    rows = table(ablate(tmp_path, script, SEEDS="3"))
+    assert [row["cell"] for row in rows] == cells
+    assert all(float(row["recon_psnr"]) > 20 for row in rows)
+    assert rows[0]["accuracy_gap"] == "0.3000"
+    codes = [call[2] for call in calls(tmp_path, "tokenize")]
+    assert codes == [str(tmp_path / "out" / f"{cell}.3.codes") for cell in cells]
+    assert (tmp_path / "out" / "schedules.png").exists() == (script == "figure5")

@@ -1,4 +1,7 @@
-"""A generator run's log: how many steps fit into some seconds; its held-out gap to the model-free baseline."""
+"""What a cell's score file lacks: its generator's held-out gap to the model-free baseline, seconds, reconstruction.
+
+And of a run's log: how many steps fit into some seconds.
+"""
 
 import argparse
 import json
@@ -31,16 +34,31 @@ def gap(run: Path) -> dict[str, Any]:
     return {"steps": log[-1]["step"], "heldout_ce": ce, "accuracy_gap": statistics.mean(gaps), "gap_at_T": gaps[-1]}
 
 
+def seconds_an_image(folder: Path, seconds: float) -> dict[str, Any]:
+    """Of a folder of samples that took so long."""
+    return {"seconds_an_image": seconds / len(json.loads((folder / "samples.json").read_text())["samples"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--steps-in", type=float, metavar="SECONDS")
-    parser.add_argument("--into", type=Path, metavar="JSON", help="add the gap to this file")
+    parser.add_argument("run", type=Path, nargs="?", help="a generator's run")
+    parser.add_argument("--steps-in", type=float, metavar="SECONDS", help="print how many of the run's steps fit")
+    parser.add_argument("--into", type=Path, metavar="JSON", help="add what is found to this file")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="samples that took --seconds")
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--recon", type=Path, metavar="JSON", help="scores of reconstructions")
     options = parser.parse_args()
     if options.steps_in is not None:
         print(steps_in(options.run, options.steps_in))
-    if options.into is not None:
-        options.into.write_text(json.dumps({**json.loads(options.into.read_text()), **gap(options.run)}))
+    if options.into is None:
+        return
+    found = gap(options.run) if options.run else {}
+    if options.images:
+        found |= seconds_an_image(options.images, options.seconds)
+    if options.recon:
+        recon = json.loads(options.recon.read_text())
+        found |= {f"recon_{name}": recon[name] for name in ("mse", "psnr", "ssim", "rfid")}
+    options.into.write_text(json.dumps({**json.loads(options.into.read_text()), **found}))
 
 
 if __name__ == "__main__":

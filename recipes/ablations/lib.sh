@@ -14,17 +14,17 @@ here=$(cd "$(dirname "$0")" && pwd)
 case $SCALE in
 digits)
     RECIPE=digits TRAIN=digits:train HELDOUT=digits:heldout SEEDS=${SEEDS:-0 1 2}
-    EVAL="--seeds 2"
+    EVAL="--seeds 2" PER_CLASS=${PER_CLASS:-80} VIEWS="--views 8"
     ;;
 cifar10)
     RECIPE=cifar10-smoke TRAIN=${CIFAR10:?set CIFAR10 to a .zip or folder of class folders} SEEDS=${SEEDS:-0}
     HELDOUT=${CIFAR10_TEST:-$TRAIN}
-    EVAL="--seeds 2 --limit 500"
+    EVAL="--seeds 2 --limit 500" PER_CLASS=${PER_CLASS:-80} VIEWS="--views 2 --flip"
     ;;
 imagenet256)
     RECIPE=imagenet256-tokenizer TRAIN=${IMAGENET:?set IMAGENET to ILSVRC train} SEEDS=${SEEDS:-0}
     HELDOUT=${IMAGENET_VAL:?set IMAGENET_VAL to ILSVRC val, in class folders}
-    EVAL="--seeds 4"
+    EVAL="--seeds 4" PER_CLASS=${PER_CLASS:-50} VIEWS=""
     ;;
 *)
     echo "$script: SCALE=$SCALE is none of digits, cifar10, imagenet256" >&2
@@ -93,5 +93,56 @@ generator_cell() {
         python "$here/gap.py" "$OUT/$name.$seed" --into "$score.part"
         mv "$score.part" "$score"
         shift 4
+    done
+}
+
+# draw_and_score FOLDER SCORE JUDGE option...: draw $PER_CLASS samples a class and score them in one pass. JUDGE: a
+# judge's file, or nothing for Inception.
+draw_and_score() {
+    folder=$1 into=$2 judge=$3
+    shift 3
+    began=$(date +%s)
+    rdpm sample --per-class "$PER_CLASS" --out "$folder" --quiet "$@" >&2
+    rdpm eval all "$folder" ${judge:+--extractor "$judge"} --json --quiet >"$into"
+    python "$here/gap.py" --into "$into" --images "$folder" --seconds $(($(date +%s) - began))
+}
+
+# drawn_cell NAME CHECKPOINT JUDGE option...: samples of a trained generator -> NAME.<seed>.json. CHECKPOINT and JUDGE
+# hold %s where the seed belongs.
+drawn_cell() {
+    name=$1 checkpoints=$2 judges=$3
+    shift 3
+    for seed in $SEEDS; do
+        score=$OUT/$name.$seed.json
+        [ -s "$score" ] && continue
+        echo "$script: $name, seed $seed" >&2
+        # shellcheck disable=SC2059
+        checkpoint=$(printf "$checkpoints" "$seed") judge=$(printf "$judges" "$seed")
+        draw_and_score "$OUT/$name.$seed" "$score.part" "$judge" --ckpt "$checkpoint" --seed "$seed" "$@"
+        mv "$score.part" "$score"
+    done
+}
+
+# pipeline_cell NAME JUDGE key=value...: the whole way with a tokenizer of its own -> NAME.<seed>.json. The overrides are
+# the tokenizer's; TOKENIZER, GENERATOR and GENERATOR_RECIPE hold what all cells share.
+pipeline_cell() {
+    name=$1 judge=$2
+    shift 2
+    for seed in $SEEDS; do
+        score=$OUT/$name.$seed.json run=$OUT/$name.$seed
+        [ -s "$score" ] && continue
+        echo "$script: $name, seed $seed" >&2
+        # shellcheck disable=SC2086
+        rdpm train-tokenizer "$TRAIN" --recipe "$RECIPE" --out "$run.tokenizer" --quiet seed="$seed" $TOKENIZER "$@" >&2
+        # shellcheck disable=SC2086
+        rdpm tokenize "$TRAIN" "$run.codes" --tokenizer "$run.tokenizer/tokenizer.pt" --seed "$seed" --quiet $VIEWS >&2
+        # shellcheck disable=SC2086
+        rdpm train-gen "$run.codes" --recipe "$GENERATOR_RECIPE" --out "$run.generator" --quiet seed="$seed" \
+            $GENERATOR >&2
+        # shellcheck disable=SC2086
+        rdpm eval recon "$HELDOUT" --tokenizer "$run.tokenizer/tokenizer.pt" $EVAL --json --quiet >"$run.recon"
+        draw_and_score "$run.samples" "$score.part" "$judge" --ckpt "$run.generator/generator.pt" --seed "$seed"
+        python "$here/gap.py" "$run.generator" --into "$score.part" --recon "$run.recon"
+        mv "$score.part" "$score"
     done
 }

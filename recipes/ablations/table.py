@@ -17,8 +17,8 @@ def read_cells(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def summary(scores: list[dict[str, Any]], column: str) -> tuple[float, float] | None:
-    """Mean and standard deviation over seeds, or None where a seed lacks the score."""
-    values = [score.get(column) for score in scores]
+    """Mean and standard deviation over seeds, or None where a seed lacks the score. column: a/b is a, or else b."""
+    values = [next((score[name] for name in column.split("/") if name in score), None) for score in scores]
     known = [float(value) for value in values if value is not None]
     if len(known) < len(values) or not known:
         return None

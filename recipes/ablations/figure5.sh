@@ -1,0 +1,19 @@
+#!/bin/sh
+# Figure 5: the base of the pow schedule, alpha_t = base^(T - t), from 0.5 to 0.95.
+#
+#   recipes/ablations/figure5.sh                     digits, 2 seeds, about 16 CPU minutes
+#   SCALE=cifar10 CIFAR10=cifar10-train.zip recipes/ablations/figure5.sh
+#
+# A finished cell is not run again. Ends with table.md, table.csv, plot.png and schedules.png.
+SCALE=${SCALE:-digits}
+[ "$SCALE" = digits ] && SEEDS=${SEEDS:-0 1}
+. "$(dirname "$0")/lib.sh"
+. "$here/budget.sh"
+
+for base in 0.5 0.65 0.75 0.85 0.95; do
+    pipeline_cell "base-$base" "$JUDGE" schedule.kind=pow schedule.base="$base"
+done
+
+python "$here/table.py" "$OUT" --title "Base of pow, $SCALE" \
+    --columns fid/frechet_distance class_accuracy recon_psnr heldout_ce accuracy_gap --paper base-0.75="best"
+python "$here/schedules.py" "$OUT"
