@@ -292,8 +292,10 @@ class GeneratorConfig(GeneratorArchitecture):
 class JudgeConfig(Section):
     """A small classifier of real images, an honest extractor where Inception says little."""
 
-    width: int = Field(32, gt=0, description="channels of the first layer")
+    width: int = Field(32, gt=0, multiple_of=8, description="channels of the first layer")
+    blocks: int = Field(0, ge=0, description="residual blocks after each halving; 1 or 2 for photographs")
     features: int = Field(64, gt=0, description="width of the penultimate layer")
+    flip: bool = Field(False, description="mirror training images at random; not for digits and letters")
     train: TrainConfig
 
 
@@ -306,7 +308,7 @@ class Recipe(Section):
     views: int = Field(1, ge=1, description="noise draws an image that the demo keeps in its store")
     tokenizer: TokenizerConfig | None = Field(None, description="for train-tokenizer")
     generator: GeneratorConfig | None = Field(None, description="for train-gen")
-    judge: JudgeConfig | None = Field(None, description="for the demo")
+    judge: JudgeConfig | None = Field(None, description="for eval judge and the demo")
 
     def digest(self) -> str:
         """sha256 of the resolved recipe."""

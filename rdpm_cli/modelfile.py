@@ -20,7 +20,7 @@ FORMATS = {"rdpm-tokenizer": "tokenizer", "rdpm-generator": "generator", "rdpm-j
 MAKERS = {
     "rdpm-tokenizer": "make one with `rdpm train-tokenizer IMAGES --recipe NAME`",
     "rdpm-generator": "make one with `rdpm train-gen CODES --recipe NAME`",
-    "rdpm-judge": "`rdpm demo` makes one",
+    "rdpm-judge": "make one with `rdpm eval judge IMAGES OUT`",
 }
 
 

@@ -166,7 +166,7 @@ FAILURES: dict[str, tuple[str, int, str, str]] = {
     "generator for a tokenizer":
         ("tokenize {images} {out} --tokenizer {generator}", 3, "is a generator, not a tokenizer", "train-tokenizer"),
     "tokenizer for a judge":
-        ("eval fid {images} --ref {images} --extractor {tokenizer}", 3, "is a tokenizer, not a judge", "rdpm demo"),
+        ("eval fid {images} --ref {images} --extractor {tokenizer}", 3, "is a tokenizer, not a judge", "eval judge"),
     "text for a checkpoint": ("sample --ckpt {text} --out {out}", 3, "text.pt", "rdpm train-gen"),
     "absent checkpoint": ("sample --ckpt {missing} --out {out}", 3, "does not exist", "rdpm train-gen"),
     "store by another tokenizer": ("reconstruct {codes} {out} --tokenizer {other}", 3, "was coded by", "rdpm tokenize"),

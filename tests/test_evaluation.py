@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from rdpm_cli import engine, files, modelfile
+from rdpm_cli.cli.app import run
 from rdpm_cli.config import JudgeConfig, TrainConfig
 from rdpm_cli.errors import CheckpointError, DataError, RdpmError
 from rdpm_cli.evaluation import evaluate, features, judge, metrics, reference
@@ -473,7 +474,7 @@ def test_a_judge_as_extractor_names_itself(judge_path: Path) -> None:
 def test_another_kind_of_checkpoint_is_no_judge(tiny_tokenizer_file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.pt is a tokenizer, not a judge") as caught:
         features.make_extractor(tiny_tokenizer_file, None, CPU)
-    assert (caught.value.exit_code, "rdpm demo" in caught.value.hint) == (3, True)
+    assert (caught.value.exit_code, "rdpm eval judge" in caught.value.hint) == (3, True)
     with pytest.raises(CheckpointError, match=r"nothing\.pt does not exist"):
         features.make_extractor(tmp_path / "nothing.pt", None, CPU)
 
@@ -664,3 +665,98 @@ def test_samples_that_cannot_be_scored_say_why(
         engine.eval_fid(str(samples), extractor=judge_path, device="cpu")
     assert isinstance(caught.value, DataError)
     assert caught.value.exit_code == 3
+
+
+# ---- eval judge ----------------------------------------------------------------------------------------------------
+
+SMALL = ["width=8", "blocks=1", "features=6", "train.batch=16", "train.epochs=null", "train.steps=3"]
+
+
+def test_a_judge_of_any_labelled_source_holds_out_a_share_of_it(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", "judge", str(image_folder), str(tmp_path / "judge"), *SMALL, "--resolution", "16", "--quiet"]
+    assert run([*command, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    source = open_source(str(image_folder))
+    seen, unseen = judge.split(source)
+    assert (values["images"], values["heldout_images"]) == (len(seen), len(unseen))
+    assert len(seen) + len(unseen) == 36
+    assert not set(seen.names) & set(unseen.names)
+    extractor = features.make_extractor(Path(values["judge"]), None, CPU)
+    target = reference.open_images(unseen, 16)
+    accuracy = evaluate.class_accuracy(extractor, target, features.collect(extractor, target.batches))
+    assert values["heldout_accuracy"] == pytest.approx(accuracy)
+    before = (tmp_path / "judge" / "judge.pt").read_bytes()
+    assert run([*command, "--json"]) == 0, "the same command again"
+    assert json.loads(capsys.readouterr().out) == values
+    assert (tmp_path / "judge" / "judge.pt").read_bytes() == before
+
+
+def test_the_share_held_out_moves_with_nothing(image_folder: Path) -> None:
+    first, again = (judge.split(open_source("digits"))[1] for _ in range(2))
+    assert first.names == again.names
+    assert 0.07 < len(first) / 1500 < 0.13
+    assert first.labels == [open_source("digits").need_labels()[i] for i in first.indices]  # type: ignore[attr-defined]
+    assert np.array_equal(first.pixels(3, 16), open_source("digits").pixels(first.indices[3], 16))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        ("{images} {out} --heldout {flat}", 3, "no classes"),
+        ("{images} {out} --heldout digits:heldout", 3, "other classes"),
+        ("{few} {out}", 3, "too few to hold some out"),
+        ("{images} {out}/judge.pt", 2, "run folder"),
+        ("{images} {out} widht=8", 2, "widht"),
+        ("{images} {out} --recipe imagenet256-d16", 2, "no judge section"),
+        ("{images} {out} width=12", 2, "multiple of 8"),
+    ],
+)
+def test_a_judge_that_cannot_be_trained_is_refused(
+    args: str, code: int, text: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(image_folder / "a", tmp_path / "flat")
+    for name in "ab":
+        shutil.copytree(image_folder / name, tmp_path / "few" / name, ignore=lambda _, names: sorted(names)[1:])
+    places = {"images": image_folder, "out": tmp_path / "out", "flat": tmp_path / "flat", "few": tmp_path / "few"}
+    assert run(["eval", "judge", *args.format(**places).split(), "--quiet"]) == code
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("side", "halvings"), [(16, 2), (32, 2), (64, 3), (256, 5)])
+def test_larger_images_are_halved_more_often(side: int, halvings: int) -> None:
+    network = Judge(side, 8, 6, 3, blocks=1)
+    strides = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
+    assert len(strides) == halvings
+    assert tuple(network(torch.zeros(1, 3, side, side))[1].shape) == (1, 3)
+
+
+def test_a_judge_of_before_blocks_reads_the_same(judge_path: Path) -> None:
+    content = modelfile.load(judge_path)
+    config = {name: value for name, value in content["config"].items() if name != "blocks"}
+    old = Judge(**config)
+    old.load_state_dict(content["weights"])
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(old.eval()(x)[1], make_judge()(x)[1])
+
+
+def test_mirroring_is_an_option(source: ImageSource) -> None:
+    cfg = JudgeConfig(width=8, features=6, flip=True, train=TrainConfig(batch=32, steps=4))
+    mirrored, plain = JudgeBatches(source, cfg, 16, 0), judge_batches(source, batch=32)
+    both = [hwc(batches.batch_at(0, range(32)).pixels_BCHW) for batches in (mirrored, plain)]
+    assert not np.array_equal(both[0], both[1])
+    padded = {i: np.pad(source.pixels(i, 16), ((1, 1), (1, 1), (0, 0)), "edge") for i in range(36)}
+
+    def found(pixels: NDArray[np.uint8]) -> bool:
+        return any(
+            np.array_equal(padded[i][y : y + 16, x : x + 16], pixels)
+            for i in range(36)
+            for y in range(3)
+            for x in range(3)
+        )
+
+    straight = [found(pixels) for pixels in both[0]]
+    assert 0 < sum(straight) < 32
+    assert all(found(pixels[:, ::-1]) for pixels, whole in zip(both[0], straight, strict=True) if not whole)

@@ -74,3 +74,33 @@ def recon(
         device=device,
     )
     report.show(result, json)
+
+
+@group.command()
+def judge(
+    images: options.Images,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="run folder; the judge is OUT/judge.pt")],
+    overrides: options.Overrides = None,
+    heldout: Annotated[str | None, typer.Option(metavar="IMAGES", help="default: a tenth of the images")] = None,
+    recipe: options.Recipe = "judge",
+    resolution: Annotated[int | None, typer.Option(min=8, help="default: the first image's short side")] = None,
+    gpus: options.Gpus = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train a small classifier of IMAGES, whose features and opinion score samples where Inception says little.
+
+    Its accuracy on images that it has not seen is in its file, and beside every score it makes. The same command again
+    resumes.
+
+    Example: rdpm eval judge cifar10-train.zip runs/judge width=64
+    """
+    report.begin(quiet)
+    from rdpm_cli import engine
+
+    team = options.several(gpus)
+    result = engine.eval_judge(
+        images, out, recipe, overrides or [], heldout=heldout, resolution=resolution, device=device, team=team
+    )
+    report.show(result, json)

@@ -103,10 +103,10 @@ class CodeStore:
         return rows[~held], rows[held]
 
 
-def held_out(index_N: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """True for about 2% of source indices: splitmix64's finaliser, so the choice moves with nothing else."""
+def held_out(index_N: NDArray[np.int64], percent: int = HELD_OUT_PERCENT) -> NDArray[np.bool_]:
+    """True for about so many of 100 source indices: splitmix64's finaliser, so the choice moves with nothing else."""
     x = index_N.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    held: NDArray[np.bool_] = (x ^ (x >> np.uint64(31))) % np.uint64(100) < HELD_OUT_PERCENT
+    held: NDArray[np.bool_] = (x ^ (x >> np.uint64(31))) % np.uint64(100) < percent
     return held

@@ -7,11 +7,12 @@ torch is imported inside the functions, so that a wrong path, recipe or option i
 from rdpm_cli.codes.work import Work
 from rdpm_cli.engine.generator_training import train_gen
 from rdpm_cli.engine.inspection import inspect
+from rdpm_cli.engine.judging import eval_judge, train_judge
 from rdpm_cli.engine.planning import Hardware, plan_generator, plan_tokenizer
 from rdpm_cli.engine.reconstructing import reconstruct
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.sampling import parse_classes, sample
-from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
+from rdpm_cli.engine.scoring import eval_fid, eval_recon
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
 from rdpm_cli.engine.verifying import verify
@@ -23,6 +24,7 @@ __all__ = [
     "Work",
     "copy_file",
     "eval_fid",
+    "eval_judge",
     "eval_recon",
     "find_tokenizer",
     "inspect",

@@ -1,13 +1,11 @@
-"""eval fid, eval recon, and the judge."""
+"""eval fid, eval recon."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rdpm_cli import progress
-from rdpm_cli.config import Recipe
-from rdpm_cli.engine.runs import Result, Training, train_once, versions
+from rdpm_cli.engine.runs import Result, versions
 from rdpm_cli.engine.tokenizing import find_tokenizer
 
 
@@ -73,31 +71,3 @@ def _metric_versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("lpips", "torch-fidelity", "torchmetrics")}
-
-
-def train_judge(images: str, heldout: str, out: Path, recipe: Recipe, device: str = "auto") -> Result:
-    """A classifier of real images -> RUN/judge.pt, with its accuracy on held-out images."""
-    cfg = recipe.judge
-    assert cfg is not None
-    assert recipe.tokenizer is not None
-    size = recipe.tokenizer.autoencoder.resolution
-    from rdpm_cli.evaluation import judge
-    from rdpm_cli.images.sources import open_source
-
-    source, unseen = open_source(images), open_source(heldout)
-
-    def make(training: Training) -> dict[str, Any]:
-        network = judge.Judge(size, cfg.width, cfg.features, len(source.class_names)).to(training.device).train()
-        batches = judge.JudgeBatches(source, cfg, size, recipe.seed)
-        kept = training.fit([judge.JudgeTask(network)], batches, cfg.train, len(source))
-        assert isinstance(kept, judge.Judge)
-        accuracy = judge.accuracy(kept.eval(), unseen, training.device)
-        provenance = {"data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy, **versions()}
-        return judge.pack(kept, source.class_names, provenance=provenance)
-
-    final, chosen = out / "judge.pt", {"seed": recipe.seed, "judge": cfg.model_dump(mode="json")}
-    data = {"source": source.spec, "heldout": unseen.spec, "resolution": size}
-    train_once(final, recipe.seed, {"command": "train-judge", "recipe": chosen, "data": data}, device, make)
-    _, content = judge.load(final)
-    values = {"judge": str(final), "heldout_accuracy": content["provenance"]["heldout_accuracy"]}
-    return Result("judge trained", values)

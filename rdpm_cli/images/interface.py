@@ -59,6 +59,20 @@ class ImageSource(ABC):
         return files.digest({"names": list(self.names), "labels": self.labels and list(map(int, self.labels))})
 
 
+class PartOfSource(ImageSource):
+    """Some images of a source, in its order; classes stay what they are there."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int], note: str) -> None:
+        """note: which part, for its name."""
+        self.source, self.indices = source, [int(index) for index in indices]
+        self.spec, self.class_names = f"{source.spec} ({note})", source.class_names
+        self.names = [source.names[index] for index in self.indices]
+        self.labels = None if source.labels is None else [int(source.labels[index]) for index in self.indices]
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(self.indices[index])
+
+
 def spread(count: int, limit: int | None) -> list[int]:
     """`limit` of the indices 0..count-1, evenly spaced: sources are sorted by class, so the first ones are of one."""
     few = min(count, limit or count)

@@ -8,7 +8,7 @@ from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.images.arrange import CLASSES, HINT, is_image, read_classes, read_note
 from rdpm_cli.images.digits import DIGIT_PARTS, DigitsSource
 from rdpm_cli.images.folders import FolderSource, visible_files
-from rdpm_cli.images.interface import ImageSource, spread
+from rdpm_cli.images.interface import ImageSource, PartOfSource, spread
 from rdpm_cli.images.parquet import ParquetSource
 from rdpm_cli.images.patterns import SHARDS, expand, is_pattern, shard_files
 from rdpm_cli.images.tars import TarSource
@@ -19,6 +19,7 @@ __all__ = [
     "FolderSource",
     "ImageSource",
     "ParquetSource",
+    "PartOfSource",
     "TarSource",
     "ZipSource",
     "is_archive",
