@@ -127,7 +127,7 @@ def test_results_say_what_they_were_computed_with(
     ).values
     assert (values["n"], values["seed"], values["seeds"]) == (36, 1, [1, 2])
     digest = modelfile.load(judge_file)["digest"]
-    assert values["extractor"] == {"name": "judge judge.pt", "sha256": digest}
+    assert values["extractor"] == {"name": "judge judge.pt", "sha256": digest, "heldout_accuracy": 0.5}
     vgg = files.sha256_file(random_backbones["vgg"])
     assert values["lpips"] == {"vgg": {"name": "lpips 0.1.4 vgg", "sha256": vgg}}
     assert any("not the published ones" in note for note in values["notes"])

@@ -76,3 +76,13 @@ def hardware(dry_run: bool, gpu: str | None, gpus: int | None, utilisation: floa
 def with_keep(overrides: Sequence[str] | None, keep: int | None) -> list[str]:
     """The recipe overrides, with --keep as the last of them."""
     return [*(overrides or []), *([] if keep is None else [f"train.keep={keep}"])]
+
+
+def one_target(args: Sequence[str], ckpt: Path | None) -> str:
+    """The one TARGET among an eval's arguments; empty with --ckpt, whose arguments are all options of sampling."""
+    if ckpt is not None:
+        return ""
+    if len(args) != 1:
+        given = "none is given" if not args else f"{len(args)} are given: {' '.join(args)}"
+        raise UsageError(f"one TARGET is wanted, and {given}", "give samples, images or an .npz, or --ckpt FILE")
+    return args[0]
