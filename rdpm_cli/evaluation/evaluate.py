@@ -1,6 +1,7 @@
 """Reconstructions and their running scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +18,24 @@ from rdpm_cli.tokenizer.perceptual import Net, Perceptual
 RECON_BATCH = 16
 
 
+class Reconstruction(NamedTuple):
+    """Of a batch under one noise seed. latent_mse_B: mean over the latent of (z' - z)², a value an image."""
+
+    pixels: Pixels
+    latent_mse_B: Tensor
+
+
 def reconstructions(
     source: ImageSource, tokenizer: Tokenizer, seed: int, device: torch.device, limit: int | None = None
 ) -> Iterator[tuple[list[int], Pixels, Pixels]]:
     """(indices, originals, reconstructions) under the `eval` noise of a seed, as `reconstructions_by_seed`."""
     for indices, originals, (recon,) in reconstructions_by_seed(source, tokenizer, [seed], device, limit):
-        yield indices, originals, recon
+        yield indices, originals, recon.pixels
 
 
 def reconstructions_by_seed(
     source: ImageSource, tokenizer: Tokenizer, seeds: Sequence[int], device: torch.device, limit: int | None = None
-) -> Iterator[tuple[list[int], Pixels, list[Pixels]]]:
+) -> Iterator[tuple[list[int], Pixels, list[Reconstruction]]]:
     """(indices, originals, reconstructions under the `eval` noise of each seed), in padded batches on one thread.
 
     Images are read and encoded once: z does not depend on the seed. limit: so many images, evenly spaced.
@@ -43,8 +51,10 @@ def reconstructions_by_seed(
             z = tokenizer.latents(to_model(chw(originals)).to(device))
             for seed in seeds:
                 eps = tokenizer.noise("eval", seed, padded, [0] * RECON_BATCH).to(device)
-                recon = tokenizer.decode(tokenizer.quantizer.encode(z, eps))
-                recons.append(hwc(to_pixels(recon))[: len(part)])
+                quantised = tokenizer.quantizer.decode(tokenizer.quantizer.encode(z, eps))
+                pixels = hwc(to_pixels(tokenizer.decode_latents(quantised)))
+                error_B = (quantised - z).square().flatten(1).mean(1)
+                recons.append(Reconstruction(pixels[: len(part)], error_B[: len(part)]))
         yield part, originals[: len(part)], recons
 
 
@@ -57,8 +67,8 @@ class ReconstructionScores:
         self.sums, self.count = {"mse": 0.0, "psnr": 0.0, "ssim": 0.0}, 0
         self.sums |= {f"lpips_{net}": 0.0 for net in self.perceptual}
 
-    def add(self, originals: Pixels, recon: Pixels) -> None:
-        """One batch, (B, H, W, 3) uint8 each."""
+    def add(self, originals: Pixels, recon: Pixels, latent_mse_B: Tensor | None = None) -> None:
+        """One batch, (B, H, W, 3) uint8 each; the error of their latents where it is known, for every batch or none."""
         a, b = chw(originals), chw(recon)
         values = {
             "mse": metrics.mean_squared_error(b, a),
@@ -66,8 +76,9 @@ class ReconstructionScores:
             "ssim": metrics.ssim(b, a),
         }
         values |= {f"lpips_{net}": lpips(network, b, a) for net, network in self.perceptual.items()}
+        values |= {} if latent_mse_B is None else {"latent_mse": latent_mse_B}
         for name, value in values.items():
-            self.sums[name] += float(value.double().sum())
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
         self.count += len(originals)
 
     def means(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rdpm_cli.errors import DataError
 from rdpm_cli.images.transform import Pixels
 
-HINT = "copy it again; images are `arr_0`, (N, H, W, 3) uint8, as np.savez writes them"
+HINT = "images are `arr_0`, (N, H, W, 3) uint8, as np.savez writes them; references have `mu` and `sigma`"
 
 
 @contextlib.contextmanager

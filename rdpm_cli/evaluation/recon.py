@@ -128,9 +128,9 @@ def score(
     for indices, originals, recons in evaluate.reconstructions_by_seed(source, tokenizer, seeds, device, limit):
         hash_pixels(pixels, originals)
         if distance:
-            distance.add(originals, recons[0])
+            distance.add(originals, recons[0].pixels)
         for one, recon in zip(sums, recons, strict=True):
-            one.add(originals, recon)
+            one.add(originals, recon.pixels, recon.latent_mse_B)
         advance(len(indices))
     by_seed, count = [one.means() for one in sums], sums[0].count
     notes = [network.note for network in rulers.perceptual.values() if network.note]

@@ -92,6 +92,9 @@ def score(
     seen = look(extractor, target, wanted, options.cache)
     if seen is None:
         return None
+    if against and len(against.pool.mean_D) != len(seen.pool.mean_D):
+        width = f"{len(against.pool.mean_D)} features a mean, and {extractor.name} gives {len(seen.pool.mean_D)}"
+        raise DataError(f"{against.name} has {width}", "give a reference of the same extractor")
     scored = _Scored(notes=[extractor.note] if extractor.note else [])
     for part in parts:
         _PARTS[part](scored, extractor, target, seen, against, options)

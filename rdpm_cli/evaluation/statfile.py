@@ -97,7 +97,10 @@ class StatFile:
         return Against(name, count, sha256, pool, spatial, found, missing)
 
     def _statistics(self, mean: str, covariance: str, count: int | None) -> Statistics:
-        mean_D, covariance_DD = (npz.array(self.path, name).astype(np.float64) for name in (mean, covariance))
+        raw = [npz.array(self.path, name) for name in (mean, covariance)]
+        if any(values.dtype.kind != "f" for values in raw):
+            raise DataError(f"{self.path} is damaged: {mean} and {covariance} are no floating-point numbers", AGAIN)
+        mean_D, covariance_DD = (values.astype(np.float64) for values in raw)
         if mean_D.ndim != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
             raise DataError(
                 f"{self.path} is damaged: {mean} is {mean_D.shape}, {covariance} {covariance_DD.shape}", AGAIN
@@ -120,11 +123,7 @@ def find(ref: str | None) -> StatFile | None:
     if path.suffix != ".npz" or not path.is_file():
         return None
     arrays = npz.names(path)
-    if OURS in arrays or {"mu", "sigma"} <= set(arrays):
-        return StatFile(path)
-    if "arr_0" in arrays:
-        return None
-    raise DataError(f"{path} is no reference: it has {', '.join(arrays)}, neither mu and sigma nor arr_0", AGAIN)
+    return StatFile(path) if OURS in arrays or {"mu", "sigma"} <= set(arrays) else None
 
 
 def save(path: Path, seen: Seen, record: dict[str, Any], extractor: Extractor) -> None:
