@@ -414,6 +414,8 @@ def test_a_checkpoint_gives_each_process_its_own_pieces(generator_path: Path) ->
         ("fid --ckpt {ckpt} --resolution 8", "--resolution"),
         ("fid --ckpt {ckpt} --classes 9", "there is no class 9"),
         ("is digits --subset 4", "--subset"),
+        ("is digits --ref digits", "--ref"),
+        ("fid digits --ref digits --per-class 8", "--per-class belongs to --ckpt"),
         ("reference digits ref", "no .npz"),
     ],
 )

@@ -40,9 +40,11 @@ def _command(metric: str, text: str) -> None:
         ckpt: Annotated[
             Path | None, typer.Option(metavar="FILE", help="draw from a generator, no files between")
         ] = None,
-        classes: Annotated[str, typer.Option(help="of --ckpt: 1,2,3 or 0-9 or all or name:goldfish")] = "all",
-        per_class: Annotated[int, typer.Option(min=1, help="of --ckpt: samples a class")] = 8,
-        seed: options.Seed = 0,
+        classes: Annotated[
+            str | None, typer.Option(help="of --ckpt: 1,2,3 or 0-9 or all (default) or name:goldfish")
+        ] = None,
+        per_class: Annotated[int | None, typer.Option(min=1, help="of --ckpt: samples a class; default 8")] = None,
+        seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="of --ckpt: of the noise")] = None,
         extractor: Extractor = None,
         weights: Weights = None,
         download: Download = False,
@@ -60,9 +62,11 @@ def _command(metric: str, text: str) -> None:
         report.begin(quiet)
         from rdpm_cli import engine
 
-        target: str | engine.Drawn = options.one_target(args or [], ckpt)
+        drawing = {"--classes": classes, "--per-class": per_class, "--seed": seed}
+        given = {name: value is not None for name, value in drawing.items()}
+        target: str | engine.Drawn = options.one_target(args or [], ckpt, given)
         if ckpt is not None:
-            target = engine.Drawn(ckpt, classes, per_class, seed, tuple(args or []))
+            target = engine.Drawn(ckpt, classes or "all", per_class or 8, seed or 0, tuple(args or []))
         ruler = engine.Ruler(extractor, weights, download, cache)
         result = engine.eval_images(
             metric, target, ref, ruler, subset=subset, ci=ci, resolution=resolution, device=device,

@@ -76,6 +76,8 @@ def eval_images(
     ruler = ruler or Ruler()
     wanted = scores.Options(subset, ci)
     scores.check(metric, wanted)
+    if ref is not None and not scores.needs_reference(metric):
+        raise UsageError(f"--ref has no use for `eval {metric}`", "leave it out")
     if team and team.processes > 1:
         return Result("score", _by_team(team, device))
     from rdpm_cli.training.distributed import process_group
