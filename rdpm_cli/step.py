@@ -4,6 +4,8 @@ All randomness of step s is drawn for the global batch in blocks of 16 rows, eac
 takes whole blocks. So the data of a step depends neither on the number of processes nor on what ran before.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +16,16 @@ from rdpm_cli import noise
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without torch.distributed."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value: Any) -> list[Any] | None:
+    """The values of all processes by rank, in the first one; None in the others."""
+    rank, size = world()
+    if size == 1:
+        return [value]
+    found: list[Any] | None = [None] * size if rank == 0 else None
+    dist.gather_object(value, found)
+    return found
 
 
 class TrainStep:

@@ -12,11 +12,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rdpm_cli.errors import UsageError
 from rdpm_cli.signals import end_with_parent
 
 FOLDER = "RDPM_TEAM"  # environment variable of a started process: where it leaves its failure
+ANSWER = "answer.json"  # in that folder: what its first process found, where no file of the run says it
 LAUNCHER = "RDPM_LAUNCHER"  # and its launcher's process id
 
 
@@ -93,6 +95,19 @@ def leave(failure: Failure) -> bool:
         path.write_text(json.dumps({**asdict(failure), "rank": rank}))
         return True
     return False
+
+
+def answer(values: dict[str, Any]) -> None:
+    """Leave the answer of the first process for its launcher, where there is one."""
+    if started():
+        (Path(os.environ[FOLDER]) / ANSWER).write_text(json.dumps(values, allow_nan=False))
+
+
+def answered(folder: Path) -> dict[str, Any] | None:
+    """What the first process left, if it did."""
+    path = folder / ANSWER
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
 
 
 def failures(folder: Path) -> dict[int, Failure]:

@@ -1,14 +1,17 @@
-"""Published weight files of other networks: looked up, never fetched. A plain helper of every room."""
+"""Published weight files of other networks: looked up, and fetched only when asked. A plain helper of every room."""
 
+import http.client
 import os
+import shutil
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rdpm_cli import files, tensorfile
-from rdpm_cli.errors import AbsentWeightsError, CheckpointError
+from rdpm_cli import files, progress, tensorfile
+from rdpm_cli.errors import AbsentWeightsError, CheckpointError, RunError
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ def where_to_put(what: Published, option: str) -> str:
     )
 
 
-def find(what: Published, given: Path | None, option: str) -> Found:
-    """The path given, else the file in $RDPM_WEIGHTS, else in torch hub's folder.
+def find(what: Published, given: Path | None, option: str, download: bool = False) -> Found:
+    """The path given, else the file in $RDPM_WEIGHTS, else in torch hub's folder; else, with download, fetched there.
 
     A path that is given may hold other weights of the layout: its sha256 tells. A file found under the published name
     must be the published one. Raises AbsentWeightsError where none is found, and CheckpointError for a given path
@@ -58,6 +61,8 @@ def find(what: Published, given: Path | None, option: str) -> Found:
         raise CheckpointError(files.no_file(given), where_to_put(what, option))
     places = [*([Path(folder) / what.file] if folder else []), hub_folder() / what.file]
     path = given or next((place for place in places if place.is_file()), None)
+    if path is None and download:
+        path = fetch(what, places[0])
     if path is None:
         raise AbsentWeightsError(what.file, places, where_to_put(what, option))
     sha256 = files.sha256_file(path)
@@ -68,6 +73,29 @@ def find(what: Published, given: Path | None, option: str) -> Found:
             f"copy it again from {what.url}; other weights of this layout go by {option}",
         )
     return Found(path, sha256, published)
+
+
+def fetch(what: Published, target: Path) -> Path:
+    """Download the file to `target`, whole or not at all. Raises RunError, and CheckpointError for other bytes."""
+    progress.say(f"fetching {what.url} to {target}")
+    beside = target.with_name(f"{target.name}.part")
+    files.make_folder(target.parent)
+    try:
+        with urllib.request.urlopen(what.url, timeout=60) as answer, beside.open("wb") as file:
+            shutil.copyfileobj(answer, file)
+        if not (sha256 := files.sha256_file(beside)).startswith(what.sha):
+            raise CheckpointError(
+                f"{what.url} gave a file whose sha256 begins with {sha256[: len(what.sha)]}, not {what.sha}",
+                "try again, or fetch it in another way",
+            )
+        os.replace(beside, target)
+    except (OSError, http.client.HTTPException) as error:
+        raise RunError(
+            f"{what.url} cannot be fetched: {error}", f"fetch it in another way and put it into {target.parent}"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
 
 
 def read(path: Path, what: str, hint: str) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer import model as tokenizer_model
 
 COMMANDS = [
-    "train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "eval fid", "eval recon", "demo", "inspect"
+    "train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "eval fid", "eval sfid", "eval is",
+    "eval pr", "eval kid", "eval all", "eval reference", "eval recon", "eval judge", "demo", "inspect",
 ]  # fmt: skip
 CLASS_NAMES = ["cat", "goldfish", "goose"]
 

@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from rdpm_cli import engine, files, modelfile
 from rdpm_cli.cli.app import run
 from rdpm_cli.config import JudgeConfig, TrainConfig
 from rdpm_cli.errors import CheckpointError, DataError, RdpmError
-from rdpm_cli.evaluation import evaluate, features, judge, metrics, reference
+from rdpm_cli.evaluation import evaluate, features, judge, metrics, reference, scores
+from rdpm_cli.evaluation.features import Activations
 from rdpm_cli.evaluation.judge import Judge, JudgeBatches, JudgeTask
 from rdpm_cli.evaluation.reference import ImageSet
 from rdpm_cli.images.sources import ImageSource, open_source
@@ -248,15 +249,19 @@ class Means:
     sha256: str = "0" * 64
     class_names: list[str] = field(default_factory=lambda: ["red", "green", "blue"])
     note: str = ""
+    accuracy: float | None = None
+    spatial: bool = False
 
-    def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, pixels_BCHW: Tensor) -> Activations:
         means = pixels_BCHW.float().mean((2, 3))
-        return means, means
+        return Activations(means, means)
 
 
 def image_set(pixels: NDArray[np.uint8], labels: list[int] | None = None, names: Iterable[str] = ()) -> ImageSet:
-    batches = iter([pixels[:5], pixels[5:]] if len(pixels) > 5 else [pixels])
-    return ImageSet("images", len(pixels), pixels.shape[1], labels, list(names), batches, origin={})
+    def read(pieces: Iterable[range]) -> Iterator[NDArray[np.uint8]]:
+        return (pixels[piece.start : piece.stop] for piece in pieces)
+
+    return ImageSet("images", len(pixels), pixels.shape[1], labels, list(names), read, origin={})
 
 
 def test_collect_gives_the_features_in_order() -> None:
@@ -288,7 +293,7 @@ def test_the_identity_of_a_set_follows_its_pixels_and_their_order() -> None:
 
 def test_frechet_says_what_it_was_computed_with() -> None:
     ours, theirs = random_pixels(12, seed=1), random_pixels(20, seed=2)
-    values = evaluate.frechet(Means(), image_set(ours), image_set(theirs), None)
+    values = scores.frechet(Means(), image_set(ours), image_set(theirs), None)
     expected = distance(ours.astype(np.float64).mean((1, 2)), theirs.astype(np.float64).mean((1, 2)))
     assert values["value"] == pytest.approx(expected, rel=1e-4)
     assert (values["metric"], values["n"], values["subsets"]) == ("frechet_distance", 12, 1)
@@ -299,13 +304,13 @@ def test_frechet_says_what_it_was_computed_with() -> None:
 
 
 def test_few_images_are_noted() -> None:
-    values = evaluate.frechet(Means(), image_set(random_pixels(3)), image_set(random_pixels(20)), None)
+    values = scores.frechet(Means(), image_set(random_pixels(3)), image_set(random_pixels(20)), None)
     assert any("fewer images than the 3 features" in note for note in values["notes"])
 
 
 def test_a_subset_score_is_the_mean_over_balanced_subsets() -> None:
     ours, theirs, labels = random_pixels(12, seed=1), random_pixels(20, seed=2), [0, 1] * 6
-    values = evaluate.frechet(Means(), image_set(ours, labels, "ab"), image_set(theirs), 4)
+    values = scores.frechet(Means(), image_set(ours, labels, "ab"), image_set(theirs), 4)
     means = [pixels.astype(np.float64).mean((1, 2)) for pixels in (ours, theirs)]
     each = [distance(means[0][rows], means[1]) for rows in metrics.balanced_subsets(np.array(labels), 4)]
     assert (values["n"], values["subsets"], len(each)) == (4, 3, 3)
@@ -316,7 +321,7 @@ def test_a_subset_score_is_the_mean_over_balanced_subsets() -> None:
 @pytest.mark.parametrize(("labels", "text"), [(None, "has no labels"), ([0] * 6, "no class-balanced subset of 8")])
 def test_a_subset_that_cannot_be_taken_is_refused(labels: list[int] | None, text: str) -> None:
     with pytest.raises(DataError, match=text):
-        evaluate.frechet(Means(), image_set(random_pixels(6), labels, "a"), image_set(random_pixels(6)), 8)
+        scores.frechet(Means(), image_set(random_pixels(6), labels, "a"), image_set(random_pixels(6)), 8)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +332,9 @@ def test_class_accuracy_compares_names_not_numbers(names: list[str], accuracy: f
     for colour in range(3):
         pixels[colour, ..., colour] = 200
     target = image_set(pixels, [0, 1, 2], names)
-    assert evaluate.class_accuracy(Means(), target, features.collect(Means(), [pixels])) == pytest.approx(accuracy)
+    assert scores.class_accuracy(
+        Means(), target.labels, target.class_names, features.collect(Means(), [pixels]).predicted_N
+    ) == pytest.approx(accuracy)
 
 
 def test_absent_inception_weights_name_the_file_and_the_places(no_weights: Path) -> None:
@@ -358,9 +365,10 @@ def test_inception_gives_2048_features_and_says_whose_weights_it_has(random_ince
     assert "not the published ones" in extractor.note
     pixels = chw(random_pixels(2))
     with one_thread():
-        found, logits = extractor(pixels)
-        alone = extractor(pixels[1:])[0]
-    assert (tuple(found.shape), logits) == ((2, 2048), None)
+        found, logits, spatial = extractor(pixels)
+        alone = extractor(pixels[1:]).features_BD
+    assert spatial is not None
+    assert [tuple(one.shape) for one in (found, logits, spatial)] == [(2, 2048), (2, 1008), (2, 2023)]
     assert bool(torch.isfinite(found).all())
     scale = float(found.abs().max())
     assert float((found[0] - found[1]).abs().max()) > 0.01 * scale, "the image does nothing"
@@ -377,7 +385,7 @@ def test_inception_gives_2048_features_and_says_whose_weights_it_has(random_ince
 )
 def test_only_the_published_inception_gives_a_fid(name: str, metric: str) -> None:
     target, theirs = image_set(random_pixels(4)), image_set(random_pixels(4, seed=1))
-    values = evaluate.frechet(Means(name=name, note="a note"), target, theirs, None)
+    values = scores.frechet(Means(name=name, note="a note"), target, theirs, None)
     assert (values["metric"], values["extractor"]["name"]) == (metric, name)
     assert values["notes"] == ["a note"]
 
@@ -462,9 +470,9 @@ def test_the_judges_file_gives_the_same_judge(judge_path: Path) -> None:
 def test_a_judge_as_extractor_names_itself(judge_path: Path) -> None:
     extractor = features.make_extractor(judge_path, None, CPU)
     pixels = chw(random_pixels(2))
-    found, logits = extractor(pixels)
+    found, logits, spatial = extractor(pixels)
     expected = make_judge()(to_model(pixels))
-    assert logits is not None
+    assert spatial is None
     assert torch.equal(found, expected[0])
     assert torch.equal(logits, expected[1])
     assert (extractor.name, extractor.class_names) == ("judge judge.pt", ["a", "b", "c"])
@@ -543,7 +551,9 @@ def test_a_trained_judge_records_its_accuracy_on_held_out_images(image_folder: P
     path = Path(trained.values["judge"])
     extractor = features.make_extractor(path, None, CPU)
     target = reference.open_images(open_source(str(image_folder)), 16)
-    accuracy = evaluate.class_accuracy(extractor, target, features.collect(extractor, target.batches))
+    accuracy = scores.class_accuracy(
+        extractor, target.labels, target.class_names, features.collect(extractor, target.batches).predicted_N
+    )
     assert trained.values["heldout_accuracy"] == pytest.approx(accuracy)
     assert extractor.class_names == ["a", "b", "c"]
 
@@ -685,7 +695,9 @@ def test_a_judge_of_any_labelled_source_holds_out_a_share_of_it(
     assert not set(seen.names) & set(unseen.names)
     extractor = features.make_extractor(Path(values["judge"]), None, CPU)
     target = reference.open_images(unseen, 16)
-    accuracy = evaluate.class_accuracy(extractor, target, features.collect(extractor, target.batches))
+    accuracy = scores.class_accuracy(
+        extractor, target.labels, target.class_names, features.collect(extractor, target.batches).predicted_N
+    )
     assert values["heldout_accuracy"] == pytest.approx(accuracy)
     before = (tmp_path / "judge" / "judge.pt").read_bytes()
     assert run([*command, "--json"]) == 0, "the same command again"

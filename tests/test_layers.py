@@ -140,7 +140,7 @@ EXIT_CODES = {
     "--help": 0,
     "--version": 0,
     **{f"{command} --help": 0 for command in COMMANDS},
-    "eval fid --help": 0,
+    **{f"eval {metric} --help": 0 for metric in ("fid", "sfid", "is", "pr", "kid", "all", "reference", "judge")},
     "eval recon --help": 0,
     "no-such-command": 2,
     "sample --no-such-option": 2,
@@ -148,6 +148,8 @@ EXIT_CODES = {
     "train-gen codes --recipe digits train.stepz=3": 2,
     "train-tokenizer no/such/folder --recipe digits": 2,
     "train-tokenizer digits --recipe digits --from-weights no-such.pt": 3,
+    "eval fid": 2,
+    "eval judge no/such/folder out": 2,
     "verify no/such/store": 2,
 }
 

@@ -12,7 +12,7 @@ from rdpm_cli.codes.manifest import Manifest
 from rdpm_cli.config import ProxyConfig
 from rdpm_cli.engine import pictures, proxy
 from rdpm_cli.errors import CheckpointError, DataError, RecipeError
-from rdpm_cli.evaluation import evaluate, features, judge, reference
+from rdpm_cli.evaluation import features, judge, reference, scores
 from rdpm_cli.evaluation.judge import Judge
 from rdpm_cli.generator import model, sampler
 from rdpm_cli.generator.contract import SampleOptions
@@ -55,11 +55,11 @@ def test_the_score_is_that_of_the_kept_weights_samples(digits_codes: Path, judge
     parts = sampler.sample(loaded.generator, loaded.tokenizer, labels, SampleOptions(how), how.micro_batch)
     pixels = np.concatenate([part.pixels_BHWC for part in parts])
     extractor = features.make_extractor(judge_file, None, CPU)
-    drawn = reference.ImageSet("drawn", 7, 16, labels, list("abc"), iter([pixels]), origin={})
+    drawn = reference.ImageSet("drawn", 7, 16, labels, list("abc"), lambda _: iter([pixels]), origin={})
     against = reference.open_recorded(
         pictures.store_reference(digits_codes, Manifest.load(digits_codes)), "store", "hint"
     )
-    expected = evaluate.frechet(extractor, drawn, against, None)
+    expected = scores.frechet(extractor, drawn, against, None)
     assert rows[-1]["proxy/frechet_distance"] == pytest.approx(expected["value"], rel=1e-9)
     assert rows[-1]["proxy/class_accuracy"] == expected["class_accuracy"]
     assert result.values["proxy/frechet_distance"] == rows[-1]["proxy/frechet_distance"]

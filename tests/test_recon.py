@@ -42,6 +42,15 @@ def pairs(folder: Path, tokenizer: Path, seed: int, limit: int | None = None) ->
     return np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
 
 
+def latent_error(folder: Path, tokenizer_file: Path, seed: int) -> float:
+    """Mean of (z' - z)² over images and latent, from the codes that are stored."""
+    source, tokenizer = open_source(str(folder)), model.load(tokenizer_file)[0]
+    x = to_model(chw(np.stack([source.pixels(index, 16) for index in range(len(source))])))
+    eps = tokenizer.noise("eval", seed, range(len(source)), [0] * len(source))
+    z = tokenizer.latents(x)
+    return float((tokenizer.quantizer.decode(tokenizer.encode(x, eps)) - z).pow(2).mean())
+
+
 # ---- running statistics --------------------------------------------------------------------------------------------
 
 
@@ -100,6 +109,7 @@ def test_values_are_those_of_independent_computations(
         ],
         "ssim": [float(torch.as_tensor(structural_similarity_index_measure(b, a, data_range=1.0))) for a, b in unit],
         "mse": [float((4 * (a - b) ** 2).mean()) for a, b in unit],
+        "latent_mse": [latent_error(image_folder, tiny_tokenizer_file, seed) for seed in seeds],
         "lpips_vgg": [float(network(*(to_model(chw(side)) for side in pair)).mean()) for pair in both],
     }
     for name, found in per_seed.items():
@@ -127,7 +137,7 @@ def test_results_say_what_they_were_computed_with(
     ).values
     assert (values["n"], values["seed"], values["seeds"]) == (36, 1, [1, 2])
     digest = modelfile.load(judge_file)["digest"]
-    assert values["extractor"] == {"name": "judge judge.pt", "sha256": digest}
+    assert values["extractor"] == {"name": "judge judge.pt", "sha256": digest, "heldout_accuracy": 0.5}
     vgg = files.sha256_file(random_backbones["vgg"])
     assert values["lpips"] == {"vgg": {"name": "lpips 0.1.4 vgg", "sha256": vgg}}
     assert any("not the published ones" in note for note in values["notes"])

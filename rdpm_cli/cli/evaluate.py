@@ -11,28 +11,105 @@ from rdpm_cli.cli.app import app
 group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Scores that say what they were computed with.")
 app.add_typer(group, name="eval")
 
+Extractor = Annotated[Path | None, typer.Option(help="a judge's checkpoint instead of Inception")]
+Weights = Annotated[Path | None, typer.Option(help="Inception weight file")]
+Download = Annotated[bool, typer.Option("--download", help="fetch Inception's weights where they are absent")]
+Cache = Annotated[bool, typer.Option(help="keep activations in $RDPM_CACHE, else ~/.cache/rdpm")]
+
+METRICS = {
+    "fid": "Fréchet distance to a reference: Inception by default, never silently another extractor.",
+    "sfid": "Fréchet distance of spatial features (sFID): Inception alone has them.",
+    "is": "Inception Score: ADM's mean over 10 consecutive splits, and an order-free value; needs no reference.",
+    "pr": "Precision and recall of the 3-nearest-neighbour manifolds, exact.",
+    "kid": "Kernel distance (KID), with its spread over subsets.",
+    "all": "Every score of images, from one pass over them.",
+}
+
+
+def _command(metric: str, text: str) -> None:
+    """Add `eval METRIC`: they differ in what they compute alone."""
+
+    def command(
+        args: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="TARGET|[KEY=VALUE]...", help="samples, images or .npz; or options of --ckpt"),
+        ] = None,
+        ref: Annotated[
+            str | None, typer.Option(help="images, or an .npz of statistics; default: recorded in the samples")
+        ] = None,
+        ckpt: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="draw from a generator, no files between")
+        ] = None,
+        classes: Annotated[
+            str | None, typer.Option(help="of --ckpt: 1,2,3 or 0-9 or all (default) or name:goldfish")
+        ] = None,
+        per_class: Annotated[int | None, typer.Option(min=1, help="of --ckpt: samples a class; default 8")] = None,
+        seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="of --ckpt: of the noise")] = None,
+        extractor: Extractor = None,
+        weights: Weights = None,
+        download: Download = False,
+        subset: Annotated[
+            int | None, typer.Option(min=2, help="of fid: mean over balanced subsets of N images")
+        ] = None,
+        ci: Annotated[bool, typer.Option("--ci", help="of fid and is: 95% intervals by bootstrap over images")] = False,
+        resolution: Annotated[int | None, typer.Option(min=1, help="crop size of a TARGET that is not samples")] = None,
+        cache: Cache = True,
+        gpus: options.Gpus = None,
+        device: options.Device = "auto",
+        json: options.Json = False,
+        quiet: options.Quiet = False,
+    ) -> None:
+        report.begin(quiet)
+        from rdpm_cli import engine
+
+        drawing = {"--classes": classes, "--per-class": per_class, "--seed": seed}
+        given = {name: value is not None for name, value in drawing.items()}
+        target: str | engine.Drawn = options.one_target(args or [], ckpt, given)
+        if ckpt is not None:
+            target = engine.Drawn(ckpt, classes or "all", per_class or 8, seed or 0, tuple(args or []))
+        ruler = engine.Ruler(extractor, weights, download, cache)
+        result = engine.eval_images(
+            metric, target, ref, ruler, subset=subset, ci=ci, resolution=resolution, device=device,
+            team=options.several(gpus),
+        )  # fmt: skip
+        report.show(result, json)
+
+    command.__doc__ = f"""{text}
+
+    Example: rdpm eval {metric} samples/{"" if metric == "is" else " --ref reference.npz"}
+    """
+    group.command(metric)(command)
+
+
+for _metric, _text in METRICS.items():
+    _command(_metric, _text)
+
 
 @group.command()
-def fid(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="sample folder, or images")],
-    ref: Annotated[str | None, typer.Option(help="reference images; default: recorded in the samples")] = None,
-    extractor: Annotated[Path | None, typer.Option(help="a judge's checkpoint instead of Inception")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Inception weight file")] = None,
-    subset: Annotated[int | None, typer.Option(min=2, help="mean over disjoint balanced subsets of N images")] = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="crop size of a TARGET that is not samples")] = None,
+def reference(
+    images: options.Images,
+    out: Annotated[Path, typer.Argument(metavar="REF.npz", help="what is written")],
+    features: Annotated[int, typer.Option(min=4, help="images whose features it holds, for pr and kid")] = 10_000,
+    resolution: Annotated[int | None, typer.Option(min=1, help="default: the first image's short side")] = None,
+    extractor: Extractor = None,
+    weights: Weights = None,
+    download: Download = False,
+    cache: Cache = True,
+    gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fréchet distance to a reference: Inception by default, never silently another extractor.
+    """Statistics of IMAGES, cropped as in training, as an .npz for --ref. It says which extractor made it.
 
-    Example: rdpm eval fid samples/
+    Example: rdpm eval reference imagenet/train imagenet256.npz --resolution 256
     """
     report.begin(quiet)
     from rdpm_cli import engine
 
-    result = engine.eval_fid(
-        target, ref, extractor=extractor, weights=weights, subset=subset, resolution=resolution, device=device
+    ruler, team = engine.Ruler(extractor, weights, download, cache), options.several(gpus)
+    result = engine.eval_reference(
+        images, out, ruler, features=features, resolution=resolution, device=device, team=team
     )
     report.show(result, json)
 
@@ -44,15 +121,16 @@ def recon(
     seed: options.Seed = 0,
     seeds: Annotated[int, typer.Option(min=1, help="noise seeds to average over; rFID takes the first alone")] = 4,
     limit: options.Limit = None,
-    extractor: Annotated[Path | None, typer.Option(help="a judge's checkpoint instead of Inception")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Inception weight file, for rFID")] = None,
+    extractor: Extractor = None,
+    weights: Weights = None,
+    download: Download = False,
     lpips_alex: Annotated[Path | None, typer.Option(help="AlexNet weight file, for LPIPS")] = None,
     lpips_vgg: Annotated[Path | None, typer.Option(help="VGG16 weight file, for LPIPS")] = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """rFID, PSNR, SSIM, LPIPS and MSE of reconstructions, with their spread over noise seeds.
+    """rFID, PSNR, SSIM, LPIPS, MSE and latent error of reconstructions, with their spread over noise seeds.
 
     rFID and LPIPS need weights: where they are absent, the score says so and which file it needs.
 
@@ -69,6 +147,7 @@ def recon(
         limit=limit,
         extractor=extractor,
         weights=weights,
+        download=download,
         lpips_alex=lpips_alex,
         lpips_vgg=lpips_vgg,
         device=device,

@@ -76,3 +76,18 @@ def hardware(dry_run: bool, gpu: str | None, gpus: int | None, utilisation: floa
 def with_keep(overrides: Sequence[str] | None, keep: int | None) -> list[str]:
     """The recipe overrides, with --keep as the last of them."""
     return [*(overrides or []), *([] if keep is None else [f"train.keep={keep}"])]
+
+
+def one_target(args: Sequence[str], ckpt: Path | None, drawing: dict[str, bool]) -> str:
+    """The one TARGET among an eval's arguments; empty with --ckpt, whose arguments are all options of sampling.
+
+    drawing: is an option given that only --ckpt has a use for? Raises UsageError.
+    """
+    if ckpt is not None:
+        return ""
+    if given := [name for name, is_given in drawing.items() if is_given]:
+        raise UsageError(f"{given[0]} belongs to --ckpt", "give --ckpt FILE, or leave it out")
+    if len(args) != 1:
+        found = "none is given" if not args else f"{len(args)} are given: {' '.join(args)}"
+        raise UsageError(f"one TARGET is wanted, and {found}", "give samples, images or an .npz, or --ckpt FILE")
+    return args[0]

@@ -5,27 +5,33 @@ torch is imported inside the functions, so that a wrong path, recipe or option i
 """
 
 from rdpm_cli.codes.work import Work
+from rdpm_cli.engine.drawing import Drawn
 from rdpm_cli.engine.generator_training import train_gen
 from rdpm_cli.engine.inspection import inspect
 from rdpm_cli.engine.judging import eval_judge, train_judge
 from rdpm_cli.engine.planning import Hardware, plan_generator, plan_tokenizer
+from rdpm_cli.engine.recon_scoring import eval_recon
 from rdpm_cli.engine.reconstructing import reconstruct
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.sampling import parse_classes, sample
-from rdpm_cli.engine.scoring import eval_fid, eval_recon
+from rdpm_cli.engine.scoring import Ruler, eval_fid, eval_images, eval_reference
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
 from rdpm_cli.engine.verifying import verify
 
 __all__ = [
+    "Drawn",
     "Hardware",
     "Result",
+    "Ruler",
     "StoreOptions",
     "Work",
     "copy_file",
     "eval_fid",
+    "eval_images",
     "eval_judge",
     "eval_recon",
+    "eval_reference",
     "find_tokenizer",
     "inspect",
     "parse_classes",

@@ -9,7 +9,7 @@ import torch
 from rdpm_cli.codes.manifest import Manifest
 from rdpm_cli.config import GeneratorConfig, ProxyConfig
 from rdpm_cli.engine import observers, pictures
-from rdpm_cli.evaluation import evaluate, features, metrics, reference
+from rdpm_cli.evaluation import features, metrics, reference, scores
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
 from rdpm_cli.evaluation.reference import ImageSet
@@ -45,8 +45,7 @@ def score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, m: M
             parts = sampler.sample(generator, tokenizer, labels, options, cfg.sampling.micro_batch)
             found = features.collect(extractor, (part.pixels_BHWC for part in parts))
         names = list(m.class_names)
-        drawn = ImageSet("samples", len(labels), m.resolution, labels, names, iter(()), origin={})
-        accuracy = evaluate.class_accuracy(extractor, drawn, found)
+        accuracy = scores.class_accuracy(extractor, labels, names, found.predicted_N)
         distance = metrics.frechet_distance(metrics.statistics(found.features_ND), against)
         return {"proxy/frechet_distance": distance} | ({} if accuracy is None else {"proxy/class_accuracy": accuracy})
 

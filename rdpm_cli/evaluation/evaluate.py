@@ -1,16 +1,13 @@
-"""Scores as records: value, N, reference and hash, extractor and hash, options."""
+"""Reconstructions and their running scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import metrics
-from rdpm_cli.evaluation.features import Extractor, Features, collect
-from rdpm_cli.evaluation.reference import ImageSet
 from rdpm_cli.images.sources import ImageSource, spread
 from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
 from rdpm_cli.images.transform import Pixels
@@ -21,62 +18,11 @@ from rdpm_cli.tokenizer.perceptual import Net, Perceptual
 RECON_BATCH = 16
 
 
-def frechet(extractor: Extractor, target: ImageSet, reference: ImageSet, subset: int | None) -> dict[str, Any]:
-    """Fréchet distance of target and reference; also class accuracy where the extractor knows the target's classes.
+class Reconstruction(NamedTuple):
+    """Of a batch under one noise seed. latent_mse_B: mean over the latent of (z' - z)², a value an image."""
 
-    subset: take the mean over disjoint class-balanced subsets of so many images (the distance falls with N).
-    """
-    theirs = collect(extractor, reference.batches)
-    ours = collect(extractor, target.batches)
-    groups = _groups(target, len(ours), subset)
-    against = metrics.statistics(theirs.features_ND)
-    values = [metrics.frechet_distance(metrics.statistics(ours.features_ND[rows]), against) for rows in groups]
-    width = ours.features_ND.shape[1]
-    return {
-        "metric": "fid" if is_published_inception(extractor) else "frechet_distance",
-        "value": float(np.mean(values)),
-        "spread_over_subsets": float(np.std(values)) if len(values) > 1 else None,
-        "n": len(groups[0]),
-        "subsets": len(groups),
-        "target": {"name": target.name, "count": len(ours), "sha256": ours.sha256},
-        "reference": {"name": reference.name, "count": len(theirs), "sha256": theirs.sha256},
-        "extractor": {"name": extractor.name, "sha256": extractor.sha256},
-        "class_accuracy": class_accuracy(extractor, target, ours),
-        "notes": frechet_notes(extractor, min(len(groups[0]), len(theirs)), width),
-    }
-
-
-def is_published_inception(extractor: Extractor) -> bool:
-    """May its distance be called a FID?"""
-    return extractor.name.startswith("inception-2015")
-
-
-def frechet_notes(extractor: Extractor, count: int, width: int) -> list[str]:
-    """What a reader of a Fréchet distance of so many images in so many features should know."""
-    notes = [extractor.note] if extractor.note else []
-    if count <= width:
-        notes.append(f"fewer images than the {width} features: the covariance has no full rank")
-    return notes
-
-
-def _groups(target: ImageSet, count: int, subset: int | None) -> list[Any]:
-    if subset is None:
-        return [np.arange(count)]
-    if target.labels is None:
-        raise DataError(f"{target.name} has no labels, so no class-balanced subsets", "leave --subset out")
-    groups = metrics.balanced_subsets(np.array(target.labels), subset)
-    if not groups:
-        raise DataError(f"{target.name}: {count} images hold no class-balanced subset of {subset}", "sample more")
-    return list(groups)
-
-
-def class_accuracy(extractor: Extractor, target: ImageSet, features: Features) -> float | None:
-    """Share of images the extractor puts into the class they were made for, by class name; None if it cannot say."""
-    if features.predicted_N is None or target.labels is None or not target.class_names:
-        return None
-    predicted = [extractor.class_names[p] for p in features.predicted_N]
-    wanted = [target.class_names[label] for label in target.labels]
-    return float(np.mean([p == w for p, w in zip(predicted, wanted, strict=True)]))
+    pixels: Pixels
+    latent_mse_B: Tensor
 
 
 def reconstructions(
@@ -84,12 +30,12 @@ def reconstructions(
 ) -> Iterator[tuple[list[int], Pixels, Pixels]]:
     """(indices, originals, reconstructions) under the `eval` noise of a seed, as `reconstructions_by_seed`."""
     for indices, originals, (recon,) in reconstructions_by_seed(source, tokenizer, [seed], device, limit):
-        yield indices, originals, recon
+        yield indices, originals, recon.pixels
 
 
 def reconstructions_by_seed(
     source: ImageSource, tokenizer: Tokenizer, seeds: Sequence[int], device: torch.device, limit: int | None = None
-) -> Iterator[tuple[list[int], Pixels, list[Pixels]]]:
+) -> Iterator[tuple[list[int], Pixels, list[Reconstruction]]]:
     """(indices, originals, reconstructions under the `eval` noise of each seed), in padded batches on one thread.
 
     Images are read and encoded once: z does not depend on the seed. limit: so many images, evenly spaced.
@@ -105,8 +51,10 @@ def reconstructions_by_seed(
             z = tokenizer.latents(to_model(chw(originals)).to(device))
             for seed in seeds:
                 eps = tokenizer.noise("eval", seed, padded, [0] * RECON_BATCH).to(device)
-                recon = tokenizer.decode(tokenizer.quantizer.encode(z, eps))
-                recons.append(hwc(to_pixels(recon))[: len(part)])
+                quantised = tokenizer.quantizer.decode(tokenizer.quantizer.encode(z, eps))
+                pixels = hwc(to_pixels(tokenizer.decode_latents(quantised)))
+                error_B = (quantised - z).square().flatten(1).mean(1)
+                recons.append(Reconstruction(pixels[: len(part)], error_B[: len(part)]))
         yield part, originals[: len(part)], recons
 
 
@@ -119,8 +67,8 @@ class ReconstructionScores:
         self.sums, self.count = {"mse": 0.0, "psnr": 0.0, "ssim": 0.0}, 0
         self.sums |= {f"lpips_{net}": 0.0 for net in self.perceptual}
 
-    def add(self, originals: Pixels, recon: Pixels) -> None:
-        """One batch, (B, H, W, 3) uint8 each."""
+    def add(self, originals: Pixels, recon: Pixels, latent_mse_B: Tensor | None = None) -> None:
+        """One batch, (B, H, W, 3) uint8 each; the error of their latents where it is known, for every batch or none."""
         a, b = chw(originals), chw(recon)
         values = {
             "mse": metrics.mean_squared_error(b, a),
@@ -128,8 +76,9 @@ class ReconstructionScores:
             "ssim": metrics.ssim(b, a),
         }
         values |= {f"lpips_{net}": lpips(network, b, a) for net, network in self.perceptual.items()}
+        values |= {} if latent_mse_B is None else {"latent_mse": latent_mse_B}
         for name, value in values.items():
-            self.sums[name] += float(value.double().sum())
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
         self.count += len(originals)
 
     def means(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,19 @@ INCEPTION = weight_files.Published(
     "weights-inception-2015-12-05-6726825d.pth",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
 )
-OPTION = "--weights FILE or --extractor judge.pt"
+OPTION = "--weights FILE or --extractor judge.pt, or --download"
+PUBLISHED = "inception-2015-12-05"
+BATCH = 64  # images a forward pass
+NO_IMAGES = "there are no images to score"
+SPATIAL_LAYER, SPATIAL_CHANNELS = "Mixed_6d.branch1x1", 7
+
+
+class Activations(NamedTuple):
+    """What an extractor sees in images."""
+
+    features_BD: Tensor
+    logits_BK: Tensor  # of the Inception Score; over class_names where there are any
+    spatial_BS: Tensor | None = None  # of sFID
 
 
 class Extractor(Protocol):
@@ -31,25 +43,42 @@ class Extractor(Protocol):
     sha256: str
     class_names: list[str]  # empty unless it classifies our classes
     note: str
+    accuracy: float | None  # of a judge, on held-out images
+    spatial: bool  # does it give features that know where?
 
-    def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 (B, 3, H, W) -> features (B, D), logits over class_names or None."""
+    def __call__(self, pixels_BCHW: Tensor) -> Activations:
+        """uint8 (B, 3, H, W) -> activations, fp32."""
 
 
 class Inception:
-    """Inception 2015-12-05 by torch-fidelity: TF1 bilinear resize to 299, pool_3 features (2048)."""
+    """Inception 2015-12-05 by torch-fidelity: TF1 bilinear resize to 299, pool_3 features (2048).
+
+    Logits are the unbiased ones, as ADM's. Spatial features are ADM's `mixed_6/conv:0`, which is Mixed_6d's 1×1 branch
+    after its ReLU: the first 7 channels of 17 × 17 places, in the order height, width, channel (2023).
+    """
 
     def __init__(self, found: weight_files.Found, device: torch.device) -> None:
         self.sha256 = found.sha256
-        self.name = "inception-2015-12-05" if found.published else f"inception-v3 layout, weights {self.sha256[:8]}"
+        self.name = PUBLISHED if found.published else f"inception-v3 layout, weights {self.sha256[:8]}"
         self.note = "" if found.published else f"the weights in {found.path} are not the published ones"
         self.class_names: list[str] = []
+        self.accuracy: float | None = None
+        self.spatial = True
         self.device = device
         self.network = _inception_network(found.path).to(device)
+        self._branch: Tensor | None = None
+        self.network.get_submodule(SPATIAL_LAYER).register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, given: tuple[Tensor, ...], out_BCHW: Tensor) -> None:
+        self._branch = out_BCHW
 
     @torch.no_grad()
-    def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.network(pixels_BCHW.to(self.device))[0], None
+    def __call__(self, pixels_BCHW: Tensor) -> Activations:
+        features, logits = self.network(pixels_BCHW.to(self.device))
+        assert self._branch is not None
+        spatial = self._branch[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        self._branch = None
+        return Activations(features, logits, spatial.float())
 
 
 def _inception_network(path: Path) -> nn.Module:
@@ -59,7 +88,7 @@ def _inception_network(path: Path) -> nn.Module:
     weight_files.read(path, "Inception", hint)  # first: torch-fidelity's own load would run any pickle
     try:
         network: nn.Module = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise weight_files.misfit(path, "Inception", hint, error) from error
@@ -73,23 +102,42 @@ class JudgeExtractor:
         self.judge, content = judge_file.load(path)
         self.judge.to(device)
         self.device, self.sha256, self.class_names = device, content["digest"], content["class_names"]
-        accuracy = content["provenance"]["heldout_accuracy"]
+        self.accuracy: float | None = float(content["provenance"]["heldout_accuracy"])
+        self.spatial = False
         self.name = f"judge {path.name}"
-        self.note = f"held-out accuracy of the judge: {accuracy:.4f}"
+        self.note = f"held-out accuracy of the judge: {self.accuracy:.4f}"
 
     @torch.no_grad()
-    def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, pixels_BCHW: Tensor) -> Activations:
         features, logits = self.judge(to_model(pixels_BCHW).to(self.device))
-        return features, logits
+        return Activations(features, logits)
 
 
-def make_extractor(extractor: Path | None, weights: Path | None, device: torch.device) -> Extractor:
-    """A judge's file where one is named, else Inception. Raises CheckpointError before any image is read."""
-    if extractor is not None and weights is not None:
-        raise UsageError("--extractor and --weights name two extractors", "give one of them")
+def make_extractor(
+    extractor: Path | None, weights: Path | None, device: torch.device, download: bool = False
+) -> Extractor:
+    """A judge's file where one is named, else Inception. Raises CheckpointError before any image is read.
+
+    download: fetch Inception's weights where they are absent.
+    """
+    if extractor is not None and (weights is not None or download):
+        raise UsageError(
+            f"--extractor and --{'weights' if weights else 'download'} name two extractors", "give one of them"
+        )
     if extractor is not None:
         return JudgeExtractor(extractor, device)
-    return Inception(weight_files.find(INCEPTION, weights, OPTION), device)
+    return Inception(weight_files.find(INCEPTION, weights, OPTION, download), device)
+
+
+def is_published_inception(extractor: Extractor) -> bool:
+    """May its distance be called a FID?"""
+    return extractor.name.startswith(PUBLISHED)
+
+
+def identity(extractor: Extractor) -> dict[str, Any]:
+    """What a result says of it; of a judge also the held-out accuracy."""
+    judged = {} if extractor.accuracy is None else {"heldout_accuracy": extractor.accuracy}
+    return {"name": extractor.name, "sha256": extractor.sha256, **judged}
 
 
 @dataclass
@@ -104,23 +152,49 @@ class Features:
         return len(self.features_ND)
 
 
+def image_digests(pixels: Pixels) -> list[bytes]:
+    """The sha256 of each image of (B, H, W, 3), its shape and its pixels."""
+    return [
+        hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest() for image in pixels
+    ]
+
+
 def hash_pixels(digest: "hashlib._Hash", pixels: Pixels) -> None:
     """Add images (B, H, W, 3) to the identity of their set, which does not depend on how it is cut into batches."""
-    for image in pixels:
-        digest.update(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+    digest.update(b"".join(image_digests(pixels)))
+
+
+def extract(extractor: Extractor, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
+    """features, logits and, where it gives them, spatial features of images (B, H, W, 3), in parts of BATCH.
+
+    Raises DataError for values that are not finite.
+    """
+    parts = [extractor(chw(pixels[start : start + BATCH])) for start in range(0, len(pixels), BATCH)]
+    columns = dict(zip(("features", "logits", "spatial"), zip(*parts, strict=True), strict=True))
+    found = {
+        name: torch.cat([values for values in column if values is not None]).float().cpu().numpy()
+        for name, column in columns.items()
+        if column[0] is not None
+    }
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise DataError(
+            f"{extractor.name} gives values that are not finite", "its weights are damaged: copy them again"
+        )
+    return found
 
 
 def collect(extractor: Extractor, batches: Iterable[Pixels]) -> Features:
-    """Run an extractor over (B, H, W, 3) uint8 batches."""
+    """Run an extractor over (B, H, W, 3) uint8 batches, and keep the features of all."""
     features: list[NDArray[np.float32]] = []
     predicted: list[NDArray[np.int64]] = []
     digest = hashlib.sha256()
     for pixels in batches:
         hash_pixels(digest, pixels)
-        found, logits = extractor(chw(pixels))
-        features.append(found.float().cpu().numpy())
-        if logits is not None:
-            predicted.append(logits.argmax(1).cpu().numpy())
+        found = extract(extractor, pixels)
+        features.append(found["features"])
+        predicted.append(found["logits"].argmax(1))
     if not features:
-        raise DataError("there are no images to score", "sample again, or name another folder")
-    return Features(np.concatenate(features), np.concatenate(predicted) if predicted else None, digest.hexdigest())
+        raise DataError(NO_IMAGES, "sample again, or name another folder")
+    return Features(
+        np.concatenate(features), np.concatenate(predicted) if extractor.class_names else None, digest.hexdigest()
+    )

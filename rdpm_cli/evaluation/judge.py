@@ -14,7 +14,7 @@ from rdpm_cli import modelfile, noise
 from rdpm_cli.codes.store import held_out
 from rdpm_cli.config import JudgeConfig
 from rdpm_cli.errors import DataError, some_of
-from rdpm_cli.evaluation.reference import read_batches
+from rdpm_cli.evaluation.reference import open_images
 from rdpm_cli.images.sources import ImageSource, PartOfSource
 from rdpm_cli.images.tensors import chw, to_model
 from rdpm_cli.step import TrainStep
@@ -146,7 +146,7 @@ def split(source: ImageSource) -> tuple[ImageSource, ImageSource]:
 @torch.no_grad()
 def accuracy(judge: Judge, source: ImageSource, device: torch.device) -> float:
     """Share of a source's images that the judge puts into their class."""
-    batches = read_batches(source, int(judge.config["resolution"]), range(len(source)))
+    batches = open_images(source, int(judge.config["resolution"])).batches
     predicted = [judge(to_model(chw(pixels)).to(device))[1].argmax(1).cpu().numpy() for pixels in batches]
     return float(np.mean(np.concatenate(predicted) == np.array(source.need_labels())))
 

@@ -11,9 +11,16 @@ import torch
 
 from rdpm_cli.errors import AbsentWeightsError, DataError
 from rdpm_cli.evaluation import evaluate, metrics
-from rdpm_cli.evaluation.features import Extractor, hash_pixels, make_extractor
+from rdpm_cli.evaluation.features import (
+    Extractor,
+    extract,
+    hash_pixels,
+    identity,
+    is_published_inception,
+    make_extractor,
+)
+from rdpm_cli.evaluation.scores import rank_notes
 from rdpm_cli.images.sources import ImageSource
-from rdpm_cli.images.tensors import chw
 from rdpm_cli.images.transform import Pixels
 from rdpm_cli.tokenizer import perceptual
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -36,11 +43,15 @@ def find_rulers(
     *,
     extractor: Path | None = None,
     weights: Path | None = None,
+    download: bool = False,
     lpips: Mapping[Net, Path | None] | None = None,
 ) -> Rulers:
-    """What is here, for so many images of this size. A file that is named and absent, or does not fit, raises."""
+    """What is here, for so many images of this size. A file that is named and absent, or does not fit, raises.
+
+    download: fetch Inception's weights where they are absent.
+    """
     rulers = Rulers()
-    judge = _find_extractor(count, device, extractor, weights)
+    judge = _find_extractor(count, device, extractor, weights, download)
     if isinstance(judge, str):
         rulers.missing["rfid"] = judge
     else:
@@ -54,7 +65,9 @@ def find_rulers(
     return rulers
 
 
-def _find_extractor(count: int, device: torch.device, extractor: Path | None, weights: Path | None) -> Extractor | str:
+def _find_extractor(
+    count: int, device: torch.device, extractor: Path | None, weights: Path | None, download: bool
+) -> Extractor | str:
     """The extractor, or why there is none."""
     if count < 2:
         why = f"a Fréchet distance needs at least 2 images, not {count}"
@@ -62,7 +75,7 @@ def _find_extractor(count: int, device: torch.device, extractor: Path | None, we
             raise DataError(why, "take more images")
         return why
     try:
-        return make_extractor(extractor, weights, device)
+        return make_extractor(extractor, weights, device, download)
     except AbsentWeightsError as error:
         return error.reason
 
@@ -86,7 +99,7 @@ class RunningFrechet:
 
     def add(self, originals: Pixels, recon: Pixels) -> None:
         """One batch, (B, H, W, 3) uint8 each."""
-        found = [self.extractor(chw(side))[0].float().cpu().numpy() for side in (originals, recon)]
+        found = [extract(self.extractor, side)["features"] for side in (originals, recon)]
         self.sides = self.sides or [metrics.RunningStatistics(part.shape[1]) for part in found]
         for side, part in zip(self.sides, found, strict=True):
             side.add(part)
@@ -94,8 +107,9 @@ class RunningFrechet:
     def result(self) -> tuple[str, float, list[str]]:
         """(name, value, notes). Only the published Inception's is called rfid."""
         theirs, ours = (side.statistics() for side in self.sides)
-        name = "rfid" if evaluate.is_published_inception(self.extractor) else "frechet_distance"
-        notes = evaluate.frechet_notes(self.extractor, ours.count, len(ours.mean_D))
+        name = "rfid" if is_published_inception(self.extractor) else "frechet_distance"
+        notes = [self.extractor.note] if self.extractor.note else []
+        notes += rank_notes(ours.count, len(ours.mean_D), "features")
         return name, metrics.frechet_distance(ours, theirs), notes
 
 
@@ -110,13 +124,13 @@ def score(
 ) -> dict[str, Any]:
     """Means over images and seeds, standard deviation over seeds; the Fréchet distance of the first seed alone."""
     distance = RunningFrechet(rulers.extractor) if rulers.extractor else None
-    identity, sums = hashlib.sha256(), [evaluate.ReconstructionScores(rulers.perceptual) for _ in seeds]
+    pixels, sums = hashlib.sha256(), [evaluate.ReconstructionScores(rulers.perceptual) for _ in seeds]
     for indices, originals, recons in evaluate.reconstructions_by_seed(source, tokenizer, seeds, device, limit):
-        hash_pixels(identity, originals)
+        hash_pixels(pixels, originals)
         if distance:
-            distance.add(originals, recons[0])
+            distance.add(originals, recons[0].pixels)
         for one, recon in zip(sums, recons, strict=True):
-            one.add(originals, recon)
+            one.add(originals, recon.pixels, recon.latent_mse_B)
         advance(len(indices))
     by_seed, count = [one.means() for one in sums], sums[0].count
     notes = [network.note for network in rulers.perceptual.values() if network.note]
@@ -130,8 +144,8 @@ def score(
         **values,
         "not_computed": rulers.missing,
         "spread_over_seeds": spread if len(seeds) > 1 else None,
-        "reference": {"name": source.spec, "count": count, "sha256": identity.hexdigest()},
-        "extractor": rulers.extractor and {"name": rulers.extractor.name, "sha256": rulers.extractor.sha256},
+        "reference": {"name": source.spec, "count": count, "sha256": pixels.hexdigest()},
+        "extractor": rulers.extractor and identity(rulers.extractor),
         "lpips": {net: {"name": found.name, "sha256": found.sha256} for net, found in rulers.perceptual.items()},
         "notes": notes,
     }

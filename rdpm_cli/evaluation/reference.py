@@ -1,6 +1,7 @@
 """What is scored, and against what: sample folders, image sources, the reference recorded along the chain."""
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from PIL import Image
 
 from rdpm_cli import files
 from rdpm_cli.errors import DataError
+from rdpm_cli.evaluation import npz
 from rdpm_cli.images.sources import ImageSource, is_builtin, is_there, open_source, spread
 from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM, Pixels
 
 BATCH = 64
+Reader = Callable[[Iterable[range]], Iterator[Pixels]]  # ascending places in the set -> (B, H, W, 3) uint8 of each
 
 
 @dataclass
@@ -25,8 +28,18 @@ class ImageSet:
     resolution: int
     labels: list[int] | None
     class_names: list[str]
-    batches: Iterator[Pixels]
+    read: Reader
     origin: dict[str, Any]  # of samples: the record in samples.json
+
+    @property
+    def batches(self) -> Iterator[Pixels]:
+        """All of them, BATCH at a time."""
+        return self.read(cut(self.count, BATCH))
+
+
+def cut(count: int, size: int) -> list[range]:
+    """0..count-1 in ranges of `size`."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def open_samples(folder: Path) -> ImageSet:
@@ -45,14 +58,20 @@ def open_samples(folder: Path) -> ImageSet:
         raise DataError(f"{folder}: {len(absent)} of {len(paths)} samples are missing, first {absent[0].name}",
                         "sample again with `rdpm sample`")  # fmt: skip
     return ImageSet(
-        str(folder), len(paths), resolution, labels, class_names, _read_samples(paths, resolution), origin=record
+        str(folder),
+        len(paths),
+        resolution,
+        labels,
+        class_names,
+        functools.partial(_read_samples, paths, resolution),
+        origin=record,
     )
 
 
-def _read_samples(paths: list[Path], resolution: int) -> Iterator[Pixels]:
-    for start in range(0, len(paths), BATCH):
+def _read_samples(paths: list[Path], resolution: int, pieces: Iterable[range]) -> Iterator[Pixels]:
+    for piece in pieces:
         images = []
-        for path in paths[start : start + BATCH]:
+        for path in paths[piece.start : piece.stop]:
             try:
                 images.append(np.asarray(Image.open(path).convert("RGB")))
             except (OSError, SyntaxError) as error:
@@ -78,23 +97,43 @@ def open_images(
     kept = [i for i in range(len(source)) if i not in left_out]
     indices = [kept[place] for place in spread(len(kept), limit)]
     labels = None if source.labels is None else [int(source.labels[i]) for i in indices]
-    batches = read_batches(source, resolution, indices, draft)
-    return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, batches, origin={})
 
+    def read(pieces: Iterable[range]) -> Iterator[Pixels]:
+        for piece in pieces:
+            yield np.stack([source.pixels(i, resolution, draft) for i in indices[piece.start : piece.stop]])
 
-def read_batches(source: ImageSource, resolution: int, indices: Sequence[int], draft: bool = False) -> Iterator[Pixels]:
-    """(B, size, size, 3) uint8, in order."""
-    for start in range(0, len(indices), BATCH):
-        yield np.stack([source.pixels(i, resolution, draft) for i in indices[start : start + BATCH]])
+    return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, read, origin={})
 
 
 def open_target(spec: str, resolution: int | None) -> ImageSet:
-    """A sample folder, or any image source (at `resolution`, else the size of its first image's short side)."""
-    if not is_builtin(spec) and (Path(spec) / "samples.json").is_file():
-        return open_samples(Path(spec))
-    _refuse_unfinished(spec)
+    """A sample folder, an .npz of images (`arr_0`), or any image source.
+
+    Sources are cropped to `resolution`, else to the size of their first image's short side.
+    """
+    if (found := _ready(spec)) is not None:
+        return found
     source = open_source(spec)
     return open_images(source, resolution or min(source.image(0).size))
+
+
+def _ready(spec: str) -> ImageSet | None:
+    """Images that are not cropped any more: a sample folder, an .npz. None where `spec` is neither."""
+    if is_builtin(spec):
+        return None
+    path = Path(spec)
+    if (path / "samples.json").is_file():
+        return open_samples(path)
+    if path.suffix == ".npz" and path.is_file():
+        return open_npz(path)
+    _refuse_unfinished(spec)
+    return None
+
+
+def open_npz(path: Path) -> ImageSet:
+    """The images `arr_0`, (N, H, W, 3) uint8, read in place and in flat memory; `arr_1` holds labels, if any."""
+    images = npz.Images(path)
+    labels = images.labels()
+    return ImageSet(str(path), images.count, images.shape[1], labels, [], images.read, origin={})
 
 
 def _refuse_unfinished(spec: str) -> None:
@@ -104,13 +143,10 @@ def _refuse_unfinished(spec: str) -> None:
 
 
 def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
-    """The reference named by the user, else the one recorded along samples -> checkpoint -> store -> data."""
-    if ref is not None:
-        if not is_builtin(ref) and (Path(ref) / "samples.json").is_file():
-            return open_samples(Path(ref))
-        _refuse_unfinished(ref)
-        return open_images(open_source(ref), target.resolution)
-    return open_recorded(target.origin.get("reference"), target.name, "give the reference with --ref IMAGES")
+    """The images named by the user, else those recorded along samples -> checkpoint -> store -> data."""
+    if ref is None:
+        return open_recorded(target.origin.get("reference"), target.name, "give the reference with --ref IMAGES")
+    return _ready(ref) or open_images(open_source(ref), target.resolution)
 
 
 def open_recorded(recorded: dict[str, Any] | None, where: str, hint: str, limit: int | None = None) -> ImageSet:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -36,8 +37,8 @@ def check(asked: Team, device: str) -> None:
         raise UsageError(f"--gpus {count}: there are {there} GPUs here", f"{fewer}share the CPU by --device cpu")
 
 
-def launch(asked: Team) -> None:
-    """Run the team's command in its processes, and wait until all have ended, whatever happens.
+def launch(asked: Team) -> dict[str, Any] | None:
+    """Run the team's command in its processes, and wait until all have ended. -> what the first one answered, if any.
 
     Raises ProcessError with the message and exit code of the process that failed first, Stopped after SIGTERM and
     SIGUSR1, KeyboardInterrupt after Ctrl-C: the processes get the signal and save.
@@ -53,6 +54,7 @@ def launch(asked: Team) -> None:
                 raise _error(_failures(error.failures, folder, asked.processes)) from None
             except SignalException as error:
                 raise _stopped(team.failures(folder).values(), error.sigval) from None
+        return team.answered(folder)
 
 
 def _config(asked: Team, folder: Path) -> LaunchConfig:

@@ -1,4 +1,4 @@
-"""Pure metrics: arrays in, numbers out. Statistics in float64.
+"""Fréchet distance: float64 statistics, running or at once; the trace by the symmetric eigen form.
 
 Legend: N images, D feature width.
 """
@@ -6,9 +6,7 @@ Legend: N images, D feature width.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rdpm_cli.errors import DataError
 
@@ -47,10 +45,19 @@ class RunningStatistics:
         """One batch."""
         wide = features_ND.astype(np.float64)
         mean_D = wide.mean(0)
-        centred = wide - mean_D
-        step_D, total = mean_D - self.mean_D, self.count + len(wide)
-        self.scatter_DD += centred.T @ centred + np.outer(step_D, step_D) * (self.count * len(wide) / total)
-        self.mean_D += step_D * (len(wide) / total)
+        wide -= mean_D
+        self._join(len(wide), mean_D, wide.T @ wide)
+
+    def merge(self, other: "RunningStatistics") -> None:
+        """What another process has added."""
+        if other.count:
+            self._join(other.count, other.mean_D, other.scatter_DD)
+
+    def _join(self, count: int, mean_D: Array, scatter_DD: Array) -> None:
+        step_D, total = mean_D - self.mean_D, self.count + count
+        self.scatter_DD += scatter_DD
+        self.scatter_DD += np.outer(step_D, step_D * (self.count * count / total))
+        self.mean_D += step_D * (count / total)
         self.count = total
 
     def statistics(self) -> Statistics:
@@ -59,14 +66,21 @@ class RunningStatistics:
         return Statistics(self.mean_D.copy(), self.scatter_DD / (self.count - 1), self.count)
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
+def matrix_root(covariance_DD: Array) -> Array:
+    """The symmetric root of a covariance; eigenvalues that rounding made negative count as 0."""
+    values, vectors = np.linalg.eigh(covariance_DD)
+    root: Array = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    return root
+
+
+def frechet_distance(a: Statistics, b: Statistics, root_b: Array | None = None) -> float:
     """|mu_a - mu_b|² + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017), by the symmetric eigen form.
 
-    tr (S_a S_b)^(1/2) is the sum of the roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2), which is symmetric.
+    tr (S_a S_b)^(1/2) is the sum of the roots of the eigenvalues of S_b^(1/2) S_a S_b^(1/2), which is symmetric.
+    root_b: `matrix_root` of b's covariance, where it is known.
     """
-    values, vectors = np.linalg.eigh(a.covariance_DD)
-    root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.linalg.eigvalsh(root_a @ b.covariance_DD @ root_a)
+    root = matrix_root(b.covariance_DD) if root_b is None else root_b
+    cross = np.linalg.eigvalsh(root @ a.covariance_DD @ root)
     mean_term = np.sum((a.mean_D - b.mean_D) ** 2)
     trace = np.trace(a.covariance_DD) + np.trace(b.covariance_DD) - 2 * np.sqrt(np.clip(cross, 0, None)).sum()
     return float(mean_term + trace)
@@ -86,31 +100,3 @@ def balanced_subsets(labels_N: NDArray[np.integer], size: int) -> list[NDArray[n
             return subsets
         rows = [queues[c].pop(0) for c in classes for _ in range(wanted[c])]
         subsets.append(np.array(rows, dtype=np.int64))
-
-
-def mean_squared_error(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """Per image, on [-1, 1]: uint8 inputs of (B, 3, H, W) -> (B,)."""
-    difference = (a_BCHW.double() - b_BCHW.double()) / 127.5
-    return difference.pow(2).flatten(1).mean(1)
-
-
-def psnr(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """Per image, dB, uint8/255 with data range 1.0: (B,). Equal images give infinity."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    a, b = a_BCHW.double() / 255, b_BCHW.double() / 255
-    value: Tensor = peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return value
-
-
-def ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """Per image, uint8/255 with data range 1.0, Gaussian window 11 with sigma 1.5: (B,).
-
-    torchmetrics averages over mirrored borders too, Wang et al. over whole windows alone.
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    a, b = a_BCHW.float() / 255, b_BCHW.float() / 255
-    value = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
-    assert isinstance(value, Tensor)
-    return torch.atleast_1d(value)

@@ -1,0 +1,86 @@
+"""A checkpoint as images to score: drawn as `sample` draws them, with no files between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpm_cli import recipe_files
+from rdpm_cli.engine.sampling import parse_classes
+from rdpm_cli.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rdpm_cli.evaluation.reference import ImageSet
+    from rdpm_cli.images.transform import Pixels
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples of a checkpoint. overrides: `key=value` of its sampling options, e.g. cfg=1.5."""
+
+    ckpt: Path
+    classes: str = "all"
+    per_class: int = 8
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+
+    def images(self, device: torch.device) -> ImageSet:
+        """Drawn as they are read, each process only its own."""
+        import numpy as np
+
+        from rdpm_cli.evaluation.reference import ImageSet
+        from rdpm_cli.generator import model, sampler
+        from rdpm_cli.generator.contract import SampleOptions
+
+        loaded = model.load(self.ckpt)
+        asked = dict(self._override(text) for text in self.overrides)
+        sampling = recipe_files.validate(
+            type(loaded.sampling), {**loaded.sampling.model_dump(), **asked}, "sampling options"
+        )
+        options = SampleOptions(sampling, self.seed)
+        labels = sampler.balanced_labels(parse_classes(self.classes, loaded.class_names), self.per_class, self.seed)
+        loaded.generator.check(options)
+
+        def read(pieces: Iterable[range]) -> Iterator[Pixels]:
+            own = list(pieces)
+            wanted = {index for piece in own for index in piece}
+            loaded.to(device)
+            parts = sampler.sample(
+                loaded.generator,
+                loaded.tokenizer,
+                labels,
+                options,
+                sampling.micro_batch,
+                lambda indices: not wanted.isdisjoint(indices),
+            )
+            held: dict[int, Any] = {}
+            for piece in own:
+                while not held.keys() >= set(piece):
+                    part = next(parts)
+                    held |= dict(zip(part.indices, part.pixels_BHWC, strict=True))
+                yield np.stack([held[index] for index in piece])
+                held = {index: pixels for index, pixels in held.items() if index >= piece.stop}
+
+        origin = {
+            "reference": loaded.provenance.get("reference"),
+            "options": {
+                **sampling.model_dump(),
+                "seed": self.seed,
+                "classes": self.classes,
+                "per_class": self.per_class,
+                "checkpoint": loaded.digest,
+            },
+        }
+        size = loaded.tokenizer.cfg.autoencoder.resolution
+        return ImageSet(str(self.ckpt), len(labels), size, labels, loaded.class_names, read, origin)
+
+    @staticmethod
+    def _override(text: str) -> tuple[str, Any]:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"'{text}' is not key=value", "write it as cfg=1.5; with --ckpt there is no TARGET")
+        return key, recipe_files.parse_yaml(value, f"override '{text}'")

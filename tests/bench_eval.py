@@ -1,0 +1,165 @@
+"""Speed and memory of scores at 50,000 images. By hand: python tests/bench_eval.py --help
+
+The extractor: thread CPU seconds of one core (on CUDA: wall seconds between synchronisations), medians of rounds in
+which it and its floor take turns. The floor is its convolutions alone, on the same shapes. Weights are random.
+
+Metrics: features of 50,000 × 2048 random values, once each, on the threads of OMP_NUM_THREADS; wall seconds, and CPU
+seconds of all threads over their number, which are the wall's where nothing else runs, and by which the goals are
+judged. Memory is the largest that the process held meanwhile, over what it held before.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from benches import Job, race, table, verdict
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rdpm_cli.evaluation import metrics
+from rdpm_cli.threads import tune_allocator
+
+FRECHET_SECONDS, MANIFOLD_SECONDS = 60, 300
+WIDTH, SPATIAL, CLASSES = 2048, 2023, 1008
+PIECE = 256  # images that a pass adds at once
+
+
+def inception() -> nn.Module:
+    """torch-fidelity's network with the layers that scores take, weights drawn at random, without its download."""
+    import unittest.mock
+
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    with (
+        unittest.mock.patch.object(fidelity, "load_state_dict_from_url", return_value={}),
+        unittest.mock.patch.object(fidelity.FeatureExtractorInceptionV3, "load_state_dict"),
+    ):
+        network: nn.Module = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
+    return network
+
+
+def convolutions(network: nn.Module, forward: Job) -> Job:
+    """The convolutions of one forward pass, as `forward` calls them."""
+    calls: list[Callable[[], Any]] = []
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        x, weight, stride, padding = given[0].clone(), layer.weight, layer.stride, layer.padding
+        calls.append(lambda: F.conv2d(x, weight, stride=stride, padding=padding))
+
+    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return lambda: [call() for call in calls]
+
+
+@torch.no_grad()
+def bench_extractor(batches: list[int], side: int, rounds: int, device: torch.device) -> None:
+    """Images a second beside the convolutions alone."""
+    network = inception().to(device)
+    rows = []
+    for count in batches:
+        pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, device=device)
+
+        def forward(pixels: Tensor = pixels) -> Any:
+            return network(pixels)
+
+        seconds = race({"floor": convolutions(network, forward), "extractor": forward}, rounds, device)
+        share = seconds["floor"] / seconds["extractor"]
+        rates = [f"{count / seconds[name]:.2f}" for name in ("extractor", "floor")]
+        rows.append([f"B = {count}", *rates, f"{share:.0%}"])
+    print(f"Inception, {side}×{side} to 299, fp32, {device.type}, {rounds} rounds")
+    table(["", "images/s", "its convolutions alone", "share"], rows)
+
+
+def measured(job: Job) -> list[float]:
+    """[wall seconds, CPU seconds a thread, GiB over what was held before]."""
+    before = _held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    wall, cpu = time.perf_counter(), time.process_time()
+    job()
+    taken = [time.perf_counter() - wall, (time.process_time() - cpu) / torch.get_num_threads()]
+    return [*taken, (_held("VmHWM") - before) / 2**20]
+
+
+def _held(name: str) -> int:
+    """KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def random_features(count: int, width: int, seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).random((count, width), dtype=np.float32)
+
+
+def statistics(features_ND: NDArray[np.float32]) -> metrics.Statistics:
+    """As a pass sums them."""
+    running = metrics.RunningStatistics(features_ND.shape[1])
+    for start in range(0, len(features_ND), PIECE):
+        running.add(features_ND[start : start + PIECE])
+    return running.statistics()
+
+
+def bench_metrics(count: int, references: int) -> None:
+    """Each metric once, after the features are there."""
+    ours, theirs = random_features(count, WIDTH, 0), random_features(references, WIDTH, 1)
+    spatial, logits = random_features(count, SPATIAL, 2), random_features(count, CLASSES, 3)
+    against, against_spatial = statistics(theirs), statistics(random_features(references, SPATIAL, 4))
+
+    def score() -> None:
+        running = metrics.RunningScore(count, CLASSES)
+        for start in range(0, count, PIECE):
+            running.add(start, logits[start : start + PIECE])
+        running.value()
+
+    jobs: dict[str, tuple[Job, float | None]] = {
+        "FID: sums and distance": (lambda: metrics.frechet_distance(statistics(ours), against), FRECHET_SECONDS),
+        "sFID: sums and distance": (lambda: metrics.frechet_distance(statistics(spatial), against_spatial), None),
+        "IS": (score, None),
+        f"precision, recall: {count:,} × {references:,}": (
+            lambda: metrics.precision_recall(ours, theirs),
+            MANIFOLD_SECONDS,
+        ),
+        "KID: 100 subsets of 1,000": (lambda: metrics.kernel_distance(ours, theirs), None),
+    }
+    rows = []
+    for name, (job, most) in jobs.items():
+        wall, cpu, memory = measured(job)
+        goal = "" if most is None else f"<= {most} s: {verdict(cpu <= most)}"
+        rows.append([name, f"{wall:.1f}", f"{cpu:.1f}", f"{memory:.2f}", goal])
+        print(f"  {name}: {wall:.1f} s", flush=True)
+    print(f"{count:,} × {WIDTH} random features, {torch.get_num_threads()} threads")
+    table(["", "wall s", "CPU s a thread", "GiB more", "goal"], rows)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="images a forward pass")
+    parser.add_argument("--side", type=int, default=256, help="pixels of an image")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=50_000, help="of the metrics")
+    parser.add_argument("--references", type=int, default=10_000)
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = options()
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
+    bench_metrics(chosen.images, chosen.references)
+    tune_allocator()  # as `rdpm` does; before, freed memory would count as held
+    torch.set_num_threads(1)
+    bench_extractor(chosen.batch, chosen.side, chosen.rounds, torch.device("cpu"))
+    if torch.cuda.is_available():
+        bench_extractor([64, 256], chosen.side, chosen.rounds, torch.device("cuda"))
+    else:
+        print("no CUDA device: its runs were not made")
+
+
+if __name__ == "__main__":
+    main()
