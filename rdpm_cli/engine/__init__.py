@@ -9,6 +9,7 @@ from rdpm_cli.engine.generator_training import train_gen
 from rdpm_cli.engine.inspection import inspect
 from rdpm_cli.engine.planning import Hardware, plan_generator, plan_tokenizer
 from rdpm_cli.engine.reconstructing import reconstruct
+from rdpm_cli.engine.reporting import make_report
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.sampling import parse_classes, sample
 from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
@@ -26,6 +27,7 @@ __all__ = [
     "eval_recon",
     "find_tokenizer",
     "inspect",
+    "make_report",
     "parse_classes",
     "plan_generator",
     "plan_tokenizer",

@@ -1,0 +1,362 @@
+"""What `eval report` is given, recognised by its contents and read into items of the chain, scores and pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rdpm_cli import files, modelfile
+from rdpm_cli.errors import DataError, some_of
+from rdpm_cli.evaluation.report import pictures, scores
+from rdpm_cli.evaluation.report.parts import STAGES, Claim, Item, Picture, Score, Stage, flat, said
+
+KNOWN = (
+    "a report takes run folders of train-tokenizer, train-gen and a judge, code stores, folders of samples or "
+    "reconstructions, a demo's folder, .pt files, and what `rdpm eval ... --json` prints"
+)
+MODELS: dict[str, Literal["tokenizer", "generator", "judge"]] = {
+    "train-tokenizer": "tokenizer", "train-gen": "generator", "train-judge": "judge",
+}  # fmt: skip
+DEMO = ("runs/judge", "runs/tokenizer", "codes", "runs/generator", "samples", "reconstructions", "result.json")
+PLAN = {
+    "steps", "grid", "codes", "channels", "views", "flip", "latents", "seed", "transform", "resolution", "device",
+    "precision", "micro_batch",
+}  # fmt: skip
+PER_CLASS, CLASSES = 8, 10  # of a grid made from a folder's files
+
+
+@dataclass(kw_only=True)
+class Found:
+    """One thing that was given. folder, count: of pictures, where they lie as files. pictures: made when asked for."""
+
+    item: Item
+    scores: list[Score] = field(default_factory=list)
+    pictures: list[Callable[[], Picture]] = field(default_factory=list)
+    folder: Path | None = None
+    count: int = 0
+
+
+def read(runs: Sequence[Path], with_pictures: bool) -> list[Found]:
+    """Everything, in the order the data walks; what is given twice, once. Raises DataError, CheckpointError."""
+    seen, found = set(), []
+    for path in (part for run in runs for part in _parts(run)):
+        if path.resolve() not in seen:
+            seen.add(path.resolve())
+            found.append(_recognise(path))
+    if not with_pictures:
+        for one in found:
+            one.pictures = []
+    order = list(STAGES)
+    return sorted(_merged(found), key=lambda one: order.index(one.item.stage))
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    """A demo's folder is what it holds; anything else is itself."""
+    if (path / "result.json").is_file() and (path / "runs").is_dir():
+        yield from (path / part for part in DEMO if (path / part).exists())
+    else:
+        yield path
+
+
+def _recognise(path: Path) -> Found:
+    """By what is inside. Raises DataError."""
+    if path.is_dir():
+        for name, reader in FOLDERS.items():
+            if (path / name).is_file():
+                return reader(path)
+        raise DataError(f"{path} is no folder that a report knows", KNOWN)
+    if path.suffix == ".pt":
+        return _model(path)
+    if path.suffix == ".json":
+        return _score_file(path)
+    raise DataError(f"{path} is no file that a report knows", KNOWN)
+
+
+def _merged(found: Sequence[Found]) -> list[Found]:
+    """A copy of a model that is given too, a run's file elsewhere, adds only its name."""
+    kept: list[Found] = []
+    for one in sorted(found, key=lambda one: not one.item.log):  # run folders first: they know most
+        same = [
+            k for k in kept if one.item.digest and (k.item.stage, k.item.digest) == (one.item.stage, one.item.digest)
+        ]
+        if same and one.item.stage in MODELS.values():
+            also = ", ".join(filter(None, (same[0].item.facts.get("also"), one.item.name)))
+            same[0].item = replace(same[0].item, facts={**same[0].item.facts, "also": also})
+        else:
+            kept.append(one)
+    return sorted(kept, key=found.index)
+
+
+# ---- models and the runs that train them ---------------------------------------------------------------------------
+
+
+def _model(path: Path) -> Found:
+    content = modelfile.load(path)
+    stage: Any = modelfile.FORMATS[content["format"]]
+    provenance = content["provenance"]
+    recipe = (provenance.get("recipe") or {}).get(stage)
+    size = _parameters(stage, content)
+    versions = {name: provenance[name] for name in ("rdpm", "torch", "numpy", "python") if name in provenance}
+    settings = {"parameters": size, **dict(flat(recipe or content["config"])), **dict(flat({"versions": versions}))}
+    return Found(
+        item=Item(
+            stage=stage,
+            name=str(path),
+            digest=content["digest"],
+            claims=_model_claims(stage, content),
+            facts={"parameters": f"{size:,}", **_model_facts(stage, content)},
+            settings=settings,
+        )
+    )
+
+
+def _parameters(stage: Stage, content: Mapping[str, Any]) -> int:
+    """Trained numbers; of a generator those of its network alone."""
+    import torch
+
+    from rdpm_cli.config import GeneratorArchitecture, TokenizerArchitecture
+    from rdpm_cli.generator import model
+    from rdpm_cli.tokenizer import model as tokenizer_file
+
+    if stage == "judge":
+        return sum(weight.numel() for weight in content["weights"].values())
+    inner = content if stage == "tokenizer" else content["tokenizer"]
+    with torch.device("meta"):
+        tokenizer = tokenizer_file.Tokenizer(modelfile.config_of(TokenizerArchitecture, inner["config"], "tokenizer"))
+        if stage == "tokenizer":
+            return tokenizer_file.parameters(tokenizer)
+        own = {k: v for k, v in content["config"].items() if k not in ("sampling", "classes", "tokenizer")}
+        cfg = modelfile.config_of(GeneratorArchitecture, own, "generator")
+        return model.parameters(model.build(cfg, tokenizer, content["config"]["classes"]))
+
+
+def _model_claims(stage: Stage, content: Mapping[str, Any]) -> tuple[Claim, ...]:
+    provenance = content["provenance"]
+    found = []
+    if stage == "generator":
+        store = provenance.get("store") or {}
+        found.append(Claim(stages=("tokenizer",), digest=content["tokenizer"]["digest"]))
+        found.append(Claim(stages=("store",), digest=store.get("digest", ""), name=str(store.get("path", ""))))
+        found += _images(provenance.get("reference"))
+    elif isinstance(provenance.get("data"), Mapping):
+        found += _images(provenance["data"])
+    return tuple(found)
+
+
+def _images(named: Any) -> list[Claim]:
+    """A claim about images, where a record names them."""
+    if not isinstance(named, Mapping) or not named.get("digest"):
+        return []
+    return [Claim(stages=("data",), digest=str(named["digest"]), name=str(named.get("source", "")))]
+
+
+def _model_facts(stage: Stage, content: Mapping[str, Any]) -> dict[str, str]:
+    config, provenance = content["config"], content["provenance"]
+    if stage == "judge":
+        return {"images": said(provenance.get("data")), "held-out accuracy": f"{provenance['heldout_accuracy']:.4f}"}
+    if stage == "generator":
+        network = config["network"]
+        names = {"family": config["family"], "depth": network["depth"], "head": network["head"]}
+        return {**{key: said(value) for key, value in names.items()}, "classes": _classes(content["class_names"])}
+    q, a = config["quantizer"], config["autoencoder"]
+    return {"resolution": said(a["resolution"]), "T": said(q["steps"]), "K": said(q["codes"]),
+            "C": said(a["channels"]), "schedule": config["schedule"]["kind"], "bias": q["bias"]}  # fmt: skip
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"{len(names)}: {some_of(names)}" if names else "none"
+
+
+def _run(path: Path) -> Found:
+    """A folder of a training command, finished or not. Raises DataError for another command's, unfinished."""
+    from rdpm_cli.training.logging import read_metrics
+
+    note = files.read_json(path / "run.json")
+    settings = note.get("settings") if isinstance(note, dict) else None
+    stage = MODELS.get(settings.get("command", "")) if isinstance(settings, dict) else None
+    if stage is None:
+        raise DataError(f"{path} is unfinished, or no run of rdpm", "run the command that makes it again, to its end")
+    assert isinstance(settings, dict)
+    log = tuple(row for row in read_metrics(path) if isinstance(row, dict))
+    final = path / f"{stage}.pt"
+    finished = _model(final).item if final.is_file() else None
+    steps = max((row["step"] for row in log if isinstance(row.get("step"), int)), default=0)
+    facts = {"steps": f"{steps:,}" + ("" if finished else ", unfinished")}
+    for key in ("processes", "threads"):
+        facts |= {key: said(note[key])} if key in note else {}
+    if note.get("resumed"):
+        facts["resumed"] = f"{len(note['resumed'])} times"
+    recipe = settings.get("recipe") or {}
+    own = {
+        "seed": recipe.get("seed"),
+        **dict(flat(recipe.get(stage) or {})),
+        **dict(flat({"versions": note.get("versions") or {}})),
+    }
+    if finished:
+        own = {"parameters": finished.settings["parameters"], **own}
+        facts = {**finished.facts, **facts}
+    claims = finished.claims if finished else _unfinished_claims(settings)
+    item = Item(stage=stage, name=str(path), digest=finished.digest if finished else "", claims=claims, facts=facts,
+                settings=own, log=log)  # fmt: skip
+    return Found(item=item, pictures=_preview(path, stage))
+
+
+def _unfinished_claims(settings: Mapping[str, Any]) -> tuple[Claim, ...]:
+    """What a run that has not made its model yet says it trains on."""
+    store = settings.get("store")
+    from_store = [Claim(stages=("store",), digest=str(store))] if store else []
+    return (*from_store, *_images(settings.get("data")))
+
+
+def _preview(path: Path, stage: Stage) -> list[Callable[[], Picture]]:
+    """The last picture a run has drawn of what it makes."""
+    found = sorted((path / "previews").glob("step-*.png"))
+    if not found:
+        return []
+    step = int(found[-1].stem.removeprefix("step-"))
+    if stage == "tokenizer":
+        title = f"Inputs and the decodes of t = 1 to T: {path}, step {step:,}"
+        alt = "Rows from top to bottom: input images, their partial decodes after each step t, and the reconstruction."
+    else:
+        title = f"Samples while training: {path}, step {step:,}"
+        alt = "A grid of samples, a class a row, from fixed seeds."
+    return [lambda: pictures.read(found[-1], title, alt)]
+
+
+# ---- stores, pictures, scores --------------------------------------------------------------------------------------
+
+
+def _store(path: Path) -> Found:
+    from rdpm_cli.codes.manifest import Manifest
+
+    m = Manifest.load(path)
+    facts = {
+        "images": f"{m.images:,}",
+        "views": said(m.views),
+        "rows": f"{m.rows:,}",
+        "codes": f"{m.steps} × {m.grid[0]} × {m.grid[1]} of {m.codes:,}",
+        "classes": _classes(m.class_names),
+    }
+    if m.bad:
+        facts["left out"] = f"{m.bad:,}"
+    plan = m.model_dump(mode="json", include=PLAN)
+    claims = (Claim(stages=("tokenizer",), digest=m.tokenizer), *_images(m.data.model_dump()))
+    item = Item(stage="store", name=str(path), digest=m.digest(), claims=claims, facts=facts, settings=dict(flat(plan)))
+    return Found(item=item)
+
+
+def _pictures(path: Path) -> Found:
+    record = files.read_json(path / "samples.json")
+    try:
+        stage: Stage = "samples" if record["format"] == "rdpm-samples" else "reconstructions"
+        made, options, rows = record["made_from"], dict(record["options"]), list(record["samples"])
+        names = [str(name) for name in record["class_names"]]
+        there = all((path / row["file"]).is_file() for row in rows)
+        facts = {"pictures": f"{len(rows):,}", "resolution": said(record["resolution"])}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path / 'samples.json'} lacks {error}", "make the folder again") from error
+    facts |= {key: said(options[key]) for key in scores.OPTIONS if key in options}
+    facts["classes"] = _classes(names)
+    roles: dict[str, Stage] = {"checkpoint": "generator", "tokenizer": "tokenizer", "store": "store"}
+    claims = [Claim(stages=(roles[role],), digest=str(digest)) for role, digest in made.items() if role in roles]
+    versions = dict(flat({"versions": record.get("versions") or {}}))
+    item = Item(stage=stage, name=str(path), claims=(*claims, *_images(record.get("reference"))), facts=facts,
+                settings={**dict(flat(options)), **versions})  # fmt: skip
+    own = {"reference": {"name": (record.get("reference") or {}).get("source", "")}, **(record.get("scores") or {})}
+    return Found(
+        item=item,
+        scores=scores.read({**own, "target": {"name": str(path)}, "options": options}, str(path)),
+        pictures=_grids(path, stage, rows if there else [], names),
+        folder=path if there else None,
+        count=len(rows),
+    )
+
+
+def _grids(
+    path: Path, stage: Stage, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[Callable[[], Picture]]:
+    """The folder's own grid, or one of its files, and the steps of its GIF."""
+    title = f"{STAGES[stage]}: {path}"
+    if stage == "samples":
+        alt = f"A grid of samples, a class a row. Classes: {some_of(names)}."
+    else:
+        alt = "Rows of real images, where they were there, above their reconstructions."
+    found: list[Callable[[], Picture]] = []
+    if (path / "previews" / "grid.png").is_file():
+        found.append(lambda: pictures.read(path / "previews" / "grid.png", title, alt))
+    elif rows:
+        found.append(lambda: _grid_of(path, rows, names, title))
+    if (path / "previews" / "steps.gif").is_file():
+        steps = f"Partial decodes of t = 1 to T: {path}"
+        words = "The same grid of samples as it decodes after each step t, from left to right and top to bottom."
+        found.append(lambda: pictures.strip(path / "previews" / "steps.gif", steps, words))
+    return found
+
+
+def _grid_of(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str], title: str) -> Picture:
+    """The first few pictures of each of the first classes; of those without classes, the first few alone."""
+    import numpy as np
+    from PIL import Image
+
+    from rdpm_cli.images import writers
+
+    labels = sorted({row["label"] for row in rows if row["label"] is not None})[:CLASSES] or [None]
+    chosen = [[row for row in rows if row["label"] == label][:PER_CLASS] for label in labels]
+    columns = min(len(row) for row in chosen)
+    tiles = [pictures.pixels(path / row["file"]) for group in chosen for row in group[:columns]]
+    texts = [names[label] if label is not None and label < len(names) else "" for label in labels]
+    sheet = writers.grid(np.stack(tiles), columns, texts)
+    alt = f"The first {columns} pictures of each class, a class a row: {some_of(texts)}." if texts[0] else "Pictures."
+    return pictures.encode(Image.fromarray(sheet), title, alt)
+
+
+def pixels_digest(folder: Path) -> str:
+    """The identity of a folder's pictures, as a score records it of its target."""
+    from rdpm_cli.evaluation.features import hash_pixels
+    from rdpm_cli.evaluation.reference import open_samples
+
+    digest = hashlib.sha256()
+    for batch in open_samples(folder).batches:
+        hash_pixels(digest, batch)
+    return digest.hexdigest()
+
+
+def _score_file(path: Path) -> Found:
+    """What `rdpm eval ... --json` printed, or a demo's result. Raises DataError."""
+    record = files.read_json(path)
+    if not scores.is_record(record):
+        raise DataError(f"{path} holds no scores", KNOWN)
+    found = scores.read(record, str(path))
+    facts = {scores.metric(s.metric).label: scores.written(s.metric, s.value) for s in found if s.value is not None}
+    if found[0].reference:
+        facts["against"] = found[0].reference
+    return Found(item=Item(stage="score", name=str(path), claims=_score_claims(record), facts=facts), scores=found)
+
+
+def _score_claims(record: Mapping[str, Any]) -> tuple[Claim, ...]:
+    """What a score says it is of: pictures by their pixels, a model or images by their digests; and its judge."""
+    target, options = _mapping(record, "target"), _mapping(record, "options")
+    extractor = _mapping(record, "extractor")
+    found = []
+    if record.get("tokenizer"):
+        found.append(Claim(stages=("tokenizer",), digest=str(record["tokenizer"])))
+        found += _images({"source": target.get("name"), "digest": target.get("sha256")})
+    elif target.get("checkpoint"):
+        found.append(Claim(stages=("generator",), digest=str(target["checkpoint"])))
+    elif options and target.get("sha256"):
+        name = str(target.get("name", ""))
+        found.append(Claim(stages=("samples", "reconstructions"), digest=str(target["sha256"]), name=name))
+    if str(extractor.get("name", "")).startswith("judge"):
+        found.append(Claim(stages=("judge",), digest=str(extractor.get("sha256", "")), name=str(extractor["name"])))
+    return tuple(found)
+
+
+def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = record.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+FOLDERS: dict[str, Callable[[Path], Found]] = {"manifest.json": _store, "samples.json": _pictures, "run.json": _run}

@@ -1,0 +1,288 @@
+"""Scores: read from JSON records of `rdpm eval`, grouped for a table, put beside published figures."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rdpm_cli.evaluation.report.parts import Item, Score, is_number, unique
+from rdpm_cli.evaluation.report.published import IMAGENET, PUBLISHED, Published
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is written. better: -1 where lower is, 1 where higher is, 0 where neither; form: of its values."""
+
+    label: str
+    better: int
+    form: str = ".4g"
+
+
+METRICS = {
+    "fid": Metric("FID", -1),
+    "sfid": Metric("sFID", -1),
+    "rfid": Metric("rFID", -1),
+    "frechet_distance": Metric("Fréchet distance", -1),
+    "frechet_distance_heldout": Metric("Fréchet distance of held-out images", 0),
+    "kid": Metric("KID", -1),
+    "is": Metric("IS", 1),
+    "is_order_free": Metric("IS, order-free", 1),
+    "precision": Metric("Precision", 1),
+    "recall": Metric("Recall", 1),
+    "class_accuracy": Metric("Class accuracy", 1),
+    "heldout_accuracy": Metric("Held-out accuracy", 0),
+    "psnr": Metric("PSNR, dB", 1, ".2f"),
+    "ssim": Metric("SSIM", 1),
+    "lpips_alex": Metric("LPIPS (alex)", -1),
+    "lpips_vgg": Metric("LPIPS (vgg)", -1),
+    "mse": Metric("MSE", -1),
+    "latent_error": Metric("Latent error", -1),
+    "parameters": Metric("Parameters", 0, ",.0f"),
+}
+OPTIONS = ("cfg", "cfg_schedule", "tau", "skip_steps", "steps", "seed")
+NESTED = ("metrics", "scores", "values")
+
+
+def metric(name: str) -> Metric:
+    """Of any name; one that is not known is written as it stands."""
+    return METRICS.get(name, Metric(name, 0))
+
+
+def written(name: str, value: float | None) -> str:
+    """A value of a metric."""
+    return "not computed" if value is None else format(value, metric(name).form)
+
+
+def is_record(record: Any) -> bool:
+    """Is it what `rdpm eval ... --json` prints, or the result of a demo?"""
+    return isinstance(record, dict) and ("reference" in record or "metric" in record) and any(_values(record))
+
+
+def read(record: Mapping[str, Any], source: str) -> list[Score]:
+    """The scores of a record; source: what it was read from."""
+    reasons = _section(record, "not_computed")
+    return [_score(record, name, raw, source, reasons.get(name)) for name, raw in _values(record)]
+
+
+def _values(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(metric, number or mapping) of a record: its one metric, those at its top, and those of its inner sections."""
+    if "value" in record and isinstance(record.get("metric"), str):
+        yield record["metric"], record
+    for name, raw in record.items():
+        if name in METRICS and (raw is None or is_number(raw) or _is_value(raw)):
+            yield name, raw
+    for section in NESTED:
+        for name, raw in _section(record, section).items():
+            if is_number(raw) or _is_value(raw):
+                yield name, raw
+
+
+def _score(record: Mapping[str, Any], name: str, raw: Any, source: str, reason: object) -> Score:
+    inner: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {}
+    value = inner.get("value") if inner else raw
+    finite = float(value) if is_number(value) and math.isfinite(value) else None
+    count = inner.get("n", record.get("n"))
+    spread, over = _spread(record, inner, name)
+    interval = inner.get("ci", _section(record, "ci").get(name))
+    missing = inner.get("reason", reason)
+    notes = [str(missing)] if finite is None and missing else [str(note) for note in record.get("notes") or ()]
+    return Score(
+        source=source,
+        target=_name(record.get("target")),
+        metric=name,
+        value=finite,
+        n=count if isinstance(count, int) else None,
+        spread=spread,
+        spread_over=over,
+        interval=(float(interval[0]), float(interval[1])) if _is_pair(interval) else None,
+        extractor=_name(inner.get("extractor", record.get("extractor"))),
+        reference=_name(record.get("reference")),
+        options={key: value for key, value in _section(record, "options").items() if key in OPTIONS},
+        note="; ".join(notes),
+    )
+
+
+def _spread(record: Mapping[str, Any], inner: Mapping[str, Any], name: str) -> tuple[float | None, str]:
+    """(standard deviation, over what)."""
+    found, over = inner.get("spread"), "spread"
+    if inner is record and is_number(record.get("spread_over_subsets")):
+        found, over = record["spread_over_subsets"], f"over {record.get('subsets', 'the')} subsets"
+    elif is_number(of_seeds := _section(record, "spread_over_seeds").get(name)):
+        found, over = of_seeds, f"over {len(record.get('seeds') or ())} noise seeds"
+    return (float(found), over) if is_number(found) else (None, "")
+
+
+def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = record.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, Mapping) and "value" in value
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(is_number(end) for end in value)
+
+
+def _name(part: Any) -> str:
+    return str(part.get("name", "")) if isinstance(part, Mapping) else str(part or "")
+
+
+# ---- a table of our own --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Scores of one target under one setting, by metric. best: of which metrics it has the best value of its like."""
+
+    source: str
+    target: str
+    n: int | None
+    extractor: str
+    reference: str
+    options: Mapping[str, Any]
+    scores: Mapping[str, Score]
+    best: frozenset[str] = frozenset()
+
+
+def rows(scores: Sequence[Score]) -> list[Row]:
+    """Computed scores, one row a source and setting. Best is named among rows of one N, extractor and reference."""
+    groups: dict[tuple[Any, ...], dict[str, Score]] = {}
+    for score in scores:
+        if score.value is not None:
+            key = (score.source, score.target, score.n, score.extractor, score.reference, _key(score.options))
+            groups.setdefault(key, {})[score.metric] = score
+    found = [
+        Row(source=source, target=target, n=n, extractor=extractor, reference=reference,
+            options=next(iter(group.values())).options, scores=group)
+        for (source, target, n, extractor, reference, _), group in groups.items()
+    ]  # fmt: skip
+    return [_with_best(row, found) for row in found]
+
+
+def _key(options: Mapping[str, Any]) -> str:
+    return repr(sorted(options.items()))
+
+
+def _with_best(row: Row, every: Sequence[Row]) -> Row:
+    alike = [o for o in every if (o.n, o.extractor, o.reference) == (row.n, row.extractor, row.reference)]
+    best = set()
+    for name, score in row.scores.items():
+        values = [o.scores[name].value for o in alike if name in o.scores]
+        better, own = metric(name).better, score.value
+        if (
+            len(values) > 1
+            and better
+            and own is not None
+            and all(better * (own - v) >= 0 for v in values if v is not None)
+        ):
+            best.add(name)
+    return Row(**{**row.__dict__, "best": frozenset(best)})
+
+
+def columns(found: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """(metrics, options) that a table of the rows needs, in their usual order."""
+    metrics = unique(name for row in found for name in row.scores)
+    known = [name for name in METRICS if name in metrics]
+    options = [name for name in OPTIONS if any(name in row.options for row in found)]
+    return known + [name for name in metrics if name not in METRICS], options
+
+
+# ---- beside published figures --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A published figure, ours beside it, and why the two cannot be compared; no reasons: they can."""
+
+    published: Published
+    score: Score | None
+    reasons: tuple[str, ...] = ()
+
+
+def beside_published(items: Sequence[Item], scores: Sequence[Score]) -> list[Beside]:
+    """Every published figure, once for each of our scores that stands beside it, or once with none."""
+    found, own = [], [*_sizes(items), *scores]
+    for published in PUBLISHED:
+        ours = [] if published.of == "other" else [s for s in own if _stands_beside(s, published, items)]
+        found += [Beside(published=published, score=s, reasons=_reasons(published, s)) for s in ours]
+        if not ours:
+            found.append(Beside(published=published, score=None))
+    return found
+
+
+def _sizes(items: Sequence[Item]) -> list[Score]:
+    """Parameters of the generators."""
+    sized = [(item.name, item.settings.get("parameters")) for item in items if item.stage == "generator"]
+    return [Score(source=name, target=name, metric="parameters", value=float(n)) for name, n in sized if is_number(n)]
+
+
+def _stands_beside(score: Score, published: Published, items: Sequence[Item]) -> bool:
+    if score.metric != published.metric or score.value is None:
+        return False
+    if published.of == "evaluator":
+        return "admnet_guided_upsampled_imagenet256" in score.target
+    if published.depth is not None:
+        maker = next((item for item in items if item.name == score.source), None)
+        return maker is not None and maker.settings.get("network.depth") == published.depth
+    return True
+
+
+def _reasons(published: Published, score: Score) -> tuple[str, ...]:
+    """Why a score and a published figure cannot be compared."""
+    if published.metric == "parameters":
+        return ()
+    found = []
+    if published.data == IMAGENET and IMAGENET not in (score.reference + score.target).lower():
+        found.append(f"images: {score.reference or score.target or 'not recorded'}, not ImageNet")
+    if published.n is None:
+        found.append("its N is not stated")
+    elif score.n != published.n:
+        found.append(f"N = {'not recorded' if score.n is None else f'{score.n:,}'}, not {published.n:,}")
+    if published.extractor and not score.extractor.startswith(published.extractor):
+        found.append(f"extractor: {score.extractor or 'not recorded'}, not {published.extractor}")
+    return (*found, published.note) if published.note else tuple(found)
+
+
+# ---- trade-offs ----------------------------------------------------------------------------------------------------
+
+KNOBS = ("cfg", "tau")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradeOff:
+    """A metric against a sampling option. curves: by the other options, (option, value) in order."""
+
+    metric: str
+    knob: str
+    curves: Mapping[str, list[tuple[float, float]]]
+    like: str  # N, extractor and reference that all its values share
+
+
+def trade_offs(scores: Sequence[Score]) -> list[TradeOff]:
+    """Of every metric with values at two or more settings of cfg or tau, among scores that can be compared."""
+    groups: dict[tuple[str, str], list[Score]] = {}
+    for score in scores:
+        if (
+            score.value is not None
+            and metric(score.metric).better
+            and all(is_number(score.options.get(k)) for k in KNOBS)
+        ):
+            like = ", ".join(filter(None, (f"N = {score.n}", score.extractor, f"against {score.reference}")))
+            groups.setdefault((score.metric, like), []).append(score)
+    found = []
+    for (name, like), group in groups.items():
+        for knob in KNOBS:
+            if len({score.options[knob] for score in group}) > 1:
+                found.append(TradeOff(metric=name, knob=knob, curves=_curves(group, knob), like=like))
+    return found
+
+
+def _curves(group: Sequence[Score], knob: str) -> dict[str, list[tuple[float, float]]]:
+    others = [key for key in OPTIONS if key != knob and len({repr(s.options.get(key)) for s in group}) > 1]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for score in group:
+        name = ", ".join(f"{key} = {score.options.get(key)}" for key in others) or metric(score.metric).label
+        found.setdefault(name, []).append((float(score.options[knob]), float(score.value or 0.0)))
+    return {name: sorted(points) for name, points in sorted(found.items())}
