@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ KNOWN = (
 MODELS: dict[str, Literal["tokenizer", "generator", "judge"]] = {
     "train-tokenizer": "tokenizer", "train-gen": "generator", "train-judge": "judge",
 }  # fmt: skip
+ROLES: dict[str, Stage] = {"checkpoint": "generator", "tokenizer": "tokenizer", "store": "store"}  # in samples.json
 DEMO = ("runs/judge", "runs/tokenizer", "codes", "runs/generator", "samples", "reconstructions", "result.json")
 PLAN = {
     "steps", "grid", "codes", "channels", "views", "flip", "latents", "seed", "transform", "resolution", "device",
@@ -189,12 +191,9 @@ def _run(path: Path) -> Found:
         facts |= {key: said(note[key])} if key in note else {}
     if note.get("resumed"):
         facts["resumed"] = f"{len(note['resumed'])} times"
-    recipe = settings.get("recipe") or {}
-    own = {
-        "seed": recipe.get("seed"),
-        **dict(flat(recipe.get(stage) or {})),
-        **dict(flat({"versions": note.get("versions") or {}})),
-    }
+    recipe = _mapping(settings, "recipe")
+    versions = dict(flat({"versions": _mapping(note, "versions")}))
+    own = {"seed": recipe.get("seed"), **dict(flat(_mapping(recipe, stage))), **versions}
     if finished:
         own = {"parameters": finished.settings["parameters"], **own}
         facts = {**finished.facts, **facts}
@@ -252,31 +251,29 @@ def _pictures(path: Path) -> Found:
     record = files.read_json(path / "samples.json")
     try:
         stage: Stage = "samples" if record["format"] == "rdpm-samples" else "reconstructions"
-        made, options, rows = record["made_from"], dict(record["options"]), list(record["samples"])
-        names = [str(name) for name in record["class_names"]]
-        there = all((path / row["file"]).is_file() for row in rows)
-        facts = {"pictures": f"{len(rows):,}", "resolution": said(record["resolution"])}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        made, options = dict(record["made_from"]), dict(record["options"])
+        rows = [{"file": Path(row["file"]).name, "label": row["label"]} for row in record["samples"]]
+        names, resolution = [str(name) for name in record["class_names"]], int(record["resolution"])
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path / 'samples.json'} lacks {error}", "make the folder again") from error
+    reference, there = _mapping(record, "reference"), all((path / row["file"]).is_file() for row in rows)
+    facts = {"pictures": f"{len(rows):,}", "resolution": said(resolution), "classes": said(len(names))}
     facts |= {key: said(options[key]) for key in scores.OPTIONS if key in options}
-    facts["classes"] = _classes(names)
-    roles: dict[str, Stage] = {"checkpoint": "generator", "tokenizer": "tokenizer", "store": "store"}
-    claims = [Claim(stages=(roles[role],), digest=str(digest)) for role, digest in made.items() if role in roles]
-    versions = dict(flat({"versions": record.get("versions") or {}}))
-    item = Item(stage=stage, name=str(path), claims=(*claims, *_images(record.get("reference"))), facts=facts,
-                settings={**dict(flat(options)), **versions})  # fmt: skip
-    own = {"reference": {"name": (record.get("reference") or {}).get("source", "")}, **(record.get("scores") or {})}
+    claims = [Claim(stages=(ROLES[role],), digest=str(digest)) for role, digest in made.items() if role in ROLES]
+    settings = {**dict(flat(options)), **dict(flat({"versions": _mapping(record, "versions")}))}
+    own = {"metric": "reconstruction", "target": {"name": str(path)}, "options": options}
+    own |= {"reference": {"name": reference.get("source", "")}, **_mapping(record, "scores")}
     return Found(
-        item=item,
-        scores=scores.read({**own, "target": {"name": str(path)}, "options": options}, str(path)),
-        pictures=_grids(path, stage, rows if there else [], names),
+        item=Item(stage=stage, name=str(path), claims=(*claims, *_images(reference)), facts=facts, settings=settings),
+        scores=scores.read(own, str(path)),
+        pictures=_grids(path, stage, rows if there else [], names, resolution),
         folder=path if there else None,
         count=len(rows),
     )
 
 
 def _grids(
-    path: Path, stage: Stage, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+    path: Path, stage: Stage, rows: Sequence[Mapping[str, Any]], names: Sequence[str], resolution: int
 ) -> list[Callable[[], Picture]]:
     """The folder's own grid, or one of its files, and the steps of its GIF."""
     title = f"{STAGES[stage]}: {path}"
@@ -290,10 +287,21 @@ def _grids(
     elif rows:
         found.append(lambda: _grid_of(path, rows, names, title))
     if (path / "previews" / "steps.gif").is_file():
-        steps = f"Partial decodes of t = 1 to T: {path}"
-        words = "The same grid of samples as it decodes after each step t, from left to right and top to bottom."
-        found.append(lambda: pictures.strip(path / "previews" / "steps.gif", steps, words))
+        steps = f"Decodes of t = 1 to T: {path}"
+        words = "The first sample of each class, a class a row, as it decodes after each step t, from left to right."
+        side, columns = _layout(rows, resolution)
+        found.append(lambda: pictures.strip(path / "previews" / "steps.gif", steps, words, side, columns))
     return found
+
+
+def _layout(rows: Sequence[Mapping[str, Any]], resolution: int) -> tuple[int, int]:
+    """(side, columns) of the images that `sample` puts into its grids."""
+    from rdpm_cli.engine.sampling import PREVIEWED
+    from rdpm_cli.images import writers
+
+    each = Counter(row["label"] for row in rows)
+    columns = max((min(count, PREVIEWED) for count in each.values()), default=1)
+    return resolution * writers.enlargement(resolution), columns
 
 
 def _grid_of(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str], title: str) -> Picture:

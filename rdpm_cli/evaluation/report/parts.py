@@ -67,11 +67,12 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawing. alt: what it shows, in words; svg: the file."""
+    """A drawing. alt: what it shows, in words; svg: the file; note: what its values share."""
 
     title: str
     alt: str
     svg: bytes
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,20 @@
 """Pictures for a page: scaled down, encoded small, with words for those who cannot see them."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation.report.parts import Picture, clean
+from rdpm_cli.images import writers
 from rdpm_cli.images.transform import Pixels
 
 WIDEST, HIGHEST = 1120, 1400  # pixels
 MOST_BYTES = 300_000  # of one encoded picture
-STEPS_SHOWN, STEPS_A_ROW = 8, 4
-PAPER, GAP = (255, 255, 255), 4
+STEPS_SHOWN = 16
 HINT = "make it again, or leave its folder out"
 
 
@@ -27,30 +27,39 @@ def read(path: Path, title: str, alt: str) -> Picture:
         raise DataError(f"{path} cannot be read as an image: {error}", HINT) from error
 
 
-def strip(path: Path, title: str, alt: str) -> Picture:
-    """The frames of a GIF of partial decodes, some of them, evenly spaced, side by side. Raises DataError."""
+def strip(path: Path, title: str, alt: str, side: int, columns: int) -> Picture:
+    """The frames of a GIF of partial decodes as one strip: the first image of every row, a step a column.
+
+    side, columns: of the images in a frame, in pixels as `writers.grid` draws them. A GIF of another layout is shown
+    by its whole last frame. Raises DataError.
+    """
     try:
         with Image.open(path) as opened:
             count = getattr(opened, "n_frames", 1)
             shown = sorted({round(place * (count - 1) / (STEPS_SHOWN - 1)) for place in range(STEPS_SHOWN)})
-            frames = []
+            frames = {}
             for number in shown:
                 opened.seek(number)
-                frames.append(opened.convert("RGB"))
+                frames[number + 1] = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}", HINT) from error
-    return encode(_sheet(frames), title, f"{alt} Shown: {len(frames)} of {count} steps.")
+    left = opened.width - columns * (side + writers.GAP) - writers.GAP
+    if not 0 <= left <= opened.width // 2:
+        return encode(frames[count], title, alt)
+    return encode(_strip(frames, left, side), title, alt)
 
 
-def _sheet(frames: Sequence[Image.Image]) -> Image.Image:
-    columns = min(len(frames), STEPS_A_ROW)
-    rows = -(-len(frames) // columns)
-    width = (WIDEST - (columns - 1) * GAP) // columns
-    small = [frame.resize((width, max(1, round(frame.height * width / frame.width)))) for frame in frames]
-    height = max(frame.height for frame in small)
-    sheet = Image.new("RGB", (columns * width + (columns - 1) * GAP, rows * (height + GAP) - GAP), PAPER)
-    for place, frame in enumerate(small):
-        sheet.paste(frame, (place % columns * (width + GAP), place // columns * (height + GAP)))
+def _strip(frames: Mapping[int, Image.Image], left: int, side: int) -> Image.Image:
+    """Row labels, then the first column of each frame with its t above it. left: the width of the labels."""
+    first, width = next(iter(frames.values())), side + writers.GAP
+    height = first.height % (side + writers.GAP)  # of the title and one gap
+    sheet = Image.new("RGB", (left + len(frames) * width + writers.GAP, first.height), writers.PAPER)
+    sheet.paste(first.crop((0, height, left, first.height)), (0, height))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for place, (t, frame) in enumerate(frames.items()):
+        x = left + place * width
+        sheet.paste(frame.crop((left, height, left + width + writers.GAP, frame.height)), (x, height))
+        draw.text((x + width // 2, height - 4), f"t = {t}", writers.INK, font, anchor="ms")
     return sheet
 
 

@@ -51,11 +51,11 @@ STYLE: dict[str, Any] = {
 
 def draw(
     title: str, curves: Mapping[str, Curve], x: str, y: str = "", *, log: bool = False, whole: bool = False,
-    between: tuple[str, str] | None = None,
+    between: tuple[str, str] | None = None, note: str = "", words: Mapping[str, Sequence[str]] | None = None,
 ) -> Plot:  # fmt: skip
     """One plot of named curves. x, y: labels of the axes; log: y logarithmic where all is positive; whole: y from 0.
 
-    between: two curves with the area between them filled.
+    between: two curves with the area between them filled. note: under the title; words: beside the points of a curve.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -68,29 +68,44 @@ def draw(
         settings.update(STYLE)
         figure = Figure(figsize=SIZE, layout="constrained")
         canvas, axis = FigureCanvasSVG(figure), figure.add_subplot()
-        _fill(axis, thinned, log, between)
+        _fill(axis, thinned, between)
         axis.set(xlabel=x, ylabel=y)
-        if whole:
-            axis.set_ylim(bottom=0)
-        axis.grid(axis="y")
+        _scale(axis, [value for _, values in thinned.values() for value in values], log, whole)
+        for name, texts in (words or {}).items():
+            for point in zip(texts, zip(*thinned[clean(name)], strict=True), strict=False):
+                axis.annotate(*point, xytext=(4, 4), textcoords="offset points", fontsize=7, color=SOFT)
         buffer = io.BytesIO()
         canvas.print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return Plot(title=title, alt=_in_words(title, thinned, x), svg=_with_scheme(buffer.getvalue()))
+    alt = _in_words(f"{title}, {note}" if note else title, thinned, x)
+    return Plot(title=title, alt=alt, svg=_with_scheme(buffer.getvalue()), note=note)
 
 
-def _fill(axis: Any, curves: Mapping[str, Curve], log: bool, between: tuple[str, str] | None) -> None:
+def _fill(axis: Any, curves: Mapping[str, Curve], between: tuple[str, str] | None) -> None:
     handles = []
     for place, (x, y) in enumerate(curves.values()):
         colour, dash = SERIES[place % len(SERIES)], DASHES[place // len(SERIES) % len(DASHES)]
         style = {"color": colour, "linestyle": dash, "linewidth": 1.4, "markersize": 3.5}
         handles += axis.plot(x, y, marker="o" if len(x) <= 24 else None, **style)
-    if between:
+    if between and curves[between[0]][0] == curves[between[1]][0]:
         (x, low), (_, high) = curves[between[0]], curves[between[1]]
         axis.fill_between(x, low, high, color=SERIES[0], alpha=0.12, linewidth=0)
-    if log and all(value > 0 for _, y in curves.values() for value in y):
-        axis.set_yscale("log")
     if len(curves) > 1:
         axis.legend(handles, list(curves), frameon=False, fontsize=8, ncols=1 if len(curves) < 5 else 2)
+
+
+def _scale(axis: Any, values: Sequence[float], log: bool, whole: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axis.grid(axis="y")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=all(edge >= 2 for edge in axis.get_xlim()[1:])))
+    if log and values and min(values) > 0:
+        axis.set_yscale("log")
+        decades = math.log10(max(values) / min(values))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    elif whole and values and max(values) > 0:
+        axis.set_ylim(0, 1.08 * max(values))
 
 
 def _thin(curve: Curve) -> Curve:
@@ -130,7 +145,6 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Loss", LOSSES, True),
     ("Learning rate", ("lr",), False),
     ("Images a second", ("images_per_second",), False),
-    ("Accuracy in training", ("accuracy",), False),
     ("Codebook usage", ("usage/book", "latent_spread"), False),
     ("Proxy score", ("proxy/frechet_distance",), False),
 )
@@ -190,9 +204,16 @@ def per_t(found: Mapping[str, Sequence[float]]) -> list[Plot]:
     return [*plots, draw("Norm of z'_t", norms, "t", "norm", whole=True)] if norms else plots
 
 
+KNOBS = {"cfg": "guidance λ (--cfg)", "tau": "inverse temperature τ (--tau)"}
+
+
 def trade_off(found: TradeOff) -> Plot:
-    """A metric against guidance or temperature."""
-    knob = {"cfg": "guidance λ (--cfg)", "tau": "inverse temperature τ (--tau)"}[found.knob]
-    curves = {name: ([a for a, _ in points], [b for _, b in points]) for name, points in found.curves.items()}
+    """A metric against guidance or temperature, or against another metric as that option moves."""
+    curves = {name: ([a for a, _, _ in points], [b for _, b, _ in points]) for name, points in found.curves.items()}
     label = metric(found.metric).label
-    return draw(f"{label} against {knob}; {found.like}", curves, knob, label)
+    if found.against is None:
+        return draw(f"{label} against {found.knob}", curves, KNOBS[found.knob], label, note=found.like)
+    other = metric(found.against).label
+    words = {name: [f"{found.knob} {knob:g}" for _, _, knob in points] for name, points in found.curves.items()}
+    title = f"{label} against {other}, as {found.knob} moves"
+    return draw(title, curves, other, label, note=found.like, words=words)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rdpm_cli.evaluation.report.parts import Item, Score, is_number, unique
+from rdpm_cli.evaluation.report.parts import Item, Score, is_number, said, unique
 from rdpm_cli.evaluation.report.published import IMAGENET, PUBLISHED, Published
 
 
@@ -15,37 +15,40 @@ class Metric:
 
     label: str
     better: int
-    form: str = ".4g"
+    form: str = ".4f"
 
 
 METRICS = {
-    "fid": Metric("FID", -1),
+    "fid": Metric("FID", -1, ".3f"),
     "sfid": Metric("sFID", -1),
-    "rfid": Metric("rFID", -1),
-    "frechet_distance": Metric("Fréchet distance", -1),
-    "frechet_distance_heldout": Metric("Fréchet distance of held-out images", 0),
-    "kid": Metric("KID", -1),
-    "is": Metric("IS", 1),
-    "is_order_free": Metric("IS, order-free", 1),
+    "rfid": Metric("rFID", -1, ".3f"),
+    "frechet_distance": Metric("Fréchet distance", -1, ".3f"),
+    "frechet_distance_heldout": Metric("the same, held-out images", 0, ".3f"),
+    "kid": Metric("KID", -1, ".5f"),
+    "is": Metric("IS", 1, ".2f"),
+    "is_order_free": Metric("IS, order-free", 1, ".2f"),
     "precision": Metric("Precision", 1),
     "recall": Metric("Recall", 1),
     "class_accuracy": Metric("Class accuracy", 1),
-    "heldout_accuracy": Metric("Held-out accuracy", 0),
     "psnr": Metric("PSNR, dB", 1, ".2f"),
     "ssim": Metric("SSIM", 1),
     "lpips_alex": Metric("LPIPS (alex)", -1),
     "lpips_vgg": Metric("LPIPS (vgg)", -1),
-    "mse": Metric("MSE", -1),
+    "mse": Metric("MSE", -1, ".5f"),
+    "frechet_distance_recon": Metric("Fréchet distance", -1, ".3f"),
     "latent_error": Metric("Latent error", -1),
     "parameters": Metric("Parameters", 0, ",.0f"),
 }
+OF_RECONSTRUCTIONS = frozenset(
+    ("rfid", "psnr", "ssim", "lpips_alex", "lpips_vgg", "mse", "frechet_distance_recon", "latent_error")
+)
 OPTIONS = ("cfg", "cfg_schedule", "tau", "skip_steps", "steps", "seed")
 NESTED = ("metrics", "scores", "values")
 
 
 def metric(name: str) -> Metric:
     """Of any name; one that is not known is written as it stands."""
-    return METRICS.get(name, Metric(name, 0))
+    return METRICS.get(name, Metric(name, 0, ".4g"))
 
 
 def written(name: str, value: float | None) -> str:
@@ -78,6 +81,7 @@ def _values(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _score(record: Mapping[str, Any], name: str, raw: Any, source: str, reason: object) -> Score:
+    of_reconstructions = record.get("metric") == "reconstruction"
     inner: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {}
     value = inner.get("value") if inner else raw
     finite = float(value) if is_number(value) and math.isfinite(value) else None
@@ -89,7 +93,7 @@ def _score(record: Mapping[str, Any], name: str, raw: Any, source: str, reason: 
     return Score(
         source=source,
         target=_name(record.get("target")),
-        metric=name,
+        metric="frechet_distance_recon" if of_reconstructions and name == "frechet_distance" else name,
         value=finite,
         n=count if isinstance(count, int) else None,
         spread=spread,
@@ -248,41 +252,59 @@ def _reasons(published: Published, score: Score) -> tuple[str, ...]:
 # ---- trade-offs ----------------------------------------------------------------------------------------------------
 
 KNOBS = ("cfg", "tau")
+Point = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TradeOff:
-    """A metric against a sampling option. curves: by the other options, (option, value) in order."""
+    """A metric against a sampling option, or, as that option moves, against another metric.
+
+    curves: by the other options, a Point (option or other metric, value, option) a setting, in its order. like: N,
+    extractor and reference that all values share.
+    """
 
     metric: str
     knob: str
-    curves: Mapping[str, list[tuple[float, float]]]
-    like: str  # N, extractor and reference that all its values share
+    against: str | None
+    curves: Mapping[str, list[Point]]
+    like: str
+
+
+DISTANCES, RICHNESS = ("fid", "frechet_distance"), ("is", "class_accuracy", "recall")
 
 
 def trade_offs(scores: Sequence[Score]) -> list[TradeOff]:
     """Of every metric with values at two or more settings of cfg or tau, among scores that can be compared."""
-    groups: dict[tuple[str, str], list[Score]] = {}
-    for score in scores:
-        if (
-            score.value is not None
-            and metric(score.metric).better
-            and all(is_number(score.options.get(k)) for k in KNOBS)
-        ):
-            like = ", ".join(filter(None, (f"N = {score.n}", score.extractor, f"against {score.reference}")))
-            groups.setdefault((score.metric, like), []).append(score)
+    likes: dict[str, list[Row]] = {}
+    for row in rows(scores):
+        if all(is_number(row.options.get(knob)) for knob in KNOBS):
+            count = "" if row.n is None else f"N = {row.n:,}"
+            like = ", ".join(filter(None, (count, row.extractor, row.reference and f"against {row.reference}")))
+            likes.setdefault(like, []).append(row)
     found = []
-    for (name, like), group in groups.items():
+    for like, group in likes.items():
+        names = [name for name in columns(group)[0] if metric(name).better and name not in OF_RECONSTRUCTIONS]
         for knob in KNOBS:
-            if len({score.options[knob] for score in group}) > 1:
-                found.append(TradeOff(metric=name, knob=knob, curves=_curves(group, knob), like=like))
-    return found
+            if len({row.options[knob] for row in group}) < 2:
+                continue
+            for name in names:
+                others = [None, *(n for n in names if n in RICHNESS)] if name in DISTANCES else [None]
+                found += [TradeOff(metric=name, knob=knob, against=other, like=like,
+                                   curves=_curves(group, name, knob, other)) for other in others]  # fmt: skip
+    return [one for one in found if any(len(points) > 1 for points in one.curves.values())]
 
 
-def _curves(group: Sequence[Score], knob: str) -> dict[str, list[tuple[float, float]]]:
-    others = [key for key in OPTIONS if key != knob and len({repr(s.options.get(key)) for s in group}) > 1]
-    found: dict[str, list[tuple[float, float]]] = {}
-    for score in group:
-        name = ", ".join(f"{key} = {score.options.get(key)}" for key in others) or metric(score.metric).label
-        found.setdefault(name, []).append((float(score.options[knob]), float(score.value or 0.0)))
-    return {name: sorted(points) for name, points in sorted(found.items())}
+def _curves(group: Sequence[Row], name: str, knob: str, other: str | None) -> dict[str, list[Point]]:
+    """The points of each setting of the other options that differ."""
+    differ = [key for key in OPTIONS if key != knob and len({repr(row.options.get(key)) for row in group}) > 1]
+    found: dict[str, list[Point]] = {}
+    for row in sorted(group, key=lambda row: float(row.options[knob])):
+        value, along = _value(row, name), float(row.options[knob]) if other is None else _value(row, other)
+        if value is not None and along is not None:
+            label = ", ".join(f"{key} = {said(row.options.get(key))}" for key in differ) or metric(name).label
+            found.setdefault(label, []).append((along, value, float(row.options[knob])))
+    return dict(sorted(found.items()))
+
+
+def _value(row: Row, name: str) -> float | None:
+    return row.scores[name].value if name in row.scores else None

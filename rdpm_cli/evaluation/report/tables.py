@@ -59,7 +59,7 @@ def _published_table(report: Report) -> str:
         p, ours = one.published, "–" if one.published.of == "other" else "not yet run"
         if one.score:
             ours = f"{scores.written(p.metric, one.score.value)} ({one.score.source})"
-        label, theirs = scores.metric(p.metric).label, scores.written(p.metric, p.value)
+        label, theirs = scores.metric(p.metric).label, p.quoted
         rows.append([p.source, p.what, label, theirs, ours, _verdict(one)])
     return _markdown(["source", "of", "metric", "theirs", "ours", "comparable"], rows, (3, 4))
 
