@@ -108,7 +108,8 @@ def _picture(picture: Picture) -> Element:
     address = f"data:{picture.kind};base64,{base64.b64encode(picture.data).decode()}"
     width, height = map(str, picture.size)
     image = el("img", src=address, alt=picture.alt, width=width, height=height)
-    return el("figure", el("figcaption", picture.title), image)
+    wide = picture.size[0] > 1.25 * picture.size[1]
+    return el("figure", el("figcaption", picture.title), image, cls="wide" if wide else "")
 
 
 def _trade_off_section(report: Report) -> Element | None:

@@ -72,7 +72,14 @@ def _scores_table(label: str, rows: Sequence[scores.Row]) -> list[Element]:
     top += [*head(numbers=[name for name in kept if name not in texts]), *head(*texts)]
     body = []
     for place, row in enumerate(rows):
-        cells = [el("th", row.target or row.source, small(row.source if row.target != row.source else ""), scope="row")]
+        cells = [
+            el(
+                "th",
+                row.target or row.source,
+                small(row.source if row.target not in ("", row.source) else ""),
+                scope="row",
+            )
+        ]
         cells += [number(row.scores.get(m), "number best" if m in row.best else "number") for m in metrics]
         cells += [el("td", values[place], cls="" if name in texts else "number") for name, values in kept.items()]
         body.append(el("tr", *cells))

@@ -97,7 +97,9 @@ def _scale(axis: Any, values: Sequence[float], log: bool, whole: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axis.grid(axis="y")
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=all(edge >= 2 for edge in axis.get_xlim()[1:])))
+    axis.xaxis.set_major_locator(
+        MaxNLocator(8, steps=[1, 2, 5, 10], integer=all(edge >= 2 for edge in axis.get_xlim()[1:]))
+    )
     if log and values and min(values) > 0:
         axis.set_yscale("log")
         decades = math.log10(max(values) / min(values))
