@@ -1,11 +1,13 @@
-"""Elements of a page. Text is escaped by the serialiser, never by hand."""
+"""Elements of a page, and the one place that turns them into text and escapes what they hold."""
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from xml.etree.ElementTree import Element
 
 from rdpm_cli.evaluation.report.parts import clean
 
 Content = Element | str | None
+VOID = {"img", "meta"}  # elements that hold nothing and are not closed
 
 
 def el(name: str, /, *children: Content | dict[str, str], cls: str = "", **attributes: str) -> Element:
@@ -28,6 +30,18 @@ def _append_text(parent: Element, text: str) -> None:
         parent[-1].tail = (parent[-1].tail or "") + text
     else:
         parent.text = (parent.text or "") + text
+
+
+def serialised(element: Element) -> str:
+    """The HTML of an element. Only the text of `style`, which is never a reader's, stands as it is."""
+    attributes = "".join(f' {name}="{escape(value)}"' for name, value in element.attrib.items())
+    if element.tag in VOID:
+        return f"<{element.tag}{attributes}>"
+    text = element.text or ""
+    inner = [text if element.tag == "style" else escape(text, quote=False)]
+    for child in element:
+        inner += [serialised(child), escape(child.tail or "", quote=False)]
+    return f"<{element.tag}{attributes}>{''.join(inner)}</{element.tag}>"
 
 
 def some(element: Element | None) -> list[Element]:

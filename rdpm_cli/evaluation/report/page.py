@@ -1,15 +1,14 @@
-"""The page: one HTML file that needs nothing else. Text is escaped by the serialiser, never by hand."""
+"""The page: one HTML file that needs nothing else."""
 
 import base64
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
-from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from rdpm_cli.evaluation.report import chain, page_scores, plots, scores
 from rdpm_cli.evaluation.report.chain import Link
-from rdpm_cli.evaluation.report.markup import Content, el, head, section, small, some, table
+from rdpm_cli.evaluation.report.markup import Content, el, head, section, serialised, small, some, table
 from rdpm_cli.evaluation.report.parts import STAGES, Item, Picture, Plot, Report, said, short, unique
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -36,7 +35,7 @@ def render(report: Report) -> bytes:
     top.extend(some(page_scores.leading_figures(report)))
     last = el("footer", el("p", f"Made by rdpm {report.version} from the files named above; it holds no clock's time."))
     page = el("html", preamble, el("body", top, el("main", *sections), last), lang="en")
-    return b"<!DOCTYPE html>\n" + ElementTree.tostring(page, encoding="utf-8", method="html") + b"\n"
+    return f"<!DOCTYPE html>\n{serialised(page)}\n".encode()
 
 
 def _sections(report: Report, found: Sequence[Sequence[Link]]) -> list[Element | None]:
