@@ -367,11 +367,14 @@ def test_a_demos_folder_is_its_parts(made: Path, tmp_path: Path) -> None:
     (tmp_path / "demo" / "runs").mkdir(parents=True)
     for part, place in {"tok": "runs/tokenizer", "gen": "runs/generator", "codes": "codes"}.items():
         shutil.copytree(made / part, tmp_path / "demo" / place)
-    result = {"frechet_distance": 3.5, "frechet_n": 20, "class_accuracy": 0.9, "reference": {"name": "digits:train"}}
+    result = {"frechet_distance": 3.5, "frechet_n": 20, "frechet_ratio": 2.0, "class_accuracy": 0.9, "samples": 80,
+              "reference": {"name": "digits:train"}}  # fmt: skip
     files.write_json(tmp_path / "demo" / "result.json", result)
     found = report_inputs.read([tmp_path / "demo"], with_pictures=False)
     assert [one.item.stage for one in found] == ["tokenizer", "store", "generator", "score"]
-    assert {s.metric: s.value for s in found[-1].scores} == {"frechet_distance": 3.5, "class_accuracy": 0.9}
+    assert {s.metric: (s.value, s.n) for s in found[-1].scores} == {
+        "frechet_distance": (3.5, 20), "class_accuracy": (0.9, 80)
+    }  # fmt: skip
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -385,11 +388,22 @@ def test_scores_of_every_shape_are_read() -> None:
     assert [(s.metric, s.value, s.n) for s in read] == [("fid", 3.5, 10), ("class_accuracy", 0.5, 10)]
     assert (read[0].spread, read[0].spread_over, read[1].spread) == (0.2, "over 4 subsets", None)
     assert (read[0].extractor, read[0].reference, read[0].options) == ("x", "r", {"cfg": 1.5})
-    many = {"metrics": {"fid": {"value": 2.0, "ci": [1.5, 2.5]}, "is": 30.5, "sfid": {"value": None, "reason": "no"}},
-            "reference": {"name": "r"}, "n": 7}  # fmt: skip
-    fid, inception_score, sfid = scores.read(many, "b.json")
-    assert (fid.value, fid.interval, fid.n) == (2.0, (1.5, 2.5), 7)
-    assert (inception_score.value, sfid.value, sfid.note) == (30.5, None, "no")
+    many = {"metric": "all", "fid": 2.0, "fid_ci95": [1.5, 2.5], "fid_n": 6, "n": 7, "inception_score": 30.5,
+            "inception_score_splits": 10, "inception_score_spread_over_splits": 0.1, "inception_score_order_free": 31.5,
+            "inception_score_order_free_ci95": [31, 32], "sfid": None, "not_computed": {"sfid": "pooled"}}  # fmt: skip
+    read = scores.read(many, "b.json")
+    assert [(s.metric, s.value, s.n) for s in read] == [
+        ("fid", 2.0, 6), ("inception_score", 30.5, 7), ("inception_score_order_free", 31.5, 7), ("sfid", None, 7)
+    ]  # fmt: skip
+    assert [s.interval for s in read] == [(1.5, 2.5), None, (31.0, 32.0), None]
+    assert (read[1].spread, read[1].spread_over, read[3].note) == (0.1, "over 10 splits", "pooled")
+    alone = {"metric": "inception_score", "value": None, "order_free": 3.5, "order_free_ci95": [3, 4], "n": 5,
+             "reference": None, "not_computed": {"value": "sorted"}}  # fmt: skip
+    by_split, order_free = scores.read(alone, "c.json")
+    assert (by_split.value, by_split.note) == (None, "sorted")
+    assert (order_free.metric, order_free.value, order_free.interval) == ("inception_score_order_free", 3.5, (3.0, 4.0))
+    pair = {"metric": "precision_recall", "precision": 0.5, "recall": 0.25, "reference": {"name": "r"}}
+    assert [(s.metric, s.value) for s in scores.read(pair, "d.json")] == [("precision", 0.5), ("recall", 0.25)]
 
 
 def test_what_was_not_computed_keeps_its_reason_and_nan_is_no_number() -> None:

@@ -27,7 +27,9 @@ PLAN = {
     "steps", "grid", "codes", "channels", "views", "flip", "latents", "seed", "transform", "resolution", "device",
     "precision", "micro_batch",
 }  # fmt: skip
-PER_CLASS, CLASSES = 8, 10  # of a grid made from a folder's files
+STEPS = "Decodes of t = 1 to T"
+STEPS_IN_WORDS = "The first sample of each class, a class a row, as it decodes after each step t, from left to right."
+PER_CLASS, CLASSES = 8, 10  # of the grids that `sample` draws, and of one made from a folder's files
 
 
 @dataclass(kw_only=True)
@@ -143,8 +145,10 @@ def _model_claims(stage: Stage, content: Mapping[str, Any]) -> tuple[Claim, ...]
         found.append(Claim(stages=("tokenizer",), digest=content["tokenizer"]["digest"]))
         found.append(Claim(stages=("store",), digest=store.get("digest", ""), name=str(store.get("path", ""))))
         found += _images(provenance.get("reference"))
-    elif isinstance(provenance.get("data"), Mapping):
-        found += _images(provenance["data"])
+    elif stage == "judge":
+        found += _images({"source": provenance.get("data"), "digest": provenance.get("digest")})
+    else:
+        found += _images(provenance.get("data"))
     return tuple(found)
 
 
@@ -252,9 +256,9 @@ def _pictures(path: Path) -> Found:
     try:
         stage: Stage = "samples" if record["format"] == "rdpm-samples" else "reconstructions"
         made, options = dict(record["made_from"]), dict(record["options"])
-        rows = [{"file": Path(row["file"]).name, "label": row["label"]} for row in record["samples"]]
+        rows = [{"file": Path(row.get("file", "")).name, "label": row["label"]} for row in record["samples"]]
         names, resolution = [str(name) for name in record["class_names"]], int(record["resolution"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path / 'samples.json'} lacks {error}", "make the folder again") from error
     reference, there = _mapping(record, "reference"), all((path / row["file"]).is_file() for row in rows)
     facts = {"pictures": f"{len(rows):,}", "resolution": said(resolution), "classes": said(len(names))}
@@ -276,31 +280,31 @@ def _grids(
     path: Path, stage: Stage, rows: Sequence[Mapping[str, Any]], names: Sequence[str], resolution: int
 ) -> list[Callable[[], Picture]]:
     """The folder's own grid, or one of its files, and the steps of its GIF."""
-    title = f"{STAGES[stage]}: {path}"
+    whole = f"{STAGES[stage]}: {path}"
     if stage == "samples":
         alt = f"A grid of samples, a class a row. Classes: {some_of(names)}."
     else:
         alt = "Rows of real images, where they were there, above their reconstructions."
     found: list[Callable[[], Picture]] = []
     if (path / "previews" / "grid.png").is_file():
-        found.append(lambda: pictures.read(path / "previews" / "grid.png", title, alt))
+        found.append(lambda: pictures.read(path / "previews" / "grid.png", whole, alt))
     elif rows:
-        found.append(lambda: _grid_of(path, rows, names, title))
-    if (path / "previews" / "steps.gif").is_file():
-        steps = f"Decodes of t = 1 to T: {path}"
-        words = "The first sample of each class, a class a row, as it decodes after each step t, from left to right."
+        found.append(lambda: _grid_of(path, rows, names, whole))
+    title, sheet, gif = f"{STEPS}: {path}", path / "previews" / "steps.png", path / "previews" / "steps.gif"
+    if sheet.is_file():
+        found.append(lambda: pictures.read(sheet, title, STEPS_IN_WORDS))
+    elif gif.is_file():
         side, columns = _layout(rows, resolution)
-        found.append(lambda: pictures.strip(path / "previews" / "steps.gif", steps, words, side, columns))
+        found.append(lambda: pictures.strip(gif, title, STEPS_IN_WORDS, side, columns))
     return found
 
 
 def _layout(rows: Sequence[Mapping[str, Any]], resolution: int) -> tuple[int, int]:
     """(side, columns) of the images that `sample` puts into its grids."""
-    from rdpm_cli.engine.sampling import PREVIEWED
     from rdpm_cli.images import writers
 
     each = Counter(row["label"] for row in rows)
-    columns = max((min(count, PREVIEWED) for count in each.values()), default=1)
+    columns = max((min(count, PER_CLASS) for count in each.values()), default=1)
     return resolution * writers.enlargement(resolution), columns
 
 
@@ -337,6 +341,14 @@ def _score_file(path: Path) -> Found:
     record = files.read_json(path)
     if not scores.is_record(record):
         raise DataError(f"{path} holds no scores", KNOWN)
+    if "frechet_ratio" in record:  # of a demo, whose judge and numbers of images are known
+        counts = {"frechet_distance_n": record.get("frechet_n"), "frechet_distance_heldout_n": record.get("frechet_n")}
+        record = {
+            "extractor": {"name": "judge judge.pt"},
+            "class_accuracy_n": record.get("samples"),
+            **counts,
+            **record,
+        }
     found = scores.read(record, str(path))
     facts = {scores.metric(s.metric).label: scores.written(s.metric, s.value) for s in found if s.value is not None}
     if found[0].reference:
@@ -352,13 +364,13 @@ def _score_claims(record: Mapping[str, Any]) -> tuple[Claim, ...]:
     if record.get("tokenizer"):
         found.append(Claim(stages=("tokenizer",), digest=str(record["tokenizer"])))
         found += _images({"source": target.get("name"), "digest": target.get("sha256")})
-    elif target.get("checkpoint"):
-        found.append(Claim(stages=("generator",), digest=str(target["checkpoint"])))
+    elif options.get("checkpoint"):  # drawn as they were scored
+        found.append(Claim(stages=("generator",), digest=str(options["checkpoint"])))
     elif options and target.get("sha256"):
         name = str(target.get("name", ""))
         found.append(Claim(stages=("samples", "reconstructions"), digest=str(target["sha256"]), name=name))
-    if str(extractor.get("name", "")).startswith("judge"):
-        found.append(Claim(stages=("judge",), digest=str(extractor.get("sha256", "")), name=str(extractor["name"])))
+    if str(extractor.get("name", "")).startswith("judge") and extractor.get("sha256"):
+        found.append(Claim(stages=("judge",), digest=str(extractor["sha256"]), name=str(extractor["name"])))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from rdpm_cli.evaluation.report.markup import el, head, section, small, some, ta
 from rdpm_cli.evaluation.report.parts import Report, Score, said, unique
 from rdpm_cli.evaluation.report.published import RDPM
 
-LEADING = ("fid", "frechet_distance", "class_accuracy", "is", "rfid", "psnr")
+LEADING = ("fid", "frechet_distance", "class_accuracy", "inception_score", "rfid", "psnr")
 
 
 def leading_figures(report: Report) -> Element | None:

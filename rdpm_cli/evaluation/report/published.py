@@ -68,7 +68,7 @@ PUBLISHED = (
     Published(source=f"{RDPM}, Table 2", what="tokenizer", metric="ssim", quoted="0.62", of="tokenizer", data=IMAGENET),
     _adm("fid", "3.943"),
     _adm("sfid", "6.140"),
-    _adm("is", "215.84"),
+    _adm("inception_score", "215.84"),
     _adm("precision", "0.8265"),
     _adm("recall", "0.5309"),
     _resgen("ResGen-rvq16, 576M, 63 steps, with guidance", "1.93"),

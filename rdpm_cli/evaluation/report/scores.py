@@ -25,8 +25,12 @@ METRICS = {
     "frechet_distance": Metric("Fréchet distance", -1, ".3f"),
     "frechet_distance_heldout": Metric("the same, held-out images", 0, ".3f"),
     "kid": Metric("KID", -1, ".5f"),
-    "is": Metric("IS", 1, ".2f"),
-    "is_order_free": Metric("IS, order-free", 1, ".2f"),
+    "spatial_frechet_distance": Metric("Spatial Fréchet distance", -1, ".3f"),
+    "kernel_distance": Metric("Kernel distance", -1, ".5f"),
+    "inception_score": Metric("IS", 1, ".2f"),
+    "inception_score_order_free": Metric("IS, order-free", 1, ".2f"),
+    "classifier_score": Metric("Classifier score", 1, ".3f"),
+    "classifier_score_order_free": Metric("Classifier score, order-free", 1, ".3f"),
     "precision": Metric("Precision", 1),
     "recall": Metric("Recall", 1),
     "class_accuracy": Metric("Class accuracy", 1),
@@ -42,8 +46,10 @@ METRICS = {
 OF_RECONSTRUCTIONS = frozenset(
     ("rfid", "psnr", "ssim", "lpips_alex", "lpips_vgg", "mse", "frechet_distance_recon", "latent_error")
 )
-OPTIONS = ("cfg", "cfg_schedule", "tau", "skip_steps", "steps", "seed")
-NESTED = ("metrics", "scores", "values")
+OPTIONS = (
+    "cfg", "cfg_schedule", "cfg_power", "cfg_first", "cfg_last", "draw", "tau", "tau_schedule", "tau_end", "top_k",
+    "top_p", "skip_steps", "steps", "seed",
+)  # fmt: skip
 
 
 def metric(name: str) -> Metric:
@@ -68,27 +74,24 @@ def read(record: Mapping[str, Any], source: str) -> list[Score]:
 
 
 def _values(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(metric, number or mapping) of a record: its one metric, those at its top, and those of its inner sections."""
+    """(metric, number, or for a record of one metric the record) of everything that a record has a value for."""
     if "value" in record and isinstance(record.get("metric"), str):
         yield record["metric"], record
+        if "order_free" in record:
+            yield f"{record['metric']}_order_free", record["order_free"]
     for name, raw in record.items():
-        if name in METRICS and (raw is None or is_number(raw) or _is_value(raw)):
+        if name in METRICS and (raw is None or is_number(raw)):
             yield name, raw
-    for section in NESTED:
-        for name, raw in _section(record, section).items():
-            if is_number(raw) or _is_value(raw):
-                yield name, raw
 
 
 def _score(record: Mapping[str, Any], name: str, raw: Any, source: str, reason: object) -> Score:
     of_reconstructions = record.get("metric") == "reconstruction"
-    inner: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {}
-    value = inner.get("value") if inner else raw
+    alone = raw is record
+    value = record["value"] if alone else raw
     finite = float(value) if is_number(value) and math.isfinite(value) else None
-    count = inner.get("n", record.get("n"))
-    spread, over = _spread(record, inner, name)
-    interval = inner.get("ci", _section(record, "ci").get(name))
-    missing = inner.get("reason", reason)
+    count = _more(record, alone, name, "n") or record.get("n")
+    spread, over = _spread(record, alone, name)
+    missing = reason or (_section(record, "not_computed").get("value") if alone else None)
     notes = [str(missing)] if finite is None and missing else [str(note) for note in record.get("notes") or ()]
     return Score(
         source=source,
@@ -98,31 +101,42 @@ def _score(record: Mapping[str, Any], name: str, raw: Any, source: str, reason: 
         n=count if isinstance(count, int) else None,
         spread=spread,
         spread_over=over,
-        interval=(float(interval[0]), float(interval[1])) if _is_pair(interval) else None,
-        extractor=_name(inner.get("extractor", record.get("extractor"))),
+        interval=_interval(record, alone, name),
+        extractor=_name(record.get("extractor")),
         reference=_name(record.get("reference")),
         options={key: value for key, value in _section(record, "options").items() if key in OPTIONS},
         note="; ".join(notes),
     )
 
 
-def _spread(record: Mapping[str, Any], inner: Mapping[str, Any], name: str) -> tuple[float | None, str]:
+def _more(record: Mapping[str, Any], alone: bool, name: str, key: str) -> Any:
+    """What a record says beside a value: as `key` where the value stands alone, else as `name_key`."""
+    return record.get(key if alone else f"{name}_{key}")
+
+
+def _interval(record: Mapping[str, Any], alone: bool, name: str) -> tuple[float, float] | None:
+    """Of confidence."""
+    found = _more(record, alone, name, "ci95")
+    if found is None and name.endswith("_order_free"):
+        found = record.get("order_free_ci95")
+    return (float(found[0]), float(found[1])) if _is_pair(found) else None
+
+
+def _spread(record: Mapping[str, Any], alone: bool, name: str) -> tuple[float | None, str]:
     """(standard deviation, over what)."""
-    found, over = inner.get("spread"), "spread"
-    if inner is record and is_number(record.get("spread_over_subsets")):
-        found, over = record["spread_over_subsets"], f"over {record.get('subsets', 'the')} subsets"
-    elif is_number(of_seeds := _section(record, "spread_over_seeds").get(name)):
-        found, over = of_seeds, f"over {len(record.get('seeds') or ())} noise seeds"
-    return (float(found), over) if is_number(found) else (None, "")
+    for parts in ("subsets", "splits"):
+        found = _more(record, alone, name, f"spread_over_{parts}")
+        if is_number(found):
+            return float(found), f"over {_more(record, alone, name, parts) or 'the'} {parts}"
+    of_seeds = _section(record, "spread_over_seeds").get(name)
+    if is_number(of_seeds):
+        return float(of_seeds), f"over {len(record.get('seeds') or ())} noise seeds"
+    return None, ""
 
 
 def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = record.get(name)
     return found if isinstance(found, Mapping) else {}
-
-
-def _is_value(value: Any) -> bool:
-    return isinstance(value, Mapping) and "value" in value
 
 
 def _is_pair(value: Any) -> bool:
@@ -270,7 +284,7 @@ class TradeOff:
     like: str
 
 
-DISTANCES, RICHNESS = ("fid", "frechet_distance"), ("is", "class_accuracy", "recall")
+DISTANCES, RICHNESS = ("fid", "frechet_distance"), ("inception_score", "classifier_score", "class_accuracy", "recall")
 
 
 def trade_offs(scores: Sequence[Score]) -> list[TradeOff]:
