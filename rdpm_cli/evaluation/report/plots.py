@@ -72,8 +72,9 @@ def draw(
         axis.set(xlabel=x, ylabel=y)
         _scale(axis, [value for _, values in thinned.values() for value in values], log, whole)
         for name, texts in (words or {}).items():
-            for point in zip(texts, zip(*thinned[clean(name)], strict=True), strict=False):
-                axis.annotate(*point, xytext=(4, 4), textcoords="offset points", fontsize=7, color=SOFT)
+            points = list(zip(*thinned[clean(name)], strict=True))
+            for text, point in zip(texts, points, strict=True) if len(texts) == len(points) else ():
+                axis.annotate(text, point, xytext=(4, 4), textcoords="offset points", fontsize=7, color=SOFT)
         buffer = io.BytesIO()
         canvas.print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     alt = _in_words(f"{title}, {note}" if note else title, thinned, x)
