@@ -342,13 +342,9 @@ def _score_file(path: Path) -> Found:
     if not scores.is_record(record):
         raise DataError(f"{path} holds no scores", KNOWN)
     if "frechet_ratio" in record:  # of a demo, whose judge and numbers of images are known
-        counts = {"frechet_distance_n": record.get("frechet_n"), "frechet_distance_heldout_n": record.get("frechet_n")}
-        record = {
-            "extractor": {"name": "judge judge.pt"},
-            "class_accuracy_n": record.get("samples"),
-            **counts,
-            **record,
-        }
+        names, n = ("frechet_distance_n", "frechet_distance_heldout_n"), record.get("frechet_n")
+        record |= {"extractor": {"name": "judge judge.pt"}, "class_accuracy_n": record.get("samples")}
+        record |= dict.fromkeys(names, n)
     found = scores.read(record, str(path))
     facts = {scores.metric(s.metric).label: scores.written(s.metric, s.value) for s in found if s.value is not None}
     if found[0].reference:
