@@ -513,7 +513,7 @@ def test_markdown_tables_keep_their_columns(made: Path, tmp_path: Path) -> None:
     assert len([line for line in lines if line.startswith("## ")]) == 4
     tables = [[len(re.findall(r"(?<!\\)\|", row)) for row in block.splitlines()]
               for block in "\n".join(lines).split("\n\n") if block.startswith("|")]  # fmt: skip
-    assert len(tables) == 4
+    assert len(tables) == 5  # two of scores
     assert all(len(set(table)) == 1 for table in tables)
 
 
@@ -554,6 +554,21 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
     curve = ([float(step) for step in range(100_000)], [float(step) for step in range(100_000)])
     assert len(plots.draw("t", {"long": curve}, "step").svg) < 30_000
     assert plots.draw("t", {"long": curve}, "step").alt.endswith("to 1e+05 at 99999.")
+
+
+@pytest.mark.parametrize("line", [{}, {"heldout/accuracy": [0.5]}, {"heldout/accuracy": [], "heldout/baseline": []},
+                                  {"heldout/accuracy": [0.5, 0.4], "heldout/baseline": [0.5]}])  # fmt: skip
+def test_a_log_without_whole_accuracies_has_nothing_to_show_at_t(line: dict[str, Any]) -> None:
+    assert plots.held_out(Item(stage="generator", name="g", log=(line,))) is None
+
+
+def test_runs_of_one_kind_share_a_plot_of_their_losses() -> None:
+    log = tuple({"step": step, "loss": 1.0 / step} for step in (1, 2))
+    runs = [Item(stage="generator", name=name, log=log) for name in ("_a", "b")]
+    both = plots.together(runs)
+    assert both is not None
+    assert "_a: 1 at step 1 to 0.5 at 2; b: 1 at step 1" in both.alt
+    assert plots.together(runs[:1]) is None
 
 
 def test_text_that_no_file_can_hold_is_replaced() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rdpm_cli import files, modelfile
+from rdpm_cli.engine import report_pictures
+from rdpm_cli.engine.report_pictures import Row
 from rdpm_cli.errors import DataError, some_of
-from rdpm_cli.evaluation.report import pictures, scores
+from rdpm_cli.evaluation.report import scores
 from rdpm_cli.evaluation.report.parts import STAGES, Claim, Item, Picture, Score, Stage, flat, said
 
 KNOWN = (
@@ -27,9 +28,6 @@ PLAN = {
     "steps", "grid", "codes", "channels", "views", "flip", "latents", "seed", "transform", "resolution", "device",
     "precision", "micro_batch",
 }  # fmt: skip
-STEPS = "Decodes of t = 1 to T"
-STEPS_IN_WORDS = "The first sample of each class, a class a row, as it decodes after each step t, from left to right."
-PER_CLASS, CLASSES = 8, 10  # of the grids that `sample` draws, and of one made from a folder's files
 
 
 @dataclass(kw_only=True)
@@ -204,7 +202,7 @@ def _run(path: Path) -> Found:
     claims = finished.claims if finished else _unfinished_claims(settings)
     item = Item(stage=stage, name=str(path), digest=finished.digest if finished else "", claims=claims, facts=facts,
                 settings=own, log=log)  # fmt: skip
-    return Found(item=item, pictures=_preview(path, stage))
+    return Found(item=item, pictures=report_pictures.last_preview(path, stage))
 
 
 def _unfinished_claims(settings: Mapping[str, Any]) -> tuple[Claim, ...]:
@@ -212,21 +210,6 @@ def _unfinished_claims(settings: Mapping[str, Any]) -> tuple[Claim, ...]:
     store = settings.get("store")
     from_store = [Claim(stages=("store",), digest=str(store))] if store else []
     return (*from_store, *_images(settings.get("data")))
-
-
-def _preview(path: Path, stage: Stage) -> list[Callable[[], Picture]]:
-    """The last picture a run has drawn of what it makes."""
-    found = sorted((path / "previews").glob("step-*.png"))
-    if not found:
-        return []
-    step = int(found[-1].stem.removeprefix("step-"))
-    if stage == "tokenizer":
-        title = f"Inputs and the decodes of t = 1 to T: {path}, step {step:,}"
-        alt = "Rows from top to bottom: input images, their partial decodes after each step t, and the reconstruction."
-    else:
-        title = f"Samples while training: {path}, step {step:,}"
-        alt = "A grid of samples, a class a row, from fixed seeds."
-    return [lambda: pictures.read(found[-1], title, alt)]
 
 
 # ---- stores, pictures, scores --------------------------------------------------------------------------------------
@@ -256,11 +239,11 @@ def _pictures(path: Path) -> Found:
     try:
         stage: Stage = "samples" if record["format"] == "rdpm-samples" else "reconstructions"
         made, options = dict(record["made_from"]), dict(record["options"])
-        rows = [{"file": Path(row.get("file", "")).name, "label": row["label"]} for row in record["samples"]]
+        rows = [Row.read(row) for row in record["samples"]]
         names, resolution = [str(name) for name in record["class_names"]], int(record["resolution"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path / 'samples.json'} lacks {error}", "make the folder again") from error
-    reference, there = _mapping(record, "reference"), all((path / row["file"]).is_file() for row in rows)
+    reference, there = _mapping(record, "reference"), all((path / row.file).is_file() for row in rows)
     facts = {"pictures": f"{len(rows):,}", "resolution": said(resolution), "classes": said(len(names))}
     facts |= {key: said(options[key]) for key in scores.OPTIONS if key in options}
     claims = [Claim(stages=(ROLES[role],), digest=str(digest)) for role, digest in made.items() if role in ROLES]
@@ -270,59 +253,10 @@ def _pictures(path: Path) -> Found:
     return Found(
         item=Item(stage=stage, name=str(path), claims=(*claims, *_images(reference)), facts=facts, settings=settings),
         scores=scores.read(own, str(path)),
-        pictures=_grids(path, stage, rows if there else [], names, resolution),
+        pictures=report_pictures.grids_of(path, stage, rows if there else [], names, resolution),
         folder=path if there else None,
         count=len(rows),
     )
-
-
-def _grids(
-    path: Path, stage: Stage, rows: Sequence[Mapping[str, Any]], names: Sequence[str], resolution: int
-) -> list[Callable[[], Picture]]:
-    """The folder's own grid, or one of its files, and the steps of its GIF."""
-    whole = f"{STAGES[stage]}: {path}"
-    if stage == "samples":
-        alt = f"A grid of samples, a class a row. Classes: {some_of(names)}."
-    else:
-        alt = "Rows of real images, where they were there, above their reconstructions."
-    found: list[Callable[[], Picture]] = []
-    if (path / "previews" / "grid.png").is_file():
-        found.append(lambda: pictures.read(path / "previews" / "grid.png", whole, alt))
-    elif rows:
-        found.append(lambda: _grid_of(path, rows, names, whole))
-    title, sheet, gif = f"{STEPS}: {path}", path / "previews" / "steps.png", path / "previews" / "steps.gif"
-    if sheet.is_file():
-        found.append(lambda: pictures.read(sheet, title, STEPS_IN_WORDS))
-    elif gif.is_file():
-        side, columns = _layout(rows, resolution)
-        found.append(lambda: pictures.strip(gif, title, STEPS_IN_WORDS, side, columns))
-    return found
-
-
-def _layout(rows: Sequence[Mapping[str, Any]], resolution: int) -> tuple[int, int]:
-    """(side, columns) of the images that `sample` puts into its grids."""
-    from rdpm_cli.images import writers
-
-    each = Counter(row["label"] for row in rows)
-    columns = max((min(count, PER_CLASS) for count in each.values()), default=1)
-    return resolution * writers.enlargement(resolution), columns
-
-
-def _grid_of(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str], title: str) -> Picture:
-    """The first few pictures of each of the first classes; of those without classes, the first few alone."""
-    import numpy as np
-    from PIL import Image
-
-    from rdpm_cli.images import writers
-
-    labels = sorted({row["label"] for row in rows if row["label"] is not None})[:CLASSES] or [None]
-    chosen = [[row for row in rows if row["label"] == label][:PER_CLASS] for label in labels]
-    columns = min(len(row) for row in chosen)
-    tiles = [pictures.pixels(path / row["file"]) for group in chosen for row in group[:columns]]
-    texts = [names[label] if label is not None and label < len(names) else "" for label in labels]
-    sheet = writers.grid(np.stack(tiles), columns, texts)
-    alt = f"The first {columns} pictures of each class, a class a row: {some_of(texts)}." if texts[0] else "Pictures."
-    return pictures.encode(Image.fromarray(sheet), title, alt)
 
 
 def pixels_digest(folder: Path) -> str:

@@ -12,6 +12,7 @@ from rdpm_cli.evaluation.report.markup import Content, el, head, section, serial
 from rdpm_cli.evaluation.report.parts import STAGES, Item, Picture, Plot, Report, said, short, unique
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MOST_RUNS = 12  # of a kind that are drawn one by one, so that a page stays small
 STATES = {"matches": "✓ matches", "broken": "✗ broken", "absent": "○ not given"}
 
 
@@ -124,9 +125,11 @@ def _curves_section(report: Report) -> Element | None:
     content: list[Content] = []
     for stage in unique(item.stage for item in logged):
         same = [item for item in logged if item.stage == stage]
-        for item in same:
+        for item in same[:MOST_RUNS]:
             drawn = plots.training_curves(item)
             content += [el("h3", f"{STAGES[item.stage]}: {item.name}"), _plots(drawn)]
+        if len(same) > MOST_RUNS:
+            content.append(el("p", f"Of {len(same) - MOST_RUNS} more runs only the loss is drawn.", cls="note"))
         if all_of_them := plots.together(same):
             content.append(_plots([all_of_them]))
     return section("curves", "Training", *content) if content else None
@@ -134,12 +137,14 @@ def _curves_section(report: Report) -> Element | None:
 
 def _per_t_section(report: Report) -> Element | None:
     content: list[Content] = []
-    for item in report.items:
-        if found := plots.held_out(item):
-            content += [el("h3", f"{STAGES[item.stage]}: {item.name}")]
-            content += [_plots(plots.per_t(found)), _per_t_table(found)]
-    if not content:
+    every = [(item, found) for item in report.items if (found := plots.held_out(item))]
+    if not every:
         return None
+    for item, found in every[:MOST_RUNS]:
+        content += [el("h3", f"{STAGES[item.stage]}: {item.name}")]
+        content += [_plots(plots.per_t(found)), _per_t_table(found)]
+    if len(every) > MOST_RUNS:
+        content.append(el("p", f"{len(every) - MOST_RUNS} more runs are left out.", cls="note"))
     lead = (
         "The noise is known, so a guess with no model is right for many codes at early t. What counts is the gap to "
         "that model-free baseline, on held-out images under held-out noise; and that sampled latents keep their norm."

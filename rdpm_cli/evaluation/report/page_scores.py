@@ -34,12 +34,9 @@ def own_scores(report: Report) -> Element:
     every = scores.rows(report.scores)
     if not every:
         return section("scores", "Scores", el("p", "None among what was given: not yet run.", cls="lead"))
-    of_recons = [row for row in every if scores.OF_RECONSTRUCTIONS & set(row.scores)]
-    others = [row for row in every if row not in of_recons]
     content: list[Element] = []
-    for title, rows in (("Samples and images", others), ("Reconstructions", of_recons)):
-        if rows:
-            content += [el("h3", title), *_scores_table(title, rows)]
+    for title, rows in scores.by_kind(every).items():
+        content += [el("h3", title), *_scores_table(title, rows)]
     hint = "In bold the best of those that share N, extractor and reference; other rows cannot be compared."
     notes = el("ul", *(el("li", line) for line in _notes(report.scores)), cls="plain")
     return section("scores", "Scores", el("p", hint, cls="note"), *content, notes if len(notes) else None)

@@ -181,7 +181,7 @@ ACCURACY, BASELINE, NORM, SAMPLED = "heldout/accuracy", "heldout/baseline", "hel
 
 
 def held_out(item: Item) -> Mapping[str, Sequence[float]] | None:
-    """The last line of a run's log with held-out numbers a t: those that are whole lists of numbers."""
+    """The last line of a run's log with held-out numbers a t: those that are whole lists; None without accuracies."""
     rows = [row for row in item.log if isinstance(row.get(ACCURACY), list) and isinstance(row.get(BASELINE), list)]
     if not rows:
         return None
@@ -189,7 +189,8 @@ def held_out(item: Item) -> Mapping[str, Sequence[float]] | None:
         name: rows[-1][name] for name in (ACCURACY, BASELINE, NORM, SAMPLED) if isinstance(rows[-1].get(name), list)
     }
     same = len(kept[ACCURACY])
-    return {name: values for name, values in kept.items() if len(values) == same and all(map(is_number, values))}
+    whole = {name: values for name, values in kept.items() if len(values) == same and all(map(is_number, values))}
+    return whole if same and {ACCURACY, BASELINE} <= whole.keys() else None
 
 
 def per_t(found: Mapping[str, Sequence[float]]) -> list[Plot]:

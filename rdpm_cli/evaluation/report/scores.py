@@ -92,7 +92,7 @@ def _score(record: Mapping[str, Any], name: str, raw: Any, source: str, reason: 
     count = _more(record, alone, name, "n") or record.get("n")
     spread, over = _spread(record, alone, name)
     missing = reason or (_section(record, "not_computed").get("value") if alone else None)
-    notes = [str(missing)] if finite is None and missing else [str(note) for note in record.get("notes") or ()]
+    notes = [str(missing)] if finite is None and missing else _notes(record)
     return Score(
         source=source,
         target=_name(record.get("target")),
@@ -107,6 +107,11 @@ def _score(record: Mapping[str, Any], name: str, raw: Any, source: str, reason: 
         options={key: value for key, value in _section(record, "options").items() if key in OPTIONS},
         note="; ".join(notes),
     )
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    found = record.get("notes")
+    return [str(note) for note in found] if isinstance(found, list) else []
 
 
 def _more(record: Mapping[str, Any], alone: bool, name: str, key: str) -> Any:
@@ -197,6 +202,14 @@ def _with_best(row: Row, every: Sequence[Row]) -> Row:
         ):
             best.add(name)
     return Row(**{**row.__dict__, "best": frozenset(best)})
+
+
+def by_kind(found: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows for a table of their own, by its title."""
+    of_recons = [row for row in found if OF_RECONSTRUCTIONS & set(row.scores)]
+    others = [row for row in found if row not in of_recons]
+    tables = {"Samples and images": others, "Reconstructions": of_recons}
+    return {title: rows for title, rows in tables.items() if rows}
 
 
 def columns(found: Sequence[Row]) -> tuple[list[str], list[str]]:

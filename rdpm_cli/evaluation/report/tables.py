@@ -12,7 +12,9 @@ from rdpm_cli.evaluation.report.parts import STAGES, Report, Score, clean, said,
 
 def as_markdown(report: Report) -> bytes:
     """Tables for a paper or a README."""
-    parts = [f"# {_cell(report.title)}", "## Scores", _scores_table(report), "## Beside published figures"]
+    own = scores.by_kind(scores.rows(report.scores))
+    tables = [part for title, rows in own.items() for part in (f"### {title}", _scores_table(rows))]
+    parts = [f"# {_cell(report.title)}", "## Scores", *(tables or ["Not yet run."]), "## Beside published figures"]
     parts += [_published_table(report), "## What was run", _chain_table(report), "## Settings", _settings_table(report)]
     return ("\n\n".join(parts) + "\n").encode()
 
@@ -31,10 +33,7 @@ def _cell(text: str) -> str:
     return flat
 
 
-def _scores_table(report: Report) -> str:
-    found = scores.rows(report.scores)
-    if not found:
-        return "Not yet run."
+def _scores_table(found: Sequence[scores.Row]) -> str:
     metrics, options = scores.columns(found)
     head = ["of", *(scores.metric(name).label for name in metrics), "N", *options, "extractor", "reference"]
     rows = []
