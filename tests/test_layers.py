@@ -142,6 +142,8 @@ EXIT_CODES = {
     **{f"{command} --help": 0 for command in COMMANDS},
     **{f"eval {metric} --help": 0 for metric in ("fid", "sfid", "is", "pr", "kid", "all", "reference", "judge")},
     "eval recon --help": 0,
+    "eval report --help": 0,
+    "eval report no/such/run": 2,
     "no-such-command": 2,
     "sample --no-such-option": 2,
     "train-tokenizer digits --recipe digits train.stepz=3": 2,

@@ -1,7 +1,7 @@
 """rdpm eval"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -183,3 +183,24 @@ def judge(
         images, out, recipe, overrides or [], heldout=heldout, resolution=resolution, device=device, team=team
     )
     report.show(result, json)
+
+
+@group.command("report")
+def make_report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="runs, stores, samples, .pt and score files")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write; default report.FORMAT")] = None,
+    form: Annotated[
+        Literal["html", "md", "csv", "json"] | None, typer.Option("--format", help="default: by the suffix of --out")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="of the page")] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """One page of what was run and how it scores: provenance, scores, curves, pictures. It needs no network.
+
+    Example: rdpm eval report demo score.json -o report.html
+    """
+    report.begin(quiet)
+    from rdpm_cli import engine
+
+    report.show(engine.make_report(runs, out, form, title), json)

@@ -12,6 +12,7 @@ from rdpm_cli.engine.judging import eval_judge, train_judge
 from rdpm_cli.engine.planning import Hardware, plan_generator, plan_tokenizer
 from rdpm_cli.engine.recon_scoring import eval_recon
 from rdpm_cli.engine.reconstructing import reconstruct
+from rdpm_cli.engine.reporting import make_report
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
 from rdpm_cli.engine.sampling import parse_classes, sample
 from rdpm_cli.engine.scoring import Ruler, eval_fid, eval_images, eval_reference
@@ -34,6 +35,7 @@ __all__ = [
     "eval_reference",
     "find_tokenizer",
     "inspect",
+    "make_report",
     "parse_classes",
     "plan_generator",
     "plan_tokenizer",
