@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli import recipe_files
 from rdpm_cli.cli.app import run
-from rdpm_cli.config import GeneratorConfig, TokenizerArchitecture, TokenizerConfig, TrainConfig
+from rdpm_cli.config import GeneratorConfig, RDPMConfig, TokenizerArchitecture, TokenizerConfig, TrainConfig
 from rdpm_cli.engine import flops, gpus, memory, planning
 from rdpm_cli.engine.flops import Latent
 from rdpm_cli.engine.memory import Make
@@ -27,12 +27,11 @@ from rdpm_cli.tokenizer.discriminator import PatchDiscriminator
 from rdpm_cli.tokenizer.model import Tokenizer
 
 IMAGENET = Latent.of(TokenizerArchitecture())
-GRID = (16, 16)
 
 
-def generator_config(name: str, *overrides: str) -> GeneratorConfig:
+def generator_config(name: str, *overrides: str) -> RDPMConfig:
     cfg = recipe_files.load_recipe(name, overrides, "generator").generator
-    assert cfg is not None
+    assert isinstance(cfg, RDPMConfig)
     return cfg
 
 
@@ -43,10 +42,10 @@ def tokenizer_config(name: str, *overrides: str) -> TokenizerConfig:
 
 
 def maker(cfg: GeneratorConfig) -> Make:
-    return planning.generator_maker(cfg, IMAGENET, GRID, 1000)
+    return planning.generator_maker(cfg, TokenizerArchitecture(), 1000)
 
 
-def small_generator(*overrides: str) -> GeneratorConfig:
+def small_generator(*overrides: str) -> RDPMConfig:
     return generator_config("imagenet256-d12", "network.depth=2", "network.width=128", *overrides)
 
 
