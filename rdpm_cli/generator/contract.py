@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from rdpm_cli.codes.store import CodeStore
-from rdpm_cli.config import GeneratorConfig, SamplingConfig
+from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig
 from rdpm_cli.step import TrainStep
 
 
@@ -65,6 +65,10 @@ class Generator(Protocol):
 
     network: nn.Module
     classes: int
+
+    @property
+    def cfg(self) -> GeneratorArchitecture:
+        """Its family and sizes."""
 
     def begin(self, cfg: GeneratorConfig, store: CodeStore) -> dict[str, Any]:
         """Take what training needs of the recipe and measure what the network keeps of the store. -> provenance."""
