@@ -76,6 +76,25 @@ def test_operations_of_a_generator_are_those_that_torch_counts(recipe: str, over
     assert flops.generator_step(cfg, IMAGENET) - noise == pytest.approx(whole, rel=0.035)
 
 
+@pytest.mark.parametrize(
+    "changes", [[], ["network.target=direct"], ["network.class_latents=true", "network.mixtures=16"]], ids=str
+)
+def test_operations_of_resgen_are_those_that_torch_counts(changes: list[str]) -> None:
+    small = ["network.depth=4", "network.width=384", "network.heads=6"]
+    recipe = recipe_files.load_recipe("imagenet256-resgen-rvq4", [*small, *changes], "generator")
+    cfg, codes, images = recipe.generator, recipe.tokenizer, 2
+    assert cfg is not None
+    assert codes is not None
+    with memory.shapes_alone(), FlopCounterMode(display=False) as counter:
+        [task], batch = planning.generator_maker(cfg, codes, 1000)(images)
+        loss, _ = task.loss(batch, TrainStep(0, 0, range(images), images, CPU))
+        forward = counter.get_total_flops() / images
+        loss.backward()
+    latent = Latent.of(codes)
+    assert flops.generator_forward(cfg.network, latent) == pytest.approx(forward, rel=0.02)
+    assert flops.generator_step(cfg, latent) == pytest.approx(counter.get_total_flops() / images, rel=0.05)
+
+
 def test_operations_of_the_tokenizer_are_those_that_torch_counts() -> None:
     cfg = tokenizer_config("imagenet256-tokenizer")
     encoder, decoder = flops.autoencoder_forward(cfg.autoencoder)

@@ -366,8 +366,9 @@ def test_recipes_are_frozen() -> None:
 
 
 def sections(section: type[config.Section]) -> list[type[config.Section]]:
-    inner = [recipe_files._section_of(field.annotation) for field in section.model_fields.values()]
-    return [section, *(deeper for found in inner if found for deeper in sections(found))]
+    """A section and those in it, of every family."""
+    inner = [found for field in section.model_fields.values() for found in recipe_files._sections(field.annotation)]
+    return [section, *(deeper for found in inner for deeper in sections(found))]
 
 
 @pytest.mark.parametrize("section", list(dict.fromkeys(sections(Recipe))), ids=lambda s: s.__name__)
