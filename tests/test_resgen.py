@@ -685,3 +685,27 @@ def test_sampling_through_the_sampler_makes_pixels(rvq_codes: Path) -> None:
     parts = list(sampler.sample(generator, tokenizer, [0, 1, 2], options(steps=4), 2))
     assert np.concatenate([p.pixels_BHWC for p in parts]).shape == (3, 16, 16, 3)
     assert resgen_sampling.sampling_of(options(steps=4)).steps == 4
+
+
+@pytest.mark.parametrize("depth", [4, 8, 16])
+def test_the_imagenet_recipes_are_plain_residual_codes_of_64_positions(depth: int) -> None:
+    recipe = load_recipe(f"imagenet256-resgen-rvq{depth}")
+    codes, generator = recipe.tokenizer, recipe.generator
+    assert codes is not None
+    assert isinstance(generator, ResGenConfig)
+    assert codes.autoencoder.grid == (8, 8)
+    assert (codes.quantizer.steps, codes.quantizer.codebooks) == (depth, "per_step")
+    model.check_codes("resgen", codes, "the recipe")
+    with pytest.raises(UsageError, match="rvq"):
+        model.check_codes("rdpm", codes, "the recipe")
+    assert generator.sampling.steps <= 64 * depth
+    with torch.device("meta"):
+        built = model.build(generator, tokenizer_file.Tokenizer(codes), recipe.classes)
+    assert model.parameters(built) / 1e6 == pytest.approx(695, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["resgen-digits", "resgen-cifar10"])
+def test_the_small_recipes_make_codes_that_their_generator_takes(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.tokenizer is not None
+    model.check_codes("resgen", recipe.tokenizer, name)

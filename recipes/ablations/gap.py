@@ -23,8 +23,16 @@ def steps_in(run: Path, seconds: float) -> int:
 
 
 def gap(run: Path) -> dict[str, Any]:
-    """steps; cross-entropy and (accuracy - baseline), means over t; the gap of the last t alone."""
+    """steps; cross-entropy and (accuracy - baseline), means over t; the gap of the last t alone.
+
+    Of ResGen the NLL and (baseline - NLL), means over the number of masked depths.
+    """
     log = rows(run)
+    if held := [row for row in log if "heldout/nll" in row]:
+        pairs = zip(held[-1]["heldout/nll"], held[-1]["heldout/baseline"], strict=True)
+        known = [(nll, baseline) for nll, baseline in pairs if nll is not None]
+        nll = statistics.mean(nll for nll, _ in known)
+        return {"steps": log[-1]["step"], "heldout_nll": nll, "nll_gap": statistics.mean(b for _, b in known) - nll}
     last = [row for row in log if "heldout/accuracy" in row][-1]
     gaps = [a - b for a, b in zip(last["heldout/accuracy"], last["heldout/baseline"], strict=True)]
     ce = statistics.mean(last["heldout/ce"])
@@ -36,11 +44,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps-in", type=float, metavar="SECONDS")
     parser.add_argument("--into", type=Path, metavar="JSON", help="add the gap to this file")
+    parser.add_argument("--seconds", type=float, help="also note these beside the gap")
     options = parser.parse_args()
     if options.steps_in is not None:
         print(steps_in(options.run, options.steps_in))
     if options.into is not None:
-        options.into.write_text(json.dumps({**json.loads(options.into.read_text()), **gap(options.run)}))
+        noted = {} if options.seconds is None else {"seconds": options.seconds}
+        options.into.write_text(json.dumps({**json.loads(options.into.read_text()), **gap(options.run), **noted}))
 
 
 if __name__ == "__main__":
