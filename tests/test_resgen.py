@@ -585,7 +585,7 @@ def test_a_run_resumes_exactly_and_its_file_samples(
     assert float(loaded.generator.network.get_buffer("sigma_psi")) == pytest.approx(
         loaded.provenance["sigma_psi"]["value"]
     )
-    assert loaded.sampling == ResGenSampling(steps=3, micro_batch=32)
+    assert loaded.sampling == ResGenSampling(steps=3, cfg=0.3, micro_batch=32)
     ckpt = str(tmp_path / "whole" / "generator.pt")
     common = ["sample", "--ckpt", ckpt, "--per-class", "1", "--device", "cpu", "--quiet"]
     chosen = ["--steps", "2", "--schedule", "cosine", "--top-p", "0.9", "--cfg", "1", "--conf", "comp"]
