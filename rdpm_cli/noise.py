@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "labels": 6, "bootstrap": 7}
+PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "labels": 6, "bootstrap": 9}
+PURPOSES |= {"mask": 7, "component": 8}  # of ResGen: held-out masks; a sample's components
 # of training: rows of an epoch, small draws of a batch, seeds of the device's generators, draws all processes share
 PURPOSES |= {"epoch": 16, "batch": 17, "device": 18, "shared": 19, "torch": 20}
 BLOCK = 16  # rows of the global batch that share one training stream
@@ -36,6 +37,17 @@ def gumbel(seed: int, index: int, t: int, shape: Sequence[int]) -> Floats:
     """Standard Gumbel values -log(E), E ~ Exp(1), for sample `index` at step t, float32."""
     exponential = stream("gumbel", seed, index, 0, t).standard_exponential(tuple(shape), dtype=np.float32)
     return -np.log(np.maximum(exponential, np.finfo(np.float32).tiny))
+
+
+def uniform_rows(
+    purpose: str, seed: int, indices: Sequence[int], views: Sequence[int], t: int, shape: Sequence[int]
+) -> Floats:
+    """Uniform values in [0, 1) at step t, one address a row: (len(indices), *shape) float32."""
+    rows = [
+        stream(purpose, seed, int(index), int(view), t).random(tuple(shape), dtype=np.float32)
+        for index, view in zip(indices, views, strict=True)
+    ]
+    return np.stack(rows)
 
 
 def normal_rows(

@@ -4,12 +4,12 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from rdpm_cli.config import Recipe, Section
+from rdpm_cli.config import FAMILIES, Recipe, Section, family_of
 from rdpm_cli.errors import RecipeError
 
 S = TypeVar("S", bound=Section)
@@ -68,24 +68,37 @@ def find_recipe(name_or_file: str) -> Path:
     return shipped
 
 
-def leaf_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema."""
+def leaf_keys(section: type[Section] = Recipe, prefix: str = "", family: str = "rdpm") -> Iterator[str]:
+    """Every dotted key of the schema, with the generator's of this family."""
     for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
+        inner = _section_of(field.annotation, family)
         if inner is None:
             yield prefix + name
         else:
-            yield from leaf_keys(inner, f"{prefix}{name}.")
+            yield from leaf_keys(inner, f"{prefix}{name}.", family)
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    options = getattr(annotation, "__args__", (annotation,))
-    found = [a for a in options if isinstance(a, type) and issubclass(a, Section)]
-    return found[0] if found else None
+def _section_of(annotation: Any, family: str = "rdpm") -> type[Section] | None:
+    """The section that a field holds; of a generator's field, the family's."""
+    found = _sections(annotation)
+    return FAMILIES[family] if len(found) > 1 else next(iter(found), None)
 
 
-def _nearest(key: str, section: str) -> str:
-    keys = list(leaf_keys())
+def _sections(annotation: Any) -> list[type[Section]]:
+    inner = get_args(annotation)
+    if inner:
+        return [section for each in inner for section in _sections(each)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def _family(raw: Any) -> str:
+    """The generator family of a raw recipe; RDPM where it names none, or one that is unknown."""
+    named = family_of(raw.get("generator") or {}) if isinstance(raw, Mapping) else None
+    return named if named in FAMILIES else "rdpm"
+
+
+def _nearest(key: str, section: str, family: str) -> str:
+    keys = list(leaf_keys(family=family))
     keys += [k.removeprefix(f"{section}.") for k in keys if k.startswith(f"{section}.")]
     near = difflib.get_close_matches(key, keys, 1, cutoff=0.5)
     if not near:  # right name in the wrong place: compare last words
@@ -139,10 +152,11 @@ def _override(raw: dict[str, Any], text: str, section: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"override '{text}' is not key=value", "write it as train.steps=100")
-    known = set(leaf_keys())
+    family = _family(raw)
+    known = set(leaf_keys(family=family))
     full = next((k for k in (key, f"{section}.{key}") if k in known), None)
     if full is None:
-        raise RecipeError(f"unknown recipe key '{key}'", _nearest(key, section))
+        raise RecipeError(f"unknown recipe key '{key}'", _nearest(key, section, family))
     *parents, leaf = full.split(".")
     here = raw
     for parent in parents:
@@ -178,9 +192,9 @@ def validate(section: type[S], raw: Any, where: str, prefix: str = "") -> S:
         return section.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"] if part not in FAMILIES)
         if first["type"] == "extra_forbidden":
-            raise RecipeError(f"{where}: unknown recipe key '{key}'", _nearest(key, prefix)) from error
+            raise RecipeError(f"{where}: unknown recipe key '{key}'", _nearest(key, prefix, _family(raw))) from error
         what = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f"got {first['input']!r}"[:200]  # several fields: named above
         raise RecipeError(f"{where}: {f'{key}: ' if key else ''}{what}", got) from error

@@ -16,10 +16,10 @@ from benches import Job, race, table, verdict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rdpm_cli.config import GeneratorConfig, QuantizerConfig, ScheduleConfig
+from rdpm_cli.config import QuantizerConfig, RDPMConfig, ScheduleConfig
 from rdpm_cli.generator import model, transformer
-from rdpm_cli.generator.contract import CodeBatch
 from rdpm_cli.generator.rdpm import RDPM
+from rdpm_cli.generator.rdpm_batches import CodeBatch
 from rdpm_cli.recipe_files import load_recipe
 from rdpm_cli.step import TrainStep
 from rdpm_cli.threads import tune_allocator
@@ -31,9 +31,9 @@ T, K, C, SIDE, CLASSES = 10, 4096, 32, 16, 1000
 TARGET_FLOORS, TARGET_UPDATE, TARGET_UTILISATION = 1.4, 0.35, 0.45
 
 
-def recipe(depth: int) -> GeneratorConfig:
+def recipe(depth: int) -> RDPMConfig:
     cfg = load_recipe(f"imagenet256-d{depth}").generator
-    assert cfg is not None
+    assert isinstance(cfg, RDPMConfig)
     return cfg
 
 

@@ -198,3 +198,46 @@ def test_a_schedule_has_a_tokenizer_and_a_generator_of_its_own(tmp_path: Path, s
     codes = [call[2] for call in calls(tmp_path, "tokenize")]
     assert codes == [str(tmp_path / "out" / f"{cell}.3.codes") for cell in cells]
     assert (tmp_path / "out" / "schedules.png").exists() == (script == "figure5")
+
+
+# ---- resgen --------------------------------------------------------------------------------------------------------
+
+
+def test_resgen_and_rdpm_are_trained_on_their_own_codes_and_sampled_in_many_ways(tmp_path: Path) -> None:
+    done = ablate(tmp_path, "resgen", SEEDS="0", TIME="50")
+    assert done.returncode == 0, done.stderr
+    assert len(calls(tmp_path, "demo")) == 1
+    assert len(calls(tmp_path, "train-tokenizer")) == len(calls(tmp_path, "tokenize")) == 3
+    runs = calls(tmp_path, "train-gen")[1::2]
+    assert len(runs) == 5 + 2 + 4 + 5
+    for call in runs:
+        recipe = call[call.index("--recipe") + 1]
+        load = recipe_files.load_recipe(recipe, [word for word in call if "=" in word], "generator")
+        assert load.generator is not None
+        assert (load.generator.family == "resgen") == ("codes-" in call[1])
+    for call in calls(tmp_path, "train-tokenizer"):
+        recipe_files.load_recipe("resgen-digits", [word for word in call if "=" in word], "tokenizer")
+    sampled = calls(tmp_path, "sample")
+    assert sum("--steps" in call for call in sampled) == 3 * 5
+    assert sum("--schedule" in call for call in sampled) == 5 * 5
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 16 + 15 + 25
+    before = len(calls(tmp_path, "sample"))
+    assert ablate(tmp_path, "resgen", SEEDS="0").returncode == 0
+    assert len(calls(tmp_path, "sample")) == before
+
+
+def test_a_part_of_the_resgen_script_can_be_run(tmp_path: Path) -> None:
+    assert ablate(tmp_path, "resgen", SEEDS="0", PARTS="steps").returncode == 0
+    assert len(calls(tmp_path, "train-gen")) == 2 * 3
+    assert len(calls(tmp_path, "sample")) == 3 + 15
+
+
+def test_the_gap_of_a_resgen_run_is_that_of_its_likelihood(tmp_path: Path) -> None:
+    last = {"step": 9, "heldout/nll": [1.0, None, 2.0], "heldout/baseline": [1.5, None, 4.0]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+    score = tmp_path / "score.json"
+    score.write_text("{}")
+    command = [sys.executable, str(SCRIPTS / "gap.py"), str(tmp_path), "--into", str(score), "--seconds", "3"]
+    subprocess.run(command, check=True, timeout=60)
+    assert json.loads(score.read_text()) == {"steps": 9, "heldout_nll": 1.5, "nll_gap": 1.25, "seconds": 3.0}

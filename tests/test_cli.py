@@ -15,7 +15,7 @@ from PIL import Image
 
 from rdpm_cli import __version__, engine, modelfile
 from rdpm_cli.cli.app import run
-from rdpm_cli.config import GeneratorConfig, NetworkConfig, RDPMSampling, TrainConfig
+from rdpm_cli.config import NetworkConfig, RDPMConfig, RDPMSampling, TrainConfig
 from rdpm_cli.errors import UsageError
 from rdpm_cli.generator import model as generator_model
 from rdpm_cli.threads import one_thread
@@ -32,7 +32,7 @@ CLASS_NAMES = ["cat", "goldfish", "goose"]
 def generator_file(tiny_tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained generator of three classes."""
     tokenizer, content = tokenizer_model.load(tiny_tokenizer_file)
-    cfg = GeneratorConfig(
+    cfg = RDPMConfig(
         network=NetworkConfig(depth=1, width=16, heads=1), train=TrainConfig(steps=1), sampling=RDPMSampling(cfg=1.0)
     )
     with torch.random.fork_rng():

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli import recipe_files
 from rdpm_cli.cli.app import run
-from rdpm_cli.config import GeneratorConfig, TokenizerArchitecture, TokenizerConfig, TrainConfig
+from rdpm_cli.config import GeneratorConfig, RDPMConfig, TokenizerArchitecture, TokenizerConfig, TrainConfig
 from rdpm_cli.engine import flops, gpus, memory, planning
 from rdpm_cli.engine.flops import Latent
 from rdpm_cli.engine.memory import Make
@@ -27,12 +27,11 @@ from rdpm_cli.tokenizer.discriminator import PatchDiscriminator
 from rdpm_cli.tokenizer.model import Tokenizer
 
 IMAGENET = Latent.of(TokenizerArchitecture())
-GRID = (16, 16)
 
 
-def generator_config(name: str, *overrides: str) -> GeneratorConfig:
+def generator_config(name: str, *overrides: str) -> RDPMConfig:
     cfg = recipe_files.load_recipe(name, overrides, "generator").generator
-    assert cfg is not None
+    assert isinstance(cfg, RDPMConfig)
     return cfg
 
 
@@ -43,10 +42,10 @@ def tokenizer_config(name: str, *overrides: str) -> TokenizerConfig:
 
 
 def maker(cfg: GeneratorConfig) -> Make:
-    return planning.generator_maker(cfg, IMAGENET, GRID, 1000)
+    return planning.generator_maker(cfg, TokenizerArchitecture(), 1000)
 
 
-def small_generator(*overrides: str) -> GeneratorConfig:
+def small_generator(*overrides: str) -> RDPMConfig:
     return generator_config("imagenet256-d12", "network.depth=2", "network.width=128", *overrides)
 
 
@@ -75,6 +74,25 @@ def test_operations_of_a_generator_are_those_that_torch_counts(recipe: str, over
     assert whole == pytest.approx(3 * forward * cfg.objective.steps_per_image, rel=0.035)  # attention: 2.5 backward
     noise = 0 if cfg.objective.noise == "cached" else flops.quantiser(IMAGENET)
     assert flops.generator_step(cfg, IMAGENET) - noise == pytest.approx(whole, rel=0.035)
+
+
+@pytest.mark.parametrize(
+    "changes", [[], ["network.target=direct"], ["network.class_latents=true", "network.mixtures=16"]], ids=str
+)
+def test_operations_of_resgen_are_those_that_torch_counts(changes: list[str]) -> None:
+    small = ["network.depth=4", "network.width=384", "network.heads=6"]
+    recipe = recipe_files.load_recipe("imagenet256-resgen-rvq4", [*small, *changes], "generator")
+    cfg, codes, images = recipe.generator, recipe.tokenizer, 2
+    assert cfg is not None
+    assert codes is not None
+    with memory.shapes_alone(), FlopCounterMode(display=False) as counter:
+        [task], batch = planning.generator_maker(cfg, codes, 1000)(images)
+        loss, _ = task.loss(batch, TrainStep(0, 0, range(images), images, CPU))
+        forward = counter.get_total_flops() / images
+        loss.backward()
+    latent = Latent.of(codes)
+    assert flops.generator_forward(cfg.network, latent) == pytest.approx(forward, rel=0.02)
+    assert flops.generator_step(cfg, latent) == pytest.approx(counter.get_total_flops() / images, rel=0.05)
 
 
 def test_operations_of_the_tokenizer_are_those_that_torch_counts() -> None:

@@ -20,22 +20,23 @@ from torch import Tensor, nn
 from rdpm_cli import engine, modelfile, noise
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import (
-    GeneratorArchitecture,
-    GeneratorConfig,
     NetworkConfig,
     ObjectiveConfig,
     QuantizerConfig,
+    RDPMArchitecture,
+    RDPMConfig,
     RDPMSampling,
     ScheduleConfig,
     TrainConfig,
 )
 from rdpm_cli.errors import CheckpointError, DataError, UsageError
 from rdpm_cli.generator import model, sampler
-from rdpm_cli.generator.contract import CodeBatch, Known
+from rdpm_cli.generator.contract import Known
 from rdpm_cli.generator.guidance import guidance_at, guide
 from rdpm_cli.generator.model import LoadedGenerator
 from rdpm_cli.generator.rdpm import RDPM, RDPMNetwork, tokens
-from rdpm_cli.generator.task import CodeBatches, held_out_accuracy
+from rdpm_cli.generator.rdpm_batches import CodeBatch, CodeBatches
+from rdpm_cli.generator.task import held_out
 from rdpm_cli.generator.transformer import rope_table, rotate
 from rdpm_cli.step import TrainStep
 from rdpm_cli.threads import one_thread
@@ -59,8 +60,8 @@ def network_config(**options: Any) -> NetworkConfig:
     return NetworkConfig(**{"depth": 2, "width": 32, "heads": 2, **options})
 
 
-def generator_config(network: dict[str, Any] | None = None, batch: int = 16, **objective: Any) -> GeneratorConfig:
-    return GeneratorConfig(
+def generator_config(network: dict[str, Any] | None = None, batch: int = 16, **objective: Any) -> RDPMConfig:
+    return RDPMConfig(
         network=network_config(**(network or {})),
         objective=ObjectiveConfig(**objective),
         train=TrainConfig(batch=batch, steps=1),
@@ -79,7 +80,7 @@ def wake(network: nn.Module, std: float = 0.2) -> None:
 def make_generator(quantizer: Quantizer | None = None, *, awake: bool = True, std: float = 0.2, **network: Any) -> RDPM:
     """A tiny generator over the given (or a fresh, noisy) quantiser."""
     made = RDPM(
-        GeneratorArchitecture(network=network_config(**network)), quantizer or make_quantizer(), (GRID, GRID), CLASSES
+        RDPMArchitecture(network=network_config(**network)), quantizer or make_quantizer(), (GRID, GRID), CLASSES
     )
     if awake:
         wake(made.network, std)
@@ -325,8 +326,8 @@ def tokenizer(tiny_tokenizer_file: Path) -> Tokenizer:
     return tokenizer_file.load(tiny_tokenizer_file)[0]
 
 
-def make_batches(root: Path, tokenizer: Tokenizer, cfg: GeneratorConfig, seed: int = 0) -> CodeBatches:
-    return CodeBatches(CodeStore(root), cfg, tokenizer.quantizer.alphas, seed)
+def make_batches(root: Path, tokenizer: Tokenizer, cfg: RDPMConfig, seed: int = 0) -> CodeBatches:
+    return CodeBatches(CodeStore(root), cfg, tokenizer.quantizer, seed)
 
 
 def fields_of(batch: CodeBatch) -> dict[str, Tensor]:
@@ -574,7 +575,7 @@ def test_perturbation_moves_the_input_by_one_u_an_image(digits_codes: Path, toke
 def test_held_out_accuracy_stands_beside_the_model_free_baseline(digits_codes: Path, tokenizer: Tokenizer) -> None:
     generator = make_generator(tokenizer.quantizer, head="geometric")
     batches = make_batches(digits_codes, tokenizer, generator_config())
-    found = held_out_accuracy(generator, batches, CPU)
+    found = held_out(generator, batches, CPU)
     quantizer, store = tokenizer.quantizer, batches.store
     hits, entropies, right = torch.zeros(3, STEPS, len(batches.held_out))
     for place, row in enumerate(batches.held_out):
@@ -593,15 +594,16 @@ def test_held_out_accuracy_stands_beside_the_model_free_baseline(digits_codes: P
             logits = generator.predict(*row_of, torch.tensor([label[place]]))[0][0]
             entropies[t - 1, place] = F.cross_entropy(logits, codes[t - 1].flatten())
             right[t - 1, place] = (logits.argmax(-1) == codes[t - 1].flatten()).float().mean()
-    np.testing.assert_allclose(found["baseline"], hits.mean(1), atol=1e-6)
-    np.testing.assert_allclose(found["ce"], entropies.mean(1), rtol=1e-4)
-    np.testing.assert_allclose(found["accuracy"], right.mean(1), atol=1e-6)
+    assert found["baseline"] == pytest.approx(hits.mean(1).tolist(), abs=1e-6)
+    assert found["ce"] == pytest.approx(entropies.mean(1).tolist(), rel=1e-4)
+    assert found["accuracy"] == pytest.approx(right.mean(1).tolist(), abs=1e-6)
     assert len(found["norm"]) == STEPS
 
 
 def one_by_one(batches: CodeBatches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for codes, labels, eps in batches.held_out_batches():
-        yield from zip(codes, labels, eps, strict=True)
+    for batch in batches.held_out_batches():
+        assert batch.eps_BSCHW is not None
+        yield from zip(batch.codes_BTHW, batch.labels_B, batch.eps_BSCHW, strict=True)
 
 
 def test_held_out_images_are_never_trained_on(digits_codes: Path, tokenizer: Tokenizer) -> None:
@@ -904,7 +906,7 @@ def test_parameters_count_the_generator_alone(content: dict[str, Any], tmp_path:
 def test_a_grid_of_one_row_is_legal(positions: str) -> None:
     """Signals have h = 1; nothing in the family may assume a square."""
     network = network_config(positions=positions, class_latents=True, head="geometric")
-    generator = RDPM(GeneratorArchitecture(network=network), make_quantizer(), (1, 7), CLASSES)
+    generator = RDPM(RDPMArchitecture(network=network), make_quantizer(), (1, 7), CLASSES)
     wake(generator.network)
     codes = generator.sample(torch.tensor([0, 2]), torch.tensor([5, 6]), sampling_options(seed=1))
     assert codes.shape == (2, STEPS, 1, 7)

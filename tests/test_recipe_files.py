@@ -68,7 +68,7 @@ def test_every_shipped_recipe_opens_with_its_command(name: str) -> None:
 @pytest.mark.parametrize(("depth", "width"), [(12, 768), (16, 1024), (20, 1280)])
 def test_paper_recipes_hold_the_numbers_of_the_paper(depth: int, width: int) -> None:
     generator = load_recipe(f"imagenet256-d{depth}", section="generator").generator
-    assert generator is not None
+    assert isinstance(generator, config.RDPMConfig)
     assert (generator.network.depth, generator.network.hidden, generator.network.head_count) == (depth, width, depth)
     train = generator.train
     assert (train.batch, train.lr, train.betas, train.weight_decay) == (1024, 4e-4, (0.9, 0.95), 0.03)
@@ -366,8 +366,9 @@ def test_recipes_are_frozen() -> None:
 
 
 def sections(section: type[config.Section]) -> list[type[config.Section]]:
-    inner = [recipe_files._section_of(field.annotation) for field in section.model_fields.values()]
-    return [section, *(deeper for found in inner if found for deeper in sections(found))]
+    """A section and those in it, of every family."""
+    inner = [found for field in section.model_fields.values() for found in recipe_files._sections(field.annotation)]
+    return [section, *(deeper for found in inner for deeper in sections(found))]
 
 
 @pytest.mark.parametrize("section", list(dict.fromkeys(sections(Recipe))), ids=lambda s: s.__name__)

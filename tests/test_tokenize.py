@@ -23,9 +23,9 @@ from rdpm_cli.codes import encode, writing
 from rdpm_cli.codes.encode import Encoded, Prepared
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.codes.work import Work
-from rdpm_cli.config import GeneratorConfig
+from rdpm_cli.config import RDPMConfig
 from rdpm_cli.errors import DataError, ImageError
-from rdpm_cli.generator.task import CodeBatches
+from rdpm_cli.generator.rdpm_batches import CodeBatches
 from rdpm_cli.images.sources import open_source
 from rdpm_cli.tokenizer import model
 
@@ -170,8 +170,8 @@ def test_a_store_with_bad_images_is_reconstructed_and_trained_on(
     assert run_cli(["reconstruct", str(tmp_path / "codes"), str(tmp_path / "recon"), *fixed]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 34
     store = CodeStore(tmp_path / "codes")
-    cfg = GeneratorConfig.model_validate({"train": {"batch": 16, "steps": 1}})
-    batches = CodeBatches(store, cfg, [1.0] * 4, 0)
+    cfg = RDPMConfig.model_validate({"train": {"batch": 16, "steps": 1}})
+    batches = CodeBatches(store, cfg, model.load(tiny_tokenizer_file)[0].quantizer, 0)
     assert batches.images + len(batches.held_out) == 34
     assert batches.batch_at(0, range(16)).codes_BTHW.shape == (16, 4, 4, 4)
 

@@ -23,17 +23,18 @@ from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import (
     FREE_ON_RESUME,
     AutoencoderConfig,
-    GeneratorConfig,
     NetworkConfig,
     ObjectiveConfig,
     QuantizerConfig,
+    RDPMConfig,
     ScheduleConfig,
     TokenizerConfig,
     TrainConfig,
 )
 from rdpm_cli.errors import CheckpointError, LostProcessError, RunError, Stopped, UsageError
 from rdpm_cli.generator import model as generator_model
-from rdpm_cli.generator.task import CodeBatches, GeneratorTask
+from rdpm_cli.generator.rdpm_batches import CodeBatches
+from rdpm_cli.generator.task import GeneratorTask
 from rdpm_cli.images.sources import open_source
 from rdpm_cli.signals import StopRequest, stop_on_signal
 from rdpm_cli.step import TrainStep, world
@@ -128,14 +129,14 @@ def tokenizer_job(**train: Any) -> Job:
 def generator_job(root: Path, **train: Any) -> Job:
     store = CodeStore(root)
     tokenizer, _ = tokenizer_model.load(root / "tokenizer.pt")
-    cfg = GeneratorConfig(
+    cfg = RDPMConfig(
         network=NetworkConfig(depth=1, width=32, heads=2, class_latents=True, head="geometric"),
         objective=ObjectiveConfig(noise="fresh", steps_per_image=2, t_weights="alpha", perturb=0.3),
         train=train_config(**train),
     )
     generator = generator_model.build(cfg, tokenizer, 3)
     generator.network.train()
-    return Job([GeneratorTask(generator)], CodeBatches(store, cfg, tokenizer.quantizer.alphas, 0), cfg.train)
+    return Job([GeneratorTask(generator)], CodeBatches(store, cfg, tokenizer.quantizer, 0), cfg.train)
 
 
 @pytest.fixture(params=["toy", "tokenizer", "generator"])

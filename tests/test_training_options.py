@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from helpers import CPU
 from torch import Tensor
 
-from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, NetworkConfig, QuantizerConfig, ScheduleConfig
+from rdpm_cli.config import NetworkConfig, QuantizerConfig, RDPMArchitecture, RDPMConfig, ScheduleConfig
 from rdpm_cli.errors import UsageError
 from rdpm_cli.generator import model, rdpm, transformer
-from rdpm_cli.generator.contract import CodeBatch
 from rdpm_cli.generator.rdpm import RDPM
+from rdpm_cli.generator.rdpm_batches import CodeBatch
 from rdpm_cli.step import TrainStep
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
@@ -26,7 +26,7 @@ def make(**network: Any) -> RDPM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         quantizer = Quantizer(QuantizerConfig(codes=K, steps=T), ScheduleConfig(kind="sin"), C).eval()
-        cfg = GeneratorArchitecture(network=NetworkConfig(**NETWORK, **network))
+        cfg = RDPMArchitecture(network=NetworkConfig(**NETWORK, **network))
         made = RDPM(cfg, quantizer.requires_grad_(False), (GRID, GRID), CLASSES)
         for parameter in made.network.parameters():  # zero-initialised ones get something to say
             if not parameter.detach().any():
@@ -86,7 +86,7 @@ def test_losses_in_parts_of_the_rows_are_those_of_the_whole(
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     wanted = gradients(make(class_tokens=2))
     generator, calls = make(class_tokens=2), [0]
-    cfg = GeneratorConfig.model_validate({"train": {"steps": 1}, "recompute": True})
+    cfg = RDPMConfig.model_validate({"train": {"steps": 1}, "recompute": True})
     model.prepare(generator, cfg, transformer.sdpa)
     trunk = generator.network.get_submodule("trunk")
     assert isinstance(trunk, transformer.Transformer)
@@ -134,7 +134,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 def test_flash_attention_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = gradients(make())
     shapes, generator = stub(monkeypatch), make()
-    model.prepare(generator, GeneratorConfig.model_validate({"train": {"steps": 1}}), transformer.flash())
+    model.prepare(generator, RDPMConfig.model_validate({"train": {"steps": 1}}), transformer.flash())
     for one, other in zip(gradients(generator), wanted, strict=True):
         assert_close(one, other)
     assert shapes == [torch.Size([2 * IMAGES, GRID * GRID, 2, 16])] * 2
@@ -143,7 +143,7 @@ def test_flash_attention_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) 
 def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(device: str, precision: str) -> transformer.Kernel:
         cfg = {"train": {"steps": 1, "precision": precision}, "attention": "flash"}
-        return model.find_kernel(GeneratorConfig.model_validate(cfg), device)
+        return model.find_kernel(RDPMConfig.model_validate(cfg), device)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "flash_attn", None)

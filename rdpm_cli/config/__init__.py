@@ -3,7 +3,9 @@
 The field is the single source of an option: recipe key, override, help, manifest entry and error all derive from it.
 """
 
-from pydantic import Field
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
 
 from rdpm_cli import files
 from rdpm_cli.config.base import Section
@@ -13,9 +15,19 @@ from rdpm_cli.config.generator import (
     NetworkConfig,
     ObjectiveConfig,
     ProxyConfig,
+    RDPMArchitecture,
+    RDPMConfig,
     RDPMSampling,
     SamplingConfig,
     TransformerConfig,
+)
+from rdpm_cli.config.resgen import (
+    MaskSchedule,
+    ResGenArchitecture,
+    ResGenConfig,
+    ResGenNetwork,
+    ResGenObjective,
+    ResGenSampling,
 )
 from rdpm_cli.config.tokenizer import (
     AutoencoderConfig,
@@ -30,6 +42,7 @@ from rdpm_cli.config.train import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, LOOKS, T
 
 __all__ = [
     "CHANGEABLE_ON_RESUME",
+    "FAMILIES",
     "FREE_ON_RESUME",
     "LOOKS",
     "AutoencoderConfig",
@@ -37,12 +50,20 @@ __all__ = [
     "GeneratorArchitecture",
     "GeneratorConfig",
     "JudgeConfig",
+    "MaskSchedule",
     "NetworkConfig",
     "ObjectiveConfig",
     "ProxyConfig",
     "QuantizerConfig",
+    "RDPMArchitecture",
+    "RDPMConfig",
     "RDPMSampling",
     "Recipe",
+    "ResGenArchitecture",
+    "ResGenConfig",
+    "ResGenNetwork",
+    "ResGenObjective",
+    "ResGenSampling",
     "SamplingConfig",
     "ScheduleConfig",
     "Section",
@@ -52,6 +73,25 @@ __all__ = [
     "TrainConfig",
     "TransformerConfig",
     "binding",
+    "family_of",
+]
+
+FAMILIES: dict[str, type[GeneratorConfig]] = {"rdpm": RDPMConfig, "resgen": ResGenConfig}
+
+
+def family_of(generator: Any) -> str | None:
+    """The family that a generator section, plain or validated, names; RDPM where it names none."""
+    named = generator.get("family", "rdpm") if isinstance(generator, dict) else getattr(generator, "family", None)
+    return named if isinstance(named, str) else None
+
+
+AnyGenerator = Annotated[
+    Annotated[RDPMConfig, Tag("rdpm")] | Annotated[ResGenConfig, Tag("resgen")],
+    Discriminator(
+        family_of,
+        custom_error_type="family",
+        custom_error_message=f"family is one of {', '.join(FAMILIES)}",
+    ),
 ]
 
 
@@ -73,7 +113,7 @@ class Recipe(Section):
     classes: int = Field(1000, gt=0, description="for `rdpm inspect` alone; training counts the store's own")
     views: int = Field(1, ge=1, description="noise draws an image that the demo keeps in its store")
     tokenizer: TokenizerConfig | None = Field(None, description="for train-tokenizer")
-    generator: GeneratorConfig | None = Field(None, description="for train-gen")
+    generator: AnyGenerator | None = Field(None, description="for train-gen")
     judge: JudgeConfig | None = Field(None, description="for eval judge and the demo")
 
     def digest(self) -> str:

@@ -1,4 +1,4 @@
-"""The generator: network, objective, sampling."""
+"""The generator: what every family has, and RDPM's network, objective and sampling. `resgen.py` holds ResGen's."""
 
 from typing import Literal, Self
 
@@ -45,12 +45,19 @@ class NetworkConfig(TransformerConfig):
 class GeneratorArchitecture(Section):
     """What rebuilds a generator, beside its tokenizer; travels in its checkpoint."""
 
+    family: str = Field(description="generator family")
+    network: TransformerConfig
+
+
+class RDPMArchitecture(GeneratorArchitecture):
+    """What rebuilds RDPM's."""
+
     family: Literal["rdpm"] = Field("rdpm", description="generator family")
     network: NetworkConfig = NetworkConfig()
 
 
 class ObjectiveConfig(Section):
-    """How a training batch is drawn from the code store."""
+    """How RDPM's training batch is drawn from the code store."""
 
     noise: Literal["cached", "fresh", "fresh-from-codes"] = Field(
         "cached", description="the store's draws; new ones on its latents z; new ones on z'_T of its codes"
@@ -91,11 +98,28 @@ class ProxyConfig(Section):
 
 
 class GeneratorConfig(GeneratorArchitecture):
-    """A generator, its training and its sampling defaults."""
+    """A generator, its training and its sampling defaults: what every family has."""
 
     attention: Literal["sdpa", "flash"] = Field("sdpa", description="in training; flash: the flash-attn package")
     recompute: bool = Field(False, description="activation checkpointing: each block's again in the backward pass")
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Section
     train: TrainConfig
-    sampling: RDPMSampling = RDPMSampling()
+    sampling: SamplingConfig
     proxy: ProxyConfig = ProxyConfig()
+
+    @property
+    def needs_latents(self) -> bool:
+        """Must the store keep latents?"""
+        return False
+
+
+class RDPMConfig(RDPMArchitecture, GeneratorConfig):
+    """An RDPM generator."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampling: RDPMSampling = RDPMSampling()
+
+    @property
+    def needs_latents(self) -> bool:
+        """Fresh noise is drawn on them."""
+        return self.objective.noise == "fresh"

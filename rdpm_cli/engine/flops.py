@@ -16,8 +16,11 @@ from rdpm_cli.config import (
     DiscriminatorConfig,
     GeneratorConfig,
     NetworkConfig,
+    RDPMConfig,
+    ResGenNetwork,
     TokenizerArchitecture,
     TokenizerConfig,
+    TransformerConfig,
 )
 
 STEP_FEATURES = 256  # of the sinusoidal embedding of t
@@ -77,21 +80,44 @@ def block(tokens: int, width: int) -> int:
     return dense + attention(tokens, width) + linear(1, width, 6 * width)
 
 
-def generator_forward(cfg: NetworkConfig, latent: Latent) -> int:
-    """One row: one image at one t."""
+def trunk(cfg: TransformerConfig, latent: Latent) -> int:
+    """One row through the transformer, with its condition and the class latents."""
     L, C, D = latent.positions, latent.channels, cfg.hidden
-    ends = linear(L, 2 * C, D) + linear(L, D, latent.codes)
     condition = linear(1, STEP_FEATURES, D) + linear(1, D, D) + linear(1, D, 2 * D)
-    extra = linear(L, C, D) if cfg.class_latents else 0
-    if cfg.head == "geometric":
-        extra += linear(L, D, C) + linear(L, C, latent.codes)
-    return ends + condition + extra + cfg.depth * block(L + cfg.class_tokens, D)
+    latents = linear(L, C, D) if cfg.class_latents else 0
+    return condition + latents + cfg.depth * block(L + cfg.class_tokens, D)
+
+
+def _rdpm_ends(cfg: NetworkConfig, latent: Latent) -> int:
+    L, C, D = latent.positions, latent.channels, cfg.hidden
+    geometric = linear(L, D, C) + linear(L, C, latent.codes) if cfg.head == "geometric" else 0
+    return linear(L, 2 * C, D) + linear(L, D, latent.codes) + geometric
+
+
+def _resgen_ends(cfg: ResGenNetwork, latent: Latent) -> int:
+    """With what the loss makes of the head's output: distances to K means of rank r."""
+    L, C, D, K, r = latent.positions, latent.channels, cfg.hidden, cfg.mixtures, cfg.rank
+    if cfg.target == "direct":
+        return linear(L, C, D) + linear(L, D, latent.steps * latent.codes)
+    distances = linear(L, C, K + r) + linear(L * K, r, r) + linear(L, r, K)
+    return linear(L, C, D) + linear(L, D, K + K * r + C + 1) + distances
+
+
+def generator_forward(cfg: TransformerConfig, latent: Latent) -> int:
+    """One row: one image at one t, or under one mask."""
+    if isinstance(cfg, ResGenNetwork):
+        return _resgen_ends(cfg, latent) + trunk(cfg, latent)
+    assert isinstance(cfg, NetworkConfig)
+    return _rdpm_ends(cfg, latent) + trunk(cfg, latent)
 
 
 def generator_step(cfg: GeneratorConfig, latent: Latent) -> int:
     """One image of a training step: S rows forward and backward, and z' of each; new codes where noise is fresh."""
-    rows = cfg.objective.steps_per_image * (FORWARD_BACKWARD * generator_forward(cfg.network, latent) + latent.bias)
-    return rows + (0 if cfg.objective.noise == "cached" else quantiser(latent))
+    learnt = FORWARD_BACKWARD * generator_forward(cfg.network, latent)
+    if not isinstance(cfg, RDPMConfig):
+        return learnt
+    new_codes = 0 if cfg.objective.noise == "cached" else quantiser(latent)
+    return cfg.objective.steps_per_image * (learnt + latent.bias) + new_codes
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ from rdpm_cli.training import tracking
 if TYPE_CHECKING:
     from rdpm_cli.codes.store import CodeStore
     from rdpm_cli.config import GeneratorConfig
-    from rdpm_cli.generator.contract import Generator
-    from rdpm_cli.generator.task import CodeBatches
+    from rdpm_cli.generator.contract import Generator, GeneratorBatches
     from rdpm_cli.team import Team
     from rdpm_cli.tokenizer.model import Tokenizer
 
@@ -48,14 +47,14 @@ def train_gen(
     from rdpm_cli.codes.store import CodeStore
     from rdpm_cli.engine import proxy
     from rdpm_cli.generator import model
-    from rdpm_cli.generator.task import CodeBatches
     from rdpm_cli.tokenizer import model as tokenizer_file
 
     m = Manifest.load(codes)
     check_team(team, device, cfg.train.batch)
     tokenizer, tokenizer_content = tokenizer_file.load(codes / "tokenizer.pt")
+    model.check_codes(cfg.family, tokenizer.cfg, str(codes))
     store = CodeStore(codes, tokenizer_content["digest"])
-    batches = CodeBatches(store, cfg, tokenizer.quantizer.alphas, recipe.seed)
+    batches = model.batches(cfg, store, tokenizer, recipe.seed)
     kernel = model.find_kernel(cfg, device)
     if cfg.proxy.samples:
         proxy.check(cfg.proxy, m, codes)
@@ -66,11 +65,13 @@ def train_gen(
         generator = model.build(cfg, tokenizer.to(training.device), len(m.class_names))
         generator.network.to(training.device).train()
         model.prepare(generator, cfg, kernel)
+        measured = generator.begin(cfg, store)
         _train(training, generator, tokenizer, cfg, store, batches)
         provenance = {
             "recipe": recipe.model_dump(mode="json"),
             "store": {"path": str(codes.resolve()), "digest": m.digest()},
             "reference": pictures.store_reference(codes, m),
+            **measured,
             **versions(),
         }
         return model.pack(generator, cfg, tokenizer_content, list(m.class_names), provenance=provenance)
@@ -87,7 +88,7 @@ def _train(
     tokenizer: Tokenizer,
     cfg: GeneratorConfig,
     store: CodeStore,
-    batches: CodeBatches,
+    batches: GeneratorBatches,
 ) -> None:
     """Train in the run's folder; with its curves. generator.network becomes what to keep."""
     from rdpm_cli.engine import observers, proxy
@@ -123,7 +124,9 @@ def _answer(final: Path) -> Result:
         "digest": loaded.digest,
         "parameters": model.parameters(loaded.generator),
         **last_metrics(out, ["ce", "accuracy"]),
+        **last_metrics(out, ["nll"]),
         **last_metrics(out, ["heldout/accuracy", "heldout/baseline"]),
+        **last_metrics(out, ["heldout/nll", "heldout/baseline"]),
         **last_metrics(out, ["proxy/frechet_distance", "proxy/class_accuracy"]),
     }
     return Result("generator trained", values, f"rdpm sample --ckpt {final} --classes all")

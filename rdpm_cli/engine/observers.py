@@ -10,8 +10,8 @@ import torch
 
 from rdpm_cli.config import GeneratorConfig, QuantizerConfig, TokenizerConfig, TrainConfig
 from rdpm_cli.generator import sampler
-from rdpm_cli.generator.contract import Generator, SampleOptions
-from rdpm_cli.generator.task import CodeBatches, held_out_accuracy
+from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
+from rdpm_cli.generator.task import held_out
 from rdpm_cli.images import writers
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
@@ -149,9 +149,13 @@ def as_kept(generator: Generator, run: Run) -> Iterator[None]:
 
 
 def generator_monitor(
-    generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, class_names: list[str], batches: CodeBatches
+    generator: Generator,
+    tokenizer: Tokenizer,
+    cfg: GeneratorConfig,
+    class_names: list[str],
+    batches: GeneratorBatches,
 ) -> Callable[..., Any]:
-    """Held-out accuracy per t beside the model-free baseline, norms, and a grid of samples from fixed seeds."""
+    """Held-out measurements beside the model-free baseline, norms, and a grid of samples from fixed seeds."""
     classes = list(range(min(10, len(class_names))))
     labels = [c for c in classes for _ in range(PREVIEWS)]
     options = SampleOptions(cfg.sampling)
@@ -160,7 +164,7 @@ def generator_monitor(
         if not due(run, cfg.train):
             return None
         with as_kept(generator, run):
-            found = held_out_accuracy(generator, batches, run.device)
+            found = held_out(generator, batches, run.device)
             parts = list(sampler.sample(generator, tokenizer, labels, options, cfg.sampling.micro_batch))
         sheet = writers.grid(
             np.concatenate([p.pixels_BHWC for p in parts]), PREVIEWS, [class_names[c] for c in classes]
@@ -210,20 +214,21 @@ def _over_time(rows: list[dict[str, Any]], names: list[str]) -> dict[str, writer
 
 
 def generator_curves(folder: Path) -> dict[str, dict[str, writers.Curve]]:
-    """Panels of a generator run: loss; held-out accuracy per t beside the model-free baseline."""
+    """Panels of a generator run: loss; held-out accuracy per t, or nats a dimension, beside the model-free baseline."""
     rows = read_metrics(folder)
-    trained = [r for r in rows if "ce" in r]
-    loss: dict[str, writers.Curve] = {
-        "cross-entropy": ([float(r["step"]) for r in trained], [r["ce"] for r in trained])
-    }
-    held = [r for r in rows if "heldout/accuracy" in r]
-    panels: dict[str, dict[str, writers.Curve]] = {"generator loss|step": loss}
-    if held:
-        last = held[-1]
-        t = [float(i) for i in range(1, len(last["heldout/accuracy"]) + 1)]
-        panels["held-out accuracy per t|t"] = {
-            "model": (t, last["heldout/accuracy"]),
-            "model-free baseline": (t, last["heldout/baseline"]),
-        }
+    panels = {"generator loss|step": _over_time(rows, ["ce", "nll"])}
+    held = {"heldout/accuracy": "held-out accuracy per t|t", "heldout/nll": "held-out nats/dim|masked depths"}
+    for name, title in held.items():
+        if measured := [row for row in rows if name in row]:
+            last = measured[-1]
+            panels[title] = {"model": _by_place(last[name]), "model-free baseline": _by_place(last["heldout/baseline"])}
     score = _over_time(rows, ["proxy/frechet_distance"])
-    return panels | ({"proxy score|step": score} if score else {})
+    return {title: curves for title, curves in panels.items() if curves} | (
+        {"proxy score|step": score} if score else {}
+    )
+
+
+def _by_place(values: list[float | None]) -> writers.Curve:
+    """Values at 1, 2, ..., without those that are not there."""
+    known = [(float(place), value) for place, value in enumerate(values, 1) if value is not None]
+    return [place for place, _ in known], [value for _, value in known]

@@ -148,11 +148,15 @@ def plan_generator(codes: Path, recipe_name: str, overrides: Sequence[str], hard
     cfg = recipe.generator
     assert cfg is not None
     from rdpm_cli.codes.manifest import Manifest
+    from rdpm_cli.generator import model
+    from rdpm_cli.tokenizer import model as tokenizer_file
 
     m = Manifest.load(codes) if codes.exists() else None
-    architecture = config.TokenizerArchitecture() if m or not recipe.tokenizer else recipe.tokenizer
-    latent = _latent(m) if m else Latent.of(architecture)
-    grid = m.grid if m else architecture.autoencoder.grid
+    architecture = recipe.tokenizer or config.TokenizerArchitecture()
+    if m:
+        architecture = tokenizer_file.load(codes / "tokenizer.pt")[0].cfg
+        model.check_codes(cfg.family, architecture, str(codes))
+    latent = Latent.of(architecture)
     classes = len(m.class_names) if m else IMAGENET_CLASSES
     assumed = f"no store {codes}: ImageNet's {IMAGENET_IMAGES:,} images, {IMAGENET_CLASSES} classes"
     work = Work(
@@ -164,20 +168,16 @@ def plan_generator(codes: Path, recipe_name: str, overrides: Sequence[str], hard
         assumed=None if m else assumed,
     )
     frozen = (codes / "tokenizer.pt").stat().st_size if m else 4 * _tokenizer_parameters(architecture)
-    make = generator_maker(cfg, latent, grid, classes)
+    make = generator_maker(cfg, architecture, classes)
     values = {
         "recipe": work.recipe,
         "assumed": work.assumed,
         "parameters": _parameters(make),
         **timing(work, hardware),
         **memory(make, cfg.train, hardware, frozen),
-        "store_gb": store_bytes(latent, m, cfg.objective.noise == "fresh") / 1e9,
+        "store_gb": store_bytes(latent, m, cfg.needs_latents) / 1e9,
     }
     return Result(TITLE, values)
-
-
-def _latent(m: Manifest) -> Latent:
-    return Latent(math.prod(m.grid), m.channels, m.codes, m.steps)
 
 
 def _trained_images(images: int) -> int:
@@ -198,31 +198,23 @@ def store_bytes(latent: Latent, m: Manifest | None, latents: bool) -> int:
     return IMAGENET_IMAGES * image_bytes(latent.positions, latent.steps, 1, latent.channels if latents else 0)
 
 
-def generator_maker(cfg: config.GeneratorConfig, latent: Latent, grid: tuple[int, int], classes: int) -> Make:
-    """rows -> a fresh generator's player and a micro-batch, to be called where tensors have no content."""
+def generator_maker(cfg: config.GeneratorConfig, codes: config.TokenizerArchitecture, classes: int) -> Make:
+    """rows -> a fresh generator's player and a micro-batch, to be called where tensors have no content.
+
+    codes: what made them.
+    """
 
     def make(rows: int) -> tuple[list[Any], Any]:
-        import torch
-
         from rdpm_cli.generator import model, transformer
-        from rdpm_cli.generator.contract import CodeBatch
         from rdpm_cli.generator.task import GeneratorTask
         from rdpm_cli.tokenizer.quantizer import Quantizer
 
-        quant = config.QuantizerConfig(codes=latent.codes, steps=latent.steps)
-        quantizer = Quantizer(quant, config.ScheduleConfig(), latent.channels).eval().requires_grad_(False)
-        generator = model.FAMILIES[cfg.family](cfg, quantizer, grid, classes)
+        auto = codes.autoencoder
+        quantizer = Quantizer(codes.quantizer, codes.schedule, auto.channels).eval().requires_grad_(False)
+        family = model.FAMILIES[cfg.family]
+        generator = family.make(cfg, quantizer, auto.grid, classes)
         model.prepare(generator, cfg, transformer.sdpa)
-        C, S = latent.channels, cfg.objective.steps_per_image
-        batch = CodeBatch(
-            codes_BTHW=torch.zeros(rows, latent.steps, *grid, dtype=torch.int64),
-            labels_B=torch.zeros(rows, dtype=torch.int64),
-            t_BS=torch.ones(rows, S, dtype=torch.int64),
-            eps_BSCHW=torch.zeros(rows, S, C, *grid),  # also where noise is fresh: drawing it leaves nothing behind
-            z_BCHW=None,
-            spread_B=torch.zeros(rows) if cfg.objective.perturb else None,
-        )
-        return [GeneratorTask(generator)], batch
+        return [GeneratorTask(generator)], family.blank(cfg, quantizer, auto.grid, rows)
 
     return make
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rdpm_cli.engine.runs import Result
 from rdpm_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from rdpm_cli.config import SamplingConfig
     from rdpm_cli.generator.model import LoadedGenerator
 
 
@@ -51,25 +52,18 @@ def sample(
     out: Path = Path("samples"),
     *,
     seed: int = 0,
-    cfg: float | None = None,
-    cfg_schedule: str | None = None,
-    tau: float | None = None,
-    skip_steps: int | None = None,
+    asked: Mapping[str, Any] | None = None,
     grid: bool = True,
     gif: bool = False,
     npz: bool = False,
     device: str = "auto",
 ) -> Result:
-    """Checkpoint -> PNGs, samples.json, previews. Options left out are the checkpoint's own."""
+    """Checkpoint -> PNGs, samples.json, previews. asked: the family's options; those left out are the checkpoint's."""
     from rdpm_cli.generator import model, sampler
     from rdpm_cli.generator.contract import SampleOptions
 
     loaded = model.load(ckpt)
-    given = {"cfg": cfg, "cfg_schedule": cfg_schedule, "tau": tau, "skip_steps": skip_steps}
-    asked = {name: value for name, value in given.items() if value is not None}
-    sampling = recipe_files.validate(
-        type(loaded.sampling), {**loaded.sampling.model_dump(), **asked}, "sampling options"
-    )
+    sampling = _sampling_options(loaded, asked or {})
     options = SampleOptions(sampling, seed)
     labels = sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
     loaded.generator.check(options)
@@ -91,6 +85,20 @@ def sample(
             previews["npz"] = _write_npz(out, record)
     values = {"folder": str(out), "samples": len(labels), "classes": len(set(labels)), "checkpoint": loaded.digest}
     return Result("samples written", {**values, **record["options"], **previews}, f"rdpm eval fid {out}")
+
+
+def _sampling_options(loaded: LoadedGenerator, asked: Mapping[str, Any]) -> SamplingConfig:
+    """The checkpoint's sampling section with what is asked for. Raises UsageError for options of another family."""
+    own, family = type(loaded.sampling), loaded.generator.cfg.family
+    if foreign := [name for name in asked if name not in own.model_fields]:
+        known = ", ".join(_option(name) for name in own.model_fields if name != "micro_batch")
+        raise UsageError(f"{_option(foreign[0])} is no option of {family}, the checkpoint's family", f"it has {known}")
+    return recipe_files.validate(own, {**loaded.sampling.model_dump(), **asked}, "sampling options")
+
+
+def _option(name: str) -> str:
+    """A field as the command line writes it."""
+    return f"--{name.replace('_', '-')}"
 
 
 PREVIEWED = 8  # samples a class in the preview grid

@@ -1,30 +1,14 @@
 """The whole contract between a generator family and everything else."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from rdpm_cli.config import SamplingConfig
+from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig
 from rdpm_cli.step import TrainStep
-
-
-@dataclass
-class CodeBatch:
-    """A training batch of one process. B images, S values of t an image."""
-
-    codes_BTHW: Tensor  # int64
-    labels_B: Tensor  # int64; the null class where the label was dropped
-    t_BS: Tensor  # int64, 1..T
-    eps_BSCHW: Tensor | None  # the noise of those steps; None: drawn fresh on the device
-    z_BCHW: Tensor | None  # stored latents, fp32; None: z'_T of the codes stands for them
-    spread_B: Tensor | None  # a·U of the perturbation of z'_{t-1}, one an image
-
-    def to(self, device: torch.device) -> "CodeBatch":
-        """The same batch on a device."""
-        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
-        return CodeBatch(**moved)
 
 
 @dataclass(frozen=True)
@@ -43,14 +27,54 @@ class Known:
     keep_BTHW: Tensor  # bool, True where the code is kept
 
 
+@dataclass
+class Tally:
+    """A held-out measurement in parts: sums, and of how many, by step t or by the number of masked depths."""
+
+    total: Tensor
+    count: Tensor
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(self.total + other.total, self.count + other.count)
+
+    def means(self) -> list[float | None]:
+        """Means; None where nothing was counted."""
+        parts = zip(self.total.tolist(), self.count.tolist(), strict=True)
+        return [total / count if count else None for total, count in parts]
+
+
+class GeneratorBatches(Protocol):
+    """A family's batches from a code store: those of training, and the held-out ones."""
+
+    @property
+    def images(self) -> int:
+        """Training images, the unit of an epoch."""
+
+    def batch_at(self, step: int, rows: range) -> Any:
+        """rows of the global batch of this step, with a method `to(device)`; a function of (seed, step)."""
+
+    def describe(self, step: int, rows: range) -> str:
+        """What those rows are, for an error message."""
+
+    def held_out_batches(self) -> Iterator[Any]:
+        """What `held_out` measures: images, and draws, that training never saw."""
+
+
 class Generator(Protocol):
     """One family. `network` holds the trainable parameters of the generator alone; its `trunk` is the Transformer."""
 
     network: nn.Module
     classes: int
 
-    def loss(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and logs."""
+    @property
+    def cfg(self) -> GeneratorArchitecture:
+        """Its family and sizes."""
+
+    def begin(self, cfg: GeneratorConfig, store: CodeStore) -> dict[str, Any]:
+        """Take what training needs of the recipe and measure what the network keeps of the store. -> provenance."""
+
+    def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and logs of a batch of the family's."""
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this family or its tokenizer cannot use."""
@@ -58,5 +82,5 @@ class Generator(Protocol):
     def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """codes (B, T, h, w) int64. Row i depends on (options, labels_B[i], indices_B[i]) alone."""
 
-    def accuracy(self, codes_BTHW: Tensor, labels_B: Tensor, eps_BTCHW: Tensor) -> dict[str, Tensor]:
-        """Held-out measurements a step t, each (T,): what the family can be judged by."""
+    def held_out(self, batch: Any) -> dict[str, Tally]:
+        """Measurements of a held-out batch, the model-free `baseline` among them."""

@@ -8,22 +8,71 @@ from typing import Any
 import torch
 
 from rdpm_cli import modelfile
-from rdpm_cli.config import GeneratorArchitecture, GeneratorConfig, RDPMSampling, SamplingConfig
+from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.config import (
+    GeneratorArchitecture,
+    GeneratorConfig,
+    RDPMArchitecture,
+    RDPMSampling,
+    ResGenArchitecture,
+    ResGenSampling,
+    SamplingConfig,
+    TokenizerArchitecture,
+)
 from rdpm_cli.errors import CheckpointError, UsageError
-from rdpm_cli.generator import transformer
-from rdpm_cli.generator.contract import Generator
+from rdpm_cli.generator import rdpm_batches, resgen_batches, transformer
+from rdpm_cli.generator.contract import Generator, GeneratorBatches
 from rdpm_cli.generator.rdpm import RDPM
+from rdpm_cli.generator.resgen import ResGen
 from rdpm_cli.generator.transformer import Kernel
 from rdpm_cli.tokenizer import model as tokenizer_file
 from rdpm_cli.tokenizer.model import Tokenizer
 
 KIND = "rdpm-generator"
-FAMILIES: dict[str, Callable[..., Generator]] = {"rdpm": RDPM}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a generator family brings."""
+
+    make: Callable[..., Generator]  # of its architecture, the quantizer, the grid (h, w), the number of classes
+    batches: Callable[..., GeneratorBatches]  # of the store, its recipe, the quantizer, the seed
+    blank: Callable[..., Any]  # a micro-batch without content: of its recipe, the quantizer, the grid, the rows
+    architecture: type[GeneratorArchitecture]
+    sampling: type[SamplingConfig]
+
+
+FAMILIES = {
+    "rdpm": Family(RDPM, rdpm_batches.CodeBatches, rdpm_batches.blank, RDPMArchitecture, RDPMSampling),
+    "resgen": Family(ResGen, resgen_batches.MaskBatches, resgen_batches.blank, ResGenArchitecture, ResGenSampling),
+}
 
 
 def build(cfg: GeneratorArchitecture, tokenizer: Tokenizer, classes: int) -> Generator:
     """A fresh generator of the recipe's family over a tokenizer's codes."""
-    return FAMILIES[cfg.family](cfg, tokenizer.quantizer, tokenizer.cfg.autoencoder.grid, classes)
+    return FAMILIES[cfg.family].make(cfg, tokenizer.quantizer, tokenizer.cfg.autoencoder.grid, classes)
+
+
+def batches(cfg: GeneratorConfig, store: CodeStore, tokenizer: Tokenizer, seed: int) -> GeneratorBatches:
+    """The family's batches from a store of this tokenizer's codes."""
+    return FAMILIES[cfg.family].batches(store, cfg, tokenizer.quantizer, seed)
+
+
+def check_codes(family: str, tokenizer: TokenizerArchitecture, where: str) -> None:
+    """Raise UsageError, naming a recipe that fits, where a family cannot learn from this tokenizer's codes."""
+    kind, bias = tokenizer.schedule.kind, tokenizer.quantizer.bias
+    if family == "rdpm" and kind == "rvq":
+        raise UsageError(
+            f"{where} holds codes of plain residual quantisation (rvq), and RDPM predicts those of noisy steps",
+            "train ResGen on it, e.g. --recipe resgen-digits; or make codes by a noisy tokenizer, e.g. --recipe digits",
+        )
+    if family == "resgen" and (kind != "rvq" or bias != "none"):
+        raise UsageError(
+            f"{where} holds codes of schedule {kind} with bias {bias}, and ResGen needs plain residual quantisation: "
+            "codes that fit noise, or a sum that is not the embeddings', cannot be requantised",
+            "train a tokenizer with schedule.kind=rvq quantizer.bias=none, e.g. `rdpm train-tokenizer IMAGES --recipe "
+            "resgen-digits`, and tokenize again; or train RDPM on it, e.g. --recipe digits",
+        )
 
 
 def find_kernel(cfg: GeneratorConfig, device: str) -> Kernel:
@@ -54,10 +103,8 @@ def pack(
     generator: Generator, cfg: GeneratorConfig, tokenizer: dict[str, Any], class_names: list[str], **more: Any
 ) -> dict[str, Any]:
     """The content of a generator file. tokenizer: the content of its file. more: provenance."""
-    fields = GeneratorArchitecture.model_fields
-    architecture = GeneratorArchitecture(**{name: getattr(cfg, name) for name in fields})
     config = {
-        **architecture.model_dump(mode="json"),
+        **cfg.model_dump(mode="json", include=set(GeneratorArchitecture.model_fields)),
         "sampling": cfg.sampling.model_dump(mode="json"),
         "classes": len(class_names),
         "tokenizer": tokenizer["digest"],
@@ -92,8 +139,11 @@ def load(path: Path) -> LoadedGenerator:
     classes = config.pop("classes")
     if config.pop("tokenizer") != content["tokenizer"]["digest"]:
         raise CheckpointError(f"{path} carries another tokenizer than it was trained with", "copy or make it again")
-    sampling = modelfile.config_of(RDPMSampling, config.pop("sampling"), str(path))
-    generator = build(modelfile.config_of(GeneratorArchitecture, config, str(path)), tokenizer, classes)
+    family = FAMILIES.get(config["family"])
+    if family is None:
+        raise CheckpointError(f"{path} is of the family {config['family']}, which this rdpm does not know")
+    sampling = modelfile.config_of(family.sampling, config.pop("sampling"), str(path))
+    generator = build(modelfile.config_of(family.architecture, config, str(path)), tokenizer, classes)
     modelfile.fill(generator.network, content, str(path))
     generator.network.eval().requires_grad_(False)
     return LoadedGenerator(

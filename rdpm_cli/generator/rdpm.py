@@ -3,16 +3,20 @@
 Legend: B images, R rows (images × values of t), T steps, C code width, H W grid, L = H·W, K codes, D width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from rdpm_cli import noise, precision
-from rdpm_cli.config import GeneratorArchitecture, NetworkConfig, RDPMSampling
+from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.config import GeneratorConfig, NetworkConfig, RDPMArchitecture, RDPMSampling
 from rdpm_cli.errors import UsageError
-from rdpm_cli.generator.contract import CodeBatch, Known, SampleOptions
+from rdpm_cli.generator.contract import Known, SampleOptions, Tally
 from rdpm_cli.generator.guidance import guidance_at, guide
+from rdpm_cli.generator.rdpm_batches import CodeBatch
 from rdpm_cli.generator.transformer import Transformer
 from rdpm_cli.step import TrainStep
 from rdpm_cli.tokenizer.quantizer import Quantizer
@@ -68,7 +72,7 @@ class RDPMNetwork(nn.Module):
 class RDPM:
     """The family: loss over stored codes, sampling over T recurrent steps."""
 
-    def __init__(self, cfg: GeneratorArchitecture, quantizer: Quantizer, grid: tuple[int, int], classes: int) -> None:
+    def __init__(self, cfg: RDPMArchitecture, quantizer: Quantizer, grid: tuple[int, int], classes: int) -> None:
         """quantizer: the frozen tokenizer's; it holds codebook, bias convolution and schedule."""
         quant = quantizer.cfg
         channels = quantizer.books.shape[-1]
@@ -110,6 +114,10 @@ class RDPM:
         return scale_R11 * (2 * mu @ book.transpose(-1, -2) - book.pow(2).sum(-1).unsqueeze(-2))
 
     # ---- training --------------------------------------------------------------------------------------------
+
+    def begin(self, cfg: GeneratorConfig, store: CodeStore) -> dict[str, Any]:
+        """Nothing is measured."""
+        return {}
 
     def loss(self, batch: CodeBatch, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of C_t (Eq. 7) at S values of t an image, plus MSE(zhat, z) with the geometric head."""
@@ -179,19 +187,24 @@ class RDPM:
     # ---- held-out measurement --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def accuracy(self, codes_BTHW: Tensor, labels_B: Tensor, eps_BTCHW: Tensor) -> dict[str, Tensor]:
-        """Per t, each (T,): cross-entropy, accuracy, the model-free guess's accuracy, mean norm of z'_t."""
+    def held_out(self, batch: CodeBatch) -> dict[str, Tally]:
+        """Per t, each (T,): cross-entropy, accuracy, the model-free guess's accuracy, mean norm of z'_t.
+
+        batch: with the noise of all T steps.
+        """
         found: dict[str, list[Tensor]] = {"ce": [], "accuracy": [], "baseline": [], "norm": []}
-        rows = torch.ones_like(labels_B)
+        assert batch.eps_BSCHW is not None
+        codes, rows = batch.codes_BTHW, torch.ones_like(batch.labels_B)
         for t in range(1, self.quantizer.steps + 1):
-            previous, eps = self.quantizer.prefix(codes_BTHW, rows * (t - 1)), eps_BTCHW[:, t - 1]
-            logits = self.predict(eps, previous, rows * t, labels_B)[0].float()
-            target_BL = codes_BTHW[:, t - 1].flatten(1)
+            previous, eps = self.quantizer.prefix(codes, rows * (t - 1)), batch.eps_BSCHW[:, t - 1]
+            logits = self.predict(eps, previous, rows * t, batch.labels_B)[0].float()
+            target_BL = codes[:, t - 1].flatten(1)
             found["ce"].append(F.cross_entropy(logits.flatten(0, 1), target_BL.flatten()))
             found["accuracy"].append((logits.argmax(-1) == target_BL).float().mean())
             found["baseline"].append((self.quantizer.guess(previous, eps, t).flatten(1) == target_BL).float().mean())
-            found["norm"].append(self.quantizer.prefix(codes_BTHW, rows * t).norm(dim=1).mean())
-        return {name: torch.stack(values) for name, values in found.items()}
+            found["norm"].append(self.quantizer.prefix(codes, rows * t).norm(dim=1).mean())
+        images = torch.full((self.quantizer.steps,), len(codes), device=codes.device)
+        return {name: Tally(torch.stack(values) * len(codes), images) for name, values in found.items()}
 
     # ---- sampling --------------------------------------------------------------------------------------------
 

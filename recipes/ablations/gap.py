@@ -26,8 +26,16 @@ def steps_in(run: Path, seconds: float) -> int:
 
 
 def gap(run: Path) -> dict[str, Any]:
-    """steps; cross-entropy and (accuracy - baseline), means over t; the gap of the last t alone."""
+    """steps; cross-entropy and (accuracy - baseline), means over t; the gap of the last t alone.
+
+    Of ResGen the NLL and (baseline - NLL), means over the number of masked depths.
+    """
     log = rows(run)
+    if held := [row for row in log if "heldout/nll" in row]:
+        pairs = zip(held[-1]["heldout/nll"], held[-1]["heldout/baseline"], strict=True)
+        known = [(nll, baseline) for nll, baseline in pairs if nll is not None]
+        nll = statistics.mean(nll for nll, _ in known)
+        return {"steps": log[-1]["step"], "heldout_nll": nll, "nll_gap": statistics.mean(b for _, b in known) - nll}
     last = [row for row in log if "heldout/accuracy" in row][-1]
     gaps = [a - b for a, b in zip(last["heldout/accuracy"], last["heldout/baseline"], strict=True)]
     ce = statistics.mean(last["heldout/ce"])
@@ -44,8 +52,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="a generator's run")
     parser.add_argument("--steps-in", type=float, metavar="SECONDS", help="print how many of the run's steps fit")
     parser.add_argument("--into", type=Path, metavar="JSON", help="add what is found to this file")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="samples that took --seconds")
-    parser.add_argument("--seconds", type=float)
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="samples that took --seconds, of which to note each
+    )
+    parser.add_argument("--seconds", type=float, help="also note these")
     parser.add_argument("--recon", type=Path, metavar="JSON", help="scores of reconstructions")
     options = parser.parse_args()
     if options.steps_in is not None:
@@ -55,6 +65,8 @@ def main() -> None:
     found = gap(options.run) if options.run else {}
     if options.images:
         found |= seconds_an_image(options.images, options.seconds)
+    elif options.seconds is not None:
+        found |= {"seconds": options.seconds}
     if options.recon:
         recon = json.loads(options.recon.read_text())
         found |= {f"recon_{name}": recon[name] for name in ("mse", "psnr", "ssim", "rfid")}

@@ -146,3 +146,22 @@ pipeline_cell() {
         mv "$score.part" "$score"
     done
 }
+
+# sample_cell NAME CELL JUDGE option...: draw 800 samples of the trained CELL by these options of `rdpm sample` and judge
+# them -> NAME.<seed>.json, with the seconds that drawing took, the program's start included. JUDGE holds %s for the seed.
+sample_cell() {
+    name=$1 cell=$2 judges=$3
+    shift 3
+    for seed in $SEEDS; do
+        score=$OUT/$name.$seed.json
+        [ -s "$score" ] && continue
+        echo "$script: $name, seed $seed" >&2
+        # shellcheck disable=SC2059
+        judge=$(printf "$judges" "$seed") drawn=$OUT/$cell.$seed/$name started=$(date +%s)
+        rdpm sample --ckpt "$OUT/$cell.$seed/generator.pt" --per-class 80 --out "$drawn" --quiet "$@" >&2
+        seconds=$(($(date +%s) - started))
+        rdpm eval fid "$drawn" --extractor "$judge" --subset 297 --json --quiet >"$score.part"
+        python "$here/gap.py" "$OUT/$cell.$seed" --into "$score.part" --seconds "$seconds"
+        mv "$score.part" "$score"
+    done
+}
