@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "labels": 6}
+PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "labels": 6, "uniform": 7}
 # of training: rows of an epoch, small draws of a batch, seeds of the device's generators, draws all processes share
 PURPOSES |= {"epoch": 16, "batch": 17, "device": 18, "shared": 19, "torch": 20}
 BLOCK = 16  # rows of the global batch that share one training stream
