@@ -5,12 +5,13 @@ torch is imported inside the functions, so that a wrong path, recipe or option i
 """
 
 from rdpm_cli.codes.work import Work
+from rdpm_cli.engine.editing import ask as ask_edit
 from rdpm_cli.engine.generator_training import train_gen
 from rdpm_cli.engine.inspection import inspect
 from rdpm_cli.engine.planning import Hardware, plan_generator, plan_tokenizer
 from rdpm_cli.engine.reconstructing import reconstruct
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
-from rdpm_cli.engine.sampling import parse_classes, sample
+from rdpm_cli.engine.sampling import Outputs, ask_reject, key_values, parse_classes, sample
 from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
@@ -18,14 +19,18 @@ from rdpm_cli.engine.verifying import verify
 
 __all__ = [
     "Hardware",
+    "Outputs",
     "Result",
     "StoreOptions",
     "Work",
+    "ask_edit",
+    "ask_reject",
     "copy_file",
     "eval_fid",
     "eval_recon",
     "find_tokenizer",
     "inspect",
+    "key_values",
     "parse_classes",
     "plan_generator",
     "plan_tokenizer",

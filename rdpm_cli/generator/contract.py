@@ -1,7 +1,7 @@
 """The whole contract between a generator family and everything else."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -60,3 +60,13 @@ class Generator(Protocol):
 
     def accuracy(self, codes_BTHW: Tensor, labels_B: Tensor, eps_BTCHW: Tensor) -> dict[str, Tensor]:
         """Held-out measurements a step t, each (T,): what the family can be judged by."""
+
+
+@runtime_checkable
+class Trajectories(Protocol):
+    """A family that tells how its samples come about."""
+
+    def trajectory(
+        self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None
+    ) -> dict[str, Tensor]:
+        """Numbers of the samples that `sample` draws, by name, (B, T) each; NaN where a step has none."""
