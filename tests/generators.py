@@ -3,13 +3,25 @@
 Legend: T steps, C code width, H W grid, K codes.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rdpm_cli.config import GeneratorArchitecture, NetworkConfig, QuantizerConfig, ScheduleConfig
+from rdpm_cli import modelfile
+from rdpm_cli.config import (
+    GeneratorArchitecture,
+    GeneratorConfig,
+    NetworkConfig,
+    QuantizerConfig,
+    RDPMSampling,
+    ScheduleConfig,
+    TrainConfig,
+)
+from rdpm_cli.generator import model
 from rdpm_cli.generator.rdpm import RDPM
+from rdpm_cli.tokenizer import model as tokenizer_file
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
 GRID, CHANNELS, CODES, STEPS, CLASSES = 4, 4, 64, 4, 3  # of the shared tiny tokenizer and its images
@@ -54,3 +66,17 @@ class Calls:
     @property
     def rows(self) -> list[int]:
         return [len(args[0]) for args in self.inputs]
+
+
+def save_generator(path: Path, tokenizer: Path, *, names: str = "abc", std: float = 0.5, **sampling: Any) -> Path:
+    """A generator's file over a tokenizer's: untrained, but with something to say."""
+    loaded, content = tokenizer_file.load(tokenizer)
+    network = network_config(head="geometric", class_latents=True)
+    chosen = RDPMSampling(**{"micro_batch": 2, **sampling})
+    cfg = GeneratorConfig(network=network, train=TrainConfig(steps=1), sampling=chosen)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = model.build(cfg, loaded, len(names))
+    wake(generator.network, std)
+    modelfile.save(path, model.pack(generator, cfg, content, list(names), provenance={}))
+    return path

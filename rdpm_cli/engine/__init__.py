@@ -15,6 +15,7 @@ from rdpm_cli.engine.sampling import Outputs, ask_reject, key_values, parse_clas
 from rdpm_cli.engine.scoring import eval_fid, eval_recon, train_judge
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
+from rdpm_cli.engine.tuning import tune_sampling
 from rdpm_cli.engine.verifying import verify
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "train_judge",
     "train_tokenizer",
     "training_curves",
+    "tune_sampling",
     "verify",
     "versions",
 ]

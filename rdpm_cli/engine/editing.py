@@ -82,6 +82,7 @@ def read(edit: Edit, tokenizer: Tokenizer) -> Original:
 
 def given(original: Original, tokenizer: Tokenizer, seed: int, device: torch.device) -> Given:
     """The image's codes under the noise of samples, and which of them are kept. The tokenizer is on the device."""
+    import numpy as np
     import torch
 
     from rdpm_cli.generator.contract import Known
@@ -89,7 +90,7 @@ def given(original: Original, tokenizer: Tokenizer, seed: int, device: torch.dev
     from rdpm_cli.threads import one_thread
 
     with one_thread(), torch.no_grad():
-        z = tokenizer.latents(to_model(chw(original.pixels[None])).to(device))
+        z = tokenizer.latents(to_model(chw(np.stack([original.pixels]))).to(device))
 
     def known(rows: list[int]) -> Known:
         eps = tokenizer.noise("sample", seed, rows, [0] * len(rows)).to(device)

@@ -300,7 +300,10 @@ class Transformer(nn.Module):
 
 @contextlib.contextmanager
 def remembering(trunk: Transformer) -> Iterator[None]:
-    """Inside, conditions are kept once they are computed: the weights stand still."""
+    """Inside, conditions are kept once they are computed: the weights stand still. An outer one lasts longer."""
+    if trunk.memory is not None:
+        yield
+        return
     device = trunk.class_embedding.weight.device.type
     trunk.memory = Memory(REMEMBERED.get(device, REMEMBERED["cuda"]))
     try:
