@@ -22,7 +22,8 @@ from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer import model as tokenizer_model
 
 COMMANDS = [
-    "train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "eval fid", "eval recon", "demo", "inspect"
+    "train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "tune-sampling", "eval fid", "eval recon",
+    "demo", "inspect",
 ]  # fmt: skip
 CLASS_NAMES = ["cat", "goldfish", "goose"]
 
@@ -196,8 +197,8 @@ FAILURES: dict[str, tuple[str, int, str, str]] = {
     "a mask alone": ("sample --ckpt {generator} --mask {text}", 2, "--mask", "--init IMAGE"),
     "an image alone": ("sample --ckpt {generator} --init {text}", 2, "--init", "--mask MASK"),
     "an image that is none": ("sample --ckpt {generator} --init {text} --from-step 2", 2, "is no image", "SOURCE#N"),
-    "an item beyond": ("sample --ckpt {generator} --init digits#9999 --from-step 2", 2, "items 0 to 1499", "SOURCE#N"),
-    "a step beyond": ("sample --ckpt {generator} --init digits#1 --from-step 5", 2, "not in 1..4", "T = 4"),
+    "an item beyond": ("sample --ckpt {generator} --init {images}#36 --from-step 2", 2, "items 0 to 35", "SOURCE#N"),
+    "a step beyond": ("sample --ckpt {generator} --init {images}#1 --from-step 5", 2, "not in 1..4", "T = 4"),
     "rejection without a judge": ("sample --ckpt {generator} --reject keep=0.5", 2, "--reject", "--judge judge.pt"),
     "an odd rate": ("sample --ckpt {generator} --reject keep=0.4 --judge {text}", 2, "keep=0.4", "keep=0.5"),
     "a judge that is none": ("sample --ckpt {generator} --reject keep=0.5 --judge {text}", 3, "text.pt", "rdpm demo"),

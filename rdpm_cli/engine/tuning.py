@@ -102,13 +102,15 @@ def tune_sampling(
         raise UsageError(f"{out} is there already", "name another file with --out, or remove it")
     files.check_folder(out.absolute().parent)
     from rdpm_cli import modelfile
-    from rdpm_cli.generator import model
+    from rdpm_cli.generator import model, transformer
     from rdpm_cli.training.distributed import pick_device
 
     loaded, content = model.load(ckpt), modelfile.load(ckpt, model.KIND)
     chosen = pick_device(device)
     metric, score = _ruler(loaded.to(chosen), ckpt, samples, seed, ref, extractor, weights, chosen)
-    with progress.Bar("tune", budget, "candidates") as bar:
+    trunk = loaded.generator.network.get_submodule("trunk")
+    assert isinstance(trunk, transformer.Transformer)
+    with transformer.remembering(trunk), progress.Bar("tune", budget, "candidates") as bar:
 
         def watched(options: SamplingConfig) -> float | None:
             value = score(options)
