@@ -4,18 +4,19 @@ Legend: B images, T steps, C code width, H W grid, L positions, K codes.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from generators import CLASSES, CODES, STEPS, Calls, make_generator, make_quantizer
+from generators import CLASSES, CODES, STEPS, Calls, make_generator, make_quantizer, save_generator
 from helpers import sampling_options
 from torch import Tensor
 
 from rdpm_cli.config import RDPMSampling
 from rdpm_cli.errors import RecipeError, UsageError
-from rdpm_cli.generator import strategies
+from rdpm_cli.generator import model, sampler, strategies
 from rdpm_cli.generator.guidance import guidance_at, tau_at
 from rdpm_cli.generator.transformer import Memory, Transformer, remembering
 from rdpm_cli.recipe_files import validate
@@ -270,3 +271,42 @@ def test_a_schedule_without_noise_can_be_narrowed_too() -> None:
     generator = make_generator(make_quantizer("rvq"))
     codes = generator.sample(torch.arange(2), torch.arange(2), sampling_options(top_k=5, top_p=0.9, cfg=1.0))
     assert 0 <= int(codes.min()) <= int(codes.max()) < CODES
+
+
+# ---- forms of the network ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("how", "mode"), [("default", "default"), ("graphs", "reduce-overhead"), ("off", None)])
+def test_a_compiled_network_draws_the_same_samples(
+    how: str, mode: str | None, tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as a whole, with no code generated: a second, not minutes."""
+    modes: list[str] = []
+    compile_ = torch.compile
+
+    def traced(network: Any, *, mode: str) -> Any:
+        modes.append(mode)
+        return compile_(network, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    loaded = model.load(save_generator(tmp_path / "g.pt", tiny_tokenizer_file))
+    args = (torch.arange(3), torch.arange(3), sampling_options(cfg=1.0))
+    wanted = loaded.generator.sample(*args)
+    loaded.to(torch.device("cpu"), how)
+    assert torch.equal(loaded.generator.sample(*args), wanted)
+    assert modes == ([mode] if mode else [])
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_decoder_has_the_layout_of_the_options(asked: bool, tiny_tokenizer_file: Path, tmp_path: Path) -> None:
+    loaded = model.load(save_generator(tmp_path / "g.pt", tiny_tokenizer_file))
+    options = sampling_options(channels_last=asked)
+    for _ in sampler.sample(loaded.generator, loaded.tokenizer, [0], options, 1):
+        weight = loaded.tokenizer.decoder.get_parameter("mid.block_1.conv1.weight")
+        assert weight.is_contiguous(memory_format=torch.channels_last) == asked
+        assert weight.is_contiguous() != asked
+
+
+def test_a_gpu_has_a_micro_batch_of_its_own() -> None:
+    options = RDPMSampling(micro_batch=2, gpu_micro_batch=128)
+    assert (options.images_at_once("cpu"), options.images_at_once("cuda")) == (2, 128)
