@@ -127,8 +127,20 @@ def test_a_killed_job_goes_on_to_the_same_bytes(generator: Path, whole: Path, tm
     assert {name: found.get(name) for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "said", "there"),
+    [(signal.SIGTERM, 75, "8 of 21 samples are there", 8), (signal.SIGINT, 130, "interrupted", 6)],
+)
 def test_a_stopped_job_says_what_is_there_and_goes_on(
-    generator: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    generator: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+    said: str,
+    there: int,
 ) -> None:
     out = tmp_path / "s"
     command = ["sample", "--ckpt", str(generator), "--out", str(out), "--per-class", str(PER_CLASS), "--device", "cpu"]
@@ -136,13 +148,13 @@ def test_a_stopped_job_says_what_is_there_and_goes_on(
 
     def signalled(job: sampler.Job, indices: Sequence[int], labels: Sequence[int]) -> sampler.Samples:
         if 6 in indices:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(job, indices, labels)
 
     monkeypatch.setattr(sampler.Job, "draw", signalled)
-    assert run_cli(command) == 75
-    assert "8 of 21 samples are there" in capsys.readouterr().err
-    assert len(list(out.glob("*.png"))) == 8
+    assert run_cli(command) == code
+    assert said in capsys.readouterr().err
+    assert len(list(out.glob("*.png"))) == there
     monkeypatch.undo()
     draw(generator, out, "--npz", "--gif", "--trajectory")
     assert content(out) == content(whole)

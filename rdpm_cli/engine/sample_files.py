@@ -89,6 +89,17 @@ class Files:
             return np.stack([read_png(self.image(index)) for index in piece])
         return None
 
+    def pixels(self, index: int) -> Pixels | None:
+        """One sample from what is there."""
+        import numpy as np
+
+        if self.image(index).is_file():
+            return read_png(self.image(index))
+        piece = next(piece for piece in self.pieces if index in piece)
+        if self.chunk(piece).is_file():
+            return np.array(np.load(self.chunk(piece), mmap_mode="r", allow_pickle=False)[index - piece.start])
+        return None
+
     def write_pngs(self, part: range, pixels_BHWC: Pixels) -> None:
         """The PNGs of some samples, those that are missing."""
         from rdpm_cli.images import writers

@@ -56,13 +56,12 @@ class Previews:
         from rdpm_cli.images import writers
 
         path = self.folder / "grid.png"
-        if written.png:
-            for index in set(self.shown) - set(self.pixels):
-                piece = written.read(range(index, index + 1))
-                if piece is not None:
-                    self.pixels[index] = piece[0]
-        elif path.is_file():
-            return str(path)
+        for index in set(self.shown) - set(self.pixels):
+            pixels = written.pixels(index)
+            if pixels is None and path.is_file():  # in samples.npz alone, and drawn before
+                return str(path)
+            if pixels is not None:
+                self.pixels[index] = pixels
         self._draw_missing(self.pixels, draw)
         sheet = writers.grid(np.stack([self.pixels[i] for i in self.shown]), self._columns(), self._names())
         writers.save_png(path, sheet)

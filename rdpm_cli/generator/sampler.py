@@ -82,7 +82,8 @@ class Job:
         found: dict[str, list[Tensor]] = {}
         for start in range(0, len(indices), self.micro_batch):
             rows, of = self._padded(list(indices[start : start + self.micro_batch]), list(labels[start:]))
-            values = self.generator.trajectory(of, torch.tensor(rows), self.options, self._known(rows))
+            with self._precision():
+                values = self.generator.trajectory(of, torch.tensor(rows), self.options, self._known(rows))
             for name, value in values.items():
                 found.setdefault(name, []).append(value[: len(indices) - start].cpu())
         return {name: torch.cat(parts).numpy() for name, parts in found.items()}
