@@ -4,6 +4,7 @@ Legend: B images, T steps, C code width, H W grid, L positions, K codes.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from rdpm_cli.generator import model, sampler, strategies
 from rdpm_cli.generator.guidance import guidance_at, tau_at
 from rdpm_cli.generator.transformer import Memory, Transformer, remembering
 from rdpm_cli.recipe_files import validate
+from rdpm_cli.threads import one_thread
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    with torch.random.fork_rng(), one_thread():  # networks this small lose time to threads
+        torch.manual_seed(0)
+        yield
+
 
 # ---- guidance and temperature over t -------------------------------------------------------------------------------
 
@@ -86,7 +96,7 @@ def test_only_guided_steps_have_an_unconditional_pass(options: dict[str, Any], r
 )
 def test_each_option_changes_the_samples(options: dict[str, Any]) -> None:
     generator = make_generator(std=0.5)
-    args = (torch.arange(3), torch.arange(3))
+    args = (torch.arange(12) % 3, torch.arange(12))
     plain = {name: value for name, value in options.items() if name in ("cfg", "tau")}
     changed = generator.sample(*args, sampling_options(**options))
     assert not torch.equal(changed, generator.sample(*args, sampling_options(**plain)))
@@ -310,3 +320,16 @@ def test_the_decoder_has_the_layout_of_the_options(asked: bool, tiny_tokenizer_f
 def test_a_gpu_has_a_micro_batch_of_its_own() -> None:
     options = RDPMSampling(micro_batch=2, gpu_micro_batch=128)
     assert (options.images_at_once("cpu"), options.images_at_once("cuda")) == (2, 128)
+
+
+@pytest.mark.parametrize("bias", ["blend", "none"])
+def test_samples_do_not_depend_on_the_thread_count(bias: str) -> None:
+    generator = make_generator(make_quantizer(bias=bias), std=0.5, class_latents=True, head="geometric")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(generator.sample(torch.arange(1), torch.arange(1), sampling_options(cfg=1.0)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(codes, found[0]) for codes in found)

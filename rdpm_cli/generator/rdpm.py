@@ -16,6 +16,7 @@ from rdpm_cli.generator.contract import CodeBatch, Known, SampleOptions
 from rdpm_cli.generator.guidance import guidance_at, guide, tau_at
 from rdpm_cli.generator.transformer import Condition, Transformer
 from rdpm_cli.step import TrainStep
+from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.tokenizer.schedule import beta
 
@@ -267,7 +268,8 @@ class RDPM:
                 codes_t = strategies.draw(logits_BLK, how, indices, t, options.seed).view(-1, *self.grid)
             if known is not None:
                 codes_t = torch.where(known.keep_BTHW[:, t - 1], known.codes_BTHW[:, t - 1], codes_t)
-            previous = previous + self.quantizer.bias(self.quantizer.look_up(codes_t, t))
+            with one_thread():  # a convolution, which moves with the thread count
+                previous = previous + self.quantizer.bias(self.quantizer.look_up(codes_t, t))
             codes.append(codes_t)
             if watched is not None:
                 _watch(watched, previous, logits_BLK)
