@@ -40,7 +40,7 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> engine.Result:
     generator = out / "generator.pt"
     engine.copy_file(out / "runs" / "generator" / "generator.pt", generator)
     say(f"sample: {PER_CLASS} of every class")
-    samples = engine.sample(generator, "all", PER_CLASS, out / "samples", seed=seed, gif=True)
+    samples = engine.sample(generator, "all", PER_CLASS, out / "samples", seed=seed, outputs=engine.Outputs(gif=True))
     say("reconstruct: held-out digits")
     recon = engine.reconstruct(HELDOUT, out / "reconstructions", tokenizer, seed=seed)
     say("eval: the judge looks at samples and at held-out digits")

@@ -106,3 +106,20 @@ def alive(pid: int) -> bool:
 def touch(path: str) -> None:
     """What a malicious pickle calls."""
     Path(path).touch()
+
+
+def killed_after_samples(micro_batches: int, args: list[str], environment: dict[str, str]) -> None:
+    """Be `rdpm ARGS`, killed as so many micro-batches of samples are drawn and the next one is begun."""
+    from rdpm_cli.generator.sampler import Job
+
+    draw, done = Job.draw, 0
+
+    def draw_or_die(job: Job, indices: Any, labels: Any) -> Any:
+        nonlocal done
+        if done == micro_batches:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        return draw(job, indices, labels)
+
+    setattr(Job, "draw", draw_or_die)  # noqa: B010
+    command_line(args, environment)

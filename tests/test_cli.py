@@ -22,8 +22,8 @@ from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer import model as tokenizer_model
 
 COMMANDS = [
-    "train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "eval fid", "eval sfid", "eval is",
-    "eval pr", "eval kid", "eval all", "eval reference", "eval recon", "eval judge", "demo", "inspect",
+    "train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "tune-sampling", "eval fid", "eval sfid",
+    "eval is", "eval pr", "eval kid", "eval all", "eval reference", "eval recon", "eval judge", "demo", "inspect",
 ]  # fmt: skip
 CLASS_NAMES = ["cat", "goldfish", "goose"]
 
@@ -188,7 +188,23 @@ FAILURES: dict[str, tuple[str, int, str, str]] = {
     "missing option": ("sample", 2, "--ckpt", "rdpm --help"),
     "negative seed": ("sample --ckpt {generator} --seed -1", 2, "--seed", "rdpm --help"),
     "words for a number": ("sample --ckpt {generator} --per-class many", 2, "--per-class", "rdpm --help"),
-    "unknown schedule": ("sample --ckpt {generator} --cfg-schedule cosine", 2, "cosine", "rdpm --help"),
+    "unknown schedule": ("sample --ckpt {generator} --cfg-schedule cosinus", 2, "'cosine'", "got 'cosinus'"),
+    "unknown preset": ("sample --ckpt {generator} --preset rawest", 2, "--preset rawest", "raw, cfg, cfg-linear"),
+    "an option of no family": ("sample --ckpt {generator} taus=2", 2, "'taus'", "did you mean tau?"),
+    "a word for an option": ("sample --ckpt {generator} tau", 2, "'tau' is not key=value", "precision=bf16"),
+    "no samples kept": ("sample --ckpt {generator} --no-png", 2, "--no-png", "--npz"),
+    "a shard that is none": ("sample --ckpt {generator} --shard 3/2", 2, "--shard 3/2", "1/4"),
+    "a mask alone": ("sample --ckpt {generator} --mask {text}", 2, "--mask", "--init IMAGE"),
+    "an image alone": ("sample --ckpt {generator} --init {text}", 2, "--init", "--mask MASK"),
+    "an image that is none": ("sample --ckpt {generator} --init {text} --from-step 2", 2, "is no image", "SOURCE#N"),
+    "an item beyond": ("sample --ckpt {generator} --init {images}#36 --from-step 2", 2, "items 0 to 35", "SOURCE#N"),
+    "a step beyond": ("sample --ckpt {generator} --init {images}#1 --from-step 5", 2, "not in 1..4", "T = 4"),
+    "rejection without a judge": ("sample --ckpt {generator} --reject keep=0.5", 2, "--reject", "--judge judge.pt"),
+    "an odd rate": ("sample --ckpt {generator} --reject keep=0.4 --judge {text}", 2, "keep=0.4", "keep=0.5"),
+    "a judge that is none": ("sample --ckpt {generator} --reject keep=0.5 --judge {text}", 3, "text.pt", "rdpm demo"),
+    "no such classifier": (
+        "sample --ckpt {generator} --reject keep=0.5 --judge resnet:x.pt", 2, "resnet", "resnet50:resnet50.pth"
+    ),
     "missing Inception weights": (
         "eval fid {images} --ref {images}", 3, "weights-inception-2015-12-05-6726825d.pth",
         "weights-inception-2015-12-05-6726825d.pth",

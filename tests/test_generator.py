@@ -14,6 +14,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from generators import (
+    CHANNELS,
+    CLASSES,
+    CODES,
+    GRID,
+    STEPS,
+    Calls,
+    make_generator,
+    make_quantizer,
+    network_config,
+    wake,
+)
 from helpers import sampling_options
 from torch import Tensor, nn
 
@@ -22,11 +34,9 @@ from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import (
     NetworkConfig,
     ObjectiveConfig,
-    QuantizerConfig,
     RDPMArchitecture,
     RDPMConfig,
     RDPMSampling,
-    ScheduleConfig,
     TrainConfig,
 )
 from rdpm_cli.errors import CheckpointError, DataError, UsageError
@@ -46,7 +56,6 @@ from rdpm_cli.tokenizer.quantizer import Quantizer, Search, diffuse
 from rdpm_cli.tokenizer.schedule import beta
 
 CPU = torch.device("cpu")
-GRID, CHANNELS, CODES, STEPS, CLASSES = 4, 4, 64, 4, 3  # of the shared tiny tokenizer and its images
 
 
 @pytest.fixture(autouse=True)
@@ -56,41 +65,12 @@ def fixed_seed() -> Iterator[None]:
         yield
 
 
-def network_config(**options: Any) -> NetworkConfig:
-    return NetworkConfig(**{"depth": 2, "width": 32, "heads": 2, **options})
-
-
 def generator_config(network: dict[str, Any] | None = None, batch: int = 16, **objective: Any) -> RDPMConfig:
     return RDPMConfig(
         network=network_config(**(network or {})),
         objective=ObjectiveConfig(**objective),
         train=TrainConfig(batch=batch, steps=1),
     )
-
-
-def wake(network: nn.Module, std: float = 0.2) -> None:
-    """Give zero-initialised weights values, so that an untrained network has something to say."""
-    random = torch.Generator().manual_seed(1)
-    for parameter in network.parameters():
-        if not parameter.detach().any():
-            with torch.no_grad():
-                parameter.copy_(std * torch.randn(parameter.shape, generator=random))
-
-
-def make_generator(quantizer: Quantizer | None = None, *, awake: bool = True, std: float = 0.2, **network: Any) -> RDPM:
-    """A tiny generator over the given (or a fresh, noisy) quantiser."""
-    made = RDPM(
-        RDPMArchitecture(network=network_config(**network)), quantizer or make_quantizer(), (GRID, GRID), CLASSES
-    )
-    if awake:
-        wake(made.network, std)
-    made.network.eval().requires_grad_(False)
-    return made
-
-
-def make_quantizer(kind: str = "sin", **options: Any) -> Quantizer:
-    cfg = QuantizerConfig(**{"codes": CODES, "steps": STEPS, **options})
-    return Quantizer(cfg, ScheduleConfig.model_validate({"kind": kind}), CHANNELS).eval().requires_grad_(False)
 
 
 def make_rows(count: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,18 +85,6 @@ def step_by_step(quantizer: Quantizer, codes_THW: Tensor, count: int) -> Tensor:
     for t in range(1, count + 1):
         total = total + quantizer.bias(quantizer.look_up(codes_THW[None, t - 1], t))[0]
     return total
-
-
-class Calls:
-    """What a network was asked: the inputs of every forward pass."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.inputs: list[tuple[Tensor, ...]] = []
-        network.register_forward_pre_hook(lambda _, args: self.inputs.append(args))
-
-    @property
-    def rows(self) -> list[int]:
-        return [len(args[0]) for args in self.inputs]
 
 
 def heads_of(generator: RDPM, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:

@@ -126,7 +126,10 @@ def test_modules_are_short() -> None:
 
 # ---- what answers at once ------------------------------------------------------------------------------------------
 
-COMMANDS = ["train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "eval", "demo", "inspect", "verify"]
+COMMANDS = [
+    "train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "tune-sampling", "eval", "demo", "inspect",
+    "verify",
+]  # fmt: skip
 PROGRAM = """
 import sys
 from rdpm_cli.cli.app import run

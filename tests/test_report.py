@@ -56,7 +56,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine.train_tokenizer(images, root / "tok", "digits", TOKENIZER, device="cpu")
     engine.tokenize(images, root / "codes", root / "tok" / "tokenizer.pt", device="cpu")
     engine.train_gen(root / "codes", root / "gen", "digits", GENERATOR, device="cpu")
-    engine.sample(root / "gen" / "generator.pt", per_class=3, out=root / "samples", gif=True, device="cpu")
+    outputs = engine.Outputs(gif=True)
+    engine.sample(root / "gen" / "generator.pt", per_class=3, out=root / "samples", outputs=outputs, device="cpu")
     engine.reconstruct(images, root / "recon", root / "tok" / "tokenizer.pt", device="cpu")
     with torch.random.fork_rng():
         torch.manual_seed(0)

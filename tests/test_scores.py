@@ -381,7 +381,7 @@ def test_a_checkpoint_is_scored_as_its_samples_are_with_no_files_between(
     drawn = ["--ckpt", generator_path, "--per-class", 6, "--seed", 3]
     ours = answer(capsys, "all", "tau=2", *drawn, "--extractor", judge_path)
     assert list(tmp_path.iterdir()) == []
-    engine.sample(generator_path, "all", 6, tmp_path / "samples", seed=3, asked={"tau": 2.0}, device="cpu")
+    engine.sample(generator_path, "all", 6, tmp_path / "samples", seed=3, sampling={"tau": 2.0}, device="cpu")
     files = answer(capsys, "all", tmp_path / "samples", "--extractor", judge_path)
     assert ours["target"]["sha256"] == files["target"]["sha256"]
     for name in ("frechet_distance", "classifier_score", "precision", "kernel_distance", "class_accuracy"):

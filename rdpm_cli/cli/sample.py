@@ -1,7 +1,7 @@
 """rdpm sample"""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,20 +13,31 @@ from rdpm_cli.config import MaskSchedule
 @app.command()
 def sample(
     ckpt: Annotated[Path, typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="any other sampling option, e.g. precision=bf16 compile=graphs"),
+    ] = None,
     classes: Annotated[str, typer.Option(help="1,2,3 or 0-9 or all or name:goldfish")] = "all",
     per_class: Annotated[int, typer.Option(min=1, help="samples a class")] = 8,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the PNGs")] = Path("samples"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the samples")] = Path("samples"),
+    preset: Annotated[str | None, typer.Option(help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")] = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="guidance lambda; 0 = off")] = None,
     cfg_schedule: Annotated[
-        Literal["constant", "linear"] | None, typer.Option(help="linear: 0 at the first step, lambda at the last")
+        str | None, typer.Option(help="constant, linear (0 at t = 1, lambda at t = T), cosine, power, interval")
     ] = None,
+    cfg_power: Annotated[float | None, typer.Option(help="exponent of the power schedule")] = None,
+    cfg_first: Annotated[int | None, typer.Option(min=1, help="first step of the interval schedule")] = None,
+    cfg_last: Annotated[int | None, typer.Option(min=1, help="last step of the interval schedule")] = None,
+    draw: Annotated[str | None, typer.Option(help="gumbel, inverse (the same, faster on a GPU), argmax")] = None,
     tau: Annotated[
-        float | None, typer.Option(help="rdpm: inverse temperature; 1 samples exactly, larger is greedier")
+        float | None, typer.Option(help="inverse temperature; 1 samples exactly, larger is greedier")
     ] = None,
-    skip_steps: Annotated[int | None, typer.Option(min=0, help="rdpm: first steps without a network call")] = None,
+    tau_end: Annotated[float | None, typer.Option(help="tau at t = T; it goes there linearly")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="draw among the K likeliest codes; 0 = all")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw among the fewest codes of this probability")] = None,
+    skip_steps: Annotated[int | None, typer.Option(min=0, help="first steps without a network call")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="resgen: forward passes, whatever the depth")] = None,
     schedule: Annotated[MaskSchedule | None, typer.Option(help="resgen: how many tokens are masked when")] = None,
-    top_p: Annotated[float | None, typer.Option(help="resgen: components that hold this probability")] = None,
     z_temp: Annotated[float | None, typer.Option(min=0, help="resgen: factor of the drawn vector's scale")] = None,
     conf: Annotated[Literal["logp", "comp", "rand"] | None, typer.Option(help="resgen: what is revealed first")] = None,
     conf_temp: Annotated[float | None, typer.Option(min=0, help="resgen: noise on the confidence")] = None,
@@ -37,27 +48,47 @@ def sample(
         Literal["both", "logits"] | None, typer.Option(help="resgen: guide weights and means, or weights alone")
     ] = None,
     seed: options.Seed = 0,
+    init: Annotated[str | None, typer.Option(metavar="IMAGE", help="edit this image: a file, or SOURCE#N")] = None,
+    mask: Annotated[str | None, typer.Option(metavar="MASK", help="draw --init anew where this is white")] = None,
+    from_step: Annotated[int | None, typer.Option(metavar="K", help="draw --init anew from step K on")] = None,
+    reject: Annotated[str | None, typer.Option(metavar="keep=RATE", help="keep=0.25: the best of 4 by --judge")] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME:FILE", help="judge.pt, or a torchvision classifier: resnet50:FILE")
+    ] = None,
+    png: Annotated[bool, typer.Option(help="a PNG a sample")] = True,
+    npz: Annotated[bool, typer.Option("--npz", help="samples.npz in ADM's format")] = False,
     grid: Annotated[bool, typer.Option(help="labelled grid under previews/")] = True,
-    gif: Annotated[bool, typer.Option("--gif", help="GIF of the T partial decodes under previews/")] = False,
-    npz: Annotated[bool, typer.Option("--npz", help="also samples.npz in ADM's format")] = False,
+    gif: Annotated[bool, typer.Option("--gif", help="GIF and contact sheet of the T partial decodes")] = False,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="norm, entropy and confidence at each t: JSON and curves")
+    ] = False,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="only part I of N: 1/4 to 4/4")] = None,
+    gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw samples. Sampling options left out are those recorded in the checkpoint; each family has its own.
+    """Draw samples. Sampling options left out are those recorded in the checkpoint.
+
+    Each family has its own options. The same command again resumes.
 
     Example: rdpm sample --ckpt d16.pt --classes 1,2,3 --per-class 8 --cfg 1.5
     """
     report.begin(quiet)
     from rdpm_cli import engine
 
-    given = {
-        "cfg": cfg, "cfg_schedule": cfg_schedule, "tau": tau, "skip_steps": skip_steps, "steps": steps,
-        "schedule": schedule, "top_p": top_p, "z_temp": z_temp, "conf": conf, "conf_temp": conf_temp,
+    named: dict[str, Any] = {
+        "cfg": cfg, "cfg_schedule": cfg_schedule, "cfg_power": cfg_power, "cfg_first": cfg_first, "cfg_last": cfg_last,
+        "draw": draw, "tau": tau, "tau_end": tau_end, "top_k": top_k, "top_p": top_p, "skip_steps": skip_steps,
+        "steps": steps, "schedule": schedule, "z_temp": z_temp, "conf": conf, "conf_temp": conf_temp,
         "conf_anneal": conf_anneal, "cfg_mode": cfg_mode,
+        "tau_schedule": None if tau_end is None else "linear",
     }  # fmt: skip
-    asked = {name: value for name, value in given.items() if value is not None}
+    asked = {name: value for name, value in named.items() if value is not None}
     result = engine.sample(
-        ckpt, classes, per_class, out, seed=seed, asked=asked, grid=grid, gif=gif, npz=npz, device=device
-    )
+        ckpt, classes, per_class, out, seed=seed, sampling={**asked, **engine.key_values(more or ())}, preset=preset,
+        outputs=engine.Outputs(png=png, npz=npz, grid=grid, gif=gif, trajectory=trajectory),
+        edit=engine.ask_edit(init, mask, from_step), reject=engine.ask_reject(reject, judge),
+        shard=shard, device=device, team=options.several(gpus),
+    )  # fmt: skip
     report.show(result, json)

@@ -1,6 +1,7 @@
 """The generator: what every family has, and RDPM's network, objective and sampling. `resgen.py` holds ResGen's."""
 
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -69,18 +70,74 @@ class ObjectiveConfig(Section):
 
 
 class SamplingConfig(Section):
-    """Defaults of `rdpm sample`, recorded in the checkpoint: what every family has."""
+    """Defaults of `rdpm sample`, recorded in the checkpoint: what every family has.
+
+    presets: named sets of a family's own fields. search: its fields, and the values of each, that `rdpm tune-sampling`
+    tries in this order.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    search: ClassVar[Mapping[str, Sequence[Any]]] = {"cfg": (0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0)}
 
     cfg: float = Field(0.0, ge=0, description="lambda of guidance; 0 = off")
     micro_batch: int = Field(8, gt=0, description="images a forward pass; part of what fixes a sample on the CPU")
+    gpu_micro_batch: int = Field(64, gt=0, description="the same on a GPU, halved where its memory is too small")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of network and decoder on a GPU; CPUs take fp32")
+    channels_last: bool = Field(False, description="memory layout of the decoder's convolutions")
+    compile: Literal["off", "default", "graphs"] = Field(
+        "off", description="torch.compile of the network; graphs: with CUDA graphs"
+    )
+
+    def images_at_once(self, device_type: str) -> int:
+        """The micro-batch on a kind of device."""
+        return self.micro_batch if device_type == "cpu" else self.gpu_micro_batch
 
 
 class RDPMSampling(SamplingConfig):
-    """How RDPM samples."""
+    """How RDPM samples.
 
-    cfg_schedule: Literal["constant", "linear"] = Field("linear", description="linear: 0 at t = 1, lambda at t = T")
+    presets: the rows of the paper's Table 3, as they are read here. `raw`: the likeliest code, no guidance, no noise
+    beside eps. `cfg`: guidance of one lambda at all steps. `cfg-linear`: the ramp. `gumbel`: the ramp, and a draw with
+    Gumbel noise instead of the likeliest code. lambda and tau stay the checkpoint's own, or what is given beside the
+    preset, since a network has its own best ones; a lambda of 0 there makes the guided rows equal to `raw`.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "raw": {"cfg": 0.0, "draw": "argmax", "skip_steps": 0, "top_k": 0, "top_p": 1.0},
+        "cfg": {"cfg_schedule": "constant", "draw": "argmax", "skip_steps": 0, "top_k": 0, "top_p": 1.0},
+        "cfg-linear": {"cfg_schedule": "linear", "draw": "argmax", "skip_steps": 0, "top_k": 0, "top_p": 1.0},
+        "gumbel": {"cfg_schedule": "linear", "draw": "gumbel", "skip_steps": 0, "top_k": 0, "top_p": 1.0},
+    }
+    search: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **SamplingConfig.search,
+        "cfg_schedule": ("constant", "linear", "cosine", "power"),
+        "tau": (0.9, 1.0, 1.1, 1.25, 1.5, 2.0),
+        "skip_steps": (0, 1, 2, 3, 4),
+    }
+
+    cfg_schedule: Literal["constant", "linear", "cosine", "power", "interval"] = Field(
+        "linear", description="lambda_t over t: linear, cosine and power rise from 0 at t = 1 to lambda at t = T"
+    )
+    cfg_power: float = Field(2.0, gt=0, description="exponent of the power schedule; 1 is linear")
+    cfg_first: int = Field(1, ge=1, description="first step with guidance, of the interval schedule")
+    cfg_last: int | None = Field(None, ge=1, description="its last one; default T")
+    draw: Literal["gumbel", "inverse", "argmax"] = Field(
+        "gumbel", description="argmax of logits + Gumbel noise; the same by one uniform a position; the likeliest code"
+    )
     tau: float = Field(1.0, gt=0, description="inverse temperature: 1 samples exactly, larger is greedier")
+    tau_schedule: Literal["constant", "linear"] = Field("constant", description="tau over t; linear ends at tau_end")
+    tau_end: float | None = Field(None, gt=0, description="tau at t = T of the linear schedule")
+    top_k: int = Field(0, ge=0, description="draw among the k likeliest codes; 0 = all")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw among the fewest codes of at least this probability")
     skip_steps: int = Field(0, ge=0, description="first steps taken from the model-free guess, no network call")
+
+    @model_validator(mode="after")
+    def _tau_ends(self) -> Self:
+        if (self.tau_schedule == "linear") != (self.tau_end is not None):
+            raise ValueError("tau_schedule=linear and tau_end go together")
+        if self.cfg_last is not None and self.cfg_last < self.cfg_first:
+            raise ValueError(f"guidance from step {self.cfg_first} to {self.cfg_last} is none; cfg=0 turns it off")
+        return self
 
 
 class ProxyConfig(Section):

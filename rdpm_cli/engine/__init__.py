@@ -6,6 +6,7 @@ torch is imported inside the functions, so that a wrong path, recipe or option i
 
 from rdpm_cli.codes.work import Work
 from rdpm_cli.engine.drawing import Drawn
+from rdpm_cli.engine.editing import ask as ask_edit
 from rdpm_cli.engine.generator_training import train_gen
 from rdpm_cli.engine.inspection import inspect
 from rdpm_cli.engine.judging import eval_judge, train_judge
@@ -14,19 +15,23 @@ from rdpm_cli.engine.recon_scoring import eval_recon
 from rdpm_cli.engine.reconstructing import reconstruct
 from rdpm_cli.engine.reporting import make_report
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
-from rdpm_cli.engine.sampling import parse_classes, sample
+from rdpm_cli.engine.sampling import Outputs, ask_reject, key_values, parse_classes, sample
 from rdpm_cli.engine.scoring import Ruler, eval_fid, eval_images, eval_reference
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
+from rdpm_cli.engine.tuning import tune_sampling
 from rdpm_cli.engine.verifying import verify
 
 __all__ = [
     "Drawn",
     "Hardware",
+    "Outputs",
     "Result",
     "Ruler",
     "StoreOptions",
     "Work",
+    "ask_edit",
+    "ask_reject",
     "copy_file",
     "eval_fid",
     "eval_images",
@@ -35,6 +40,7 @@ __all__ = [
     "eval_reference",
     "find_tokenizer",
     "inspect",
+    "key_values",
     "make_report",
     "parse_classes",
     "plan_generator",
@@ -46,6 +52,7 @@ __all__ = [
     "train_judge",
     "train_tokenizer",
     "training_curves",
+    "tune_sampling",
     "verify",
     "versions",
 ]

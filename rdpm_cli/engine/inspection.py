@@ -88,7 +88,9 @@ def _checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
     if kind == "generator":
         from rdpm_cli.generator import model
 
-        values["parameters"] = model.parameters(model.load(path).generator)
+        loaded = model.load(path)
+        values["parameters"] = model.parameters(loaded.generator)
+        values["sampling"] = loaded.sampling.model_dump(mode="json")
         values["tokenizer"] = {"digest": content["tokenizer"]["digest"], "config": content["tokenizer"]["config"]}
     elif kind == "judge":
         values["parameters"] = sum(w.numel() for w in content["weights"].values())

@@ -163,9 +163,10 @@ def generator_monitor(
     def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
         if not due(run, cfg.train):
             return None
+        at_once = cfg.sampling.images_at_once(run.device.type)
         with as_kept(generator, run):
             found = held_out(generator, batches, run.device)
-            parts = list(sampler.sample(generator, tokenizer, labels, options, cfg.sampling.micro_batch))
+            parts = list(sampler.sample(generator, tokenizer, labels, options, at_once))
         sheet = writers.grid(
             np.concatenate([p.pixels_BHWC for p in parts]), PREVIEWS, [class_names[c] for c in classes]
         )

@@ -41,8 +41,9 @@ def score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, m: M
         if not observers.due(run, cfg.train):
             return None
         extractor, against = ruler(run.device)
+        at_once = cfg.sampling.images_at_once(run.device.type)
         with observers.as_kept(generator, run):
-            parts = sampler.sample(generator, tokenizer, labels, options, cfg.sampling.micro_batch)
+            parts = sampler.sample(generator, tokenizer, labels, options, at_once)
             found = features.collect(extractor, (part.pixels_BHWC for part in parts))
         names = list(m.class_names)
         accuracy = scores.class_accuracy(extractor, labels, names, found.predicted_N)

@@ -4,17 +4,71 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import files, progress, recipe_files
-from rdpm_cli.engine import pictures
+from rdpm_cli import progress, recipe_files
+from rdpm_cli.engine import editing, pictures, sample_files
+from rdpm_cli.engine.editing import Edit
 from rdpm_cli.engine.runs import Result
-from rdpm_cli.errors import UsageError
+from rdpm_cli.engine.sample_files import NPZ, Files, Part
+from rdpm_cli.engine.sample_previews import Previews
+from rdpm_cli.errors import Stopped, UsageError
 
 if TYPE_CHECKING:
     from rdpm_cli.config import SamplingConfig
+    from rdpm_cli.evaluation.rejection import ClassJudge
+    from rdpm_cli.generator.contract import SampleOptions
     from rdpm_cli.generator.model import LoadedGenerator
+    from rdpm_cli.generator.sampler import Given, Job, Samples
+    from rdpm_cli.images.transform import Pixels
+    from rdpm_cli.signals import StopRequest
+    from rdpm_cli.team import Team
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written beside samples.json. trajectory: how the shown samples came about."""
+
+    png: bool = True
+    npz: bool = False
+    grid: bool = True
+    gif: bool = False
+    trajectory: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError where no sample would be kept."""
+        if not (self.png or self.npz):
+            raise UsageError("--no-png without --npz keeps no sample", "add --npz")
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Best of `tries` candidates by a judge; --reject keep=RATE says 1 / tries."""
+
+    tries: int
+    judge: str
+
+
+def ask_reject(text: str | None, judge: str | None) -> Reject | None:
+    """--reject and --judge, which go together. Raises UsageError."""
+    if text is None and judge is None:
+        return None
+    name, _, rate = (text or "").partition("=")
+    try:
+        share = float(rate) if name == "keep" else 0.0
+    except ValueError:
+        share = 0.0
+    tries = round(1 / share) if 0 < share <= 1 else 0
+    if text is None or judge is None or tries < 2:
+        raise UsageError(
+            "--reject keeps one sample of several candidates, by a judge",
+            "write --reject keep=0.25 --judge judge.pt for the best of 4",
+        )
+    if abs(share * tries - 1) > 0.01:
+        raise UsageError(f"--reject keep={rate} is not one of a whole number", f"keep={1 / tries:.4g} is 1 of {tries}")
+    return Reject(tries, judge)
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
@@ -45,6 +99,57 @@ def _class_named(name: str, class_names: Sequence[str]) -> int:
     raise UsageError(f"--classes: no class is named '{name}'", hint)
 
 
+def key_values(texts: Sequence[str]) -> dict[str, Any]:
+    """`key=value` arguments, values as YAML reads them. Raises UsageError."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"'{text}' is not key=value", "write it as precision=bf16")
+        found[key] = recipe_files.parse_yaml(value, f"'{text}'")
+    return found
+
+
+def choose(own: SamplingConfig, preset: str | None, asked: Mapping[str, Any]) -> SamplingConfig:
+    """A checkpoint's sampling options, with a preset's over them and what is asked for over both.
+
+    Raises UsageError for a preset or an option that its family does not have.
+    """
+    section = type(own)
+    if preset is not None and preset not in section.presets:
+        have = ", ".join(section.presets) or "none"
+        raise UsageError(f"--preset {preset}: this checkpoint's family has no such preset", f"it has {have}")
+    for name in asked:
+        if name not in section.model_fields:
+            near = difflib.get_close_matches(name, list(section.model_fields), 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"this checkpoint's family has no sampling option '{name}'",
+                f"{hint}it has {', '.join(section.model_fields)}",
+            )
+    wanted = {**own.model_dump(), **(section.presets[preset] if preset else {}), **asked}
+    return recipe_files.validate(section, wanted, "sampling options")
+
+
+@dataclass
+class Request:
+    """A job as it was asked for, checked."""
+
+    loaded: LoadedGenerator
+    labels: list[int]
+    options: SampleOptions
+    out: Path
+    outputs: Outputs
+    original: editing.Original | None
+    reject: Reject | None
+    record: dict[str, Any]
+
+    def files(self, device_type: str) -> Files:
+        """Its files, in pieces of this device's micro-batches."""
+        at_once = self.options.sampling.images_at_once(device_type)
+        return Files(self.out, len(self.labels), at_once, png=self.outputs.png, npz=self.outputs.npz)
+
+
 def sample(
     ckpt: Path,
     classes: str = "all",
@@ -52,134 +157,221 @@ def sample(
     out: Path = Path("samples"),
     *,
     seed: int = 0,
-    asked: Mapping[str, Any] | None = None,
-    grid: bool = True,
-    gif: bool = False,
-    npz: bool = False,
+    sampling: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    outputs: Outputs | None = None,
+    edit: Edit | None = None,
+    reject: Reject | None = None,
+    shard: str | None = None,
     device: str = "auto",
+    team: Team | None = None,
 ) -> Result:
-    """Checkpoint -> PNGs, samples.json, previews. asked: the family's options; those left out are the checkpoint's."""
-    from rdpm_cli.generator import model, sampler
-    from rdpm_cli.generator.contract import SampleOptions
+    """Checkpoint -> PNGs, samples.npz, samples.json, previews. Sampling options left out are the checkpoint's own.
 
+    sampling: fields of the family's section. shard: as --shard. team: as --gpus.
+    """
+    from rdpm_cli.generator import model
+
+    outputs, part = outputs or Outputs(), sample_files.part_of(shard)
+    outputs.check()
+    if team:
+        from rdpm_cli.training import launch
+
+        launch.check(team, device)
     loaded = model.load(ckpt)
-    sampling = _sampling_options(loaded, asked or {})
+    chosen = choose(loaded.sampling, preset, sampling or {})
+    request = _request(loaded, chosen, classes, per_class, out, seed, outputs, edit, reject)
+    request.record["checkpoint"] = str(ckpt.resolve())
+    with sample_files.one_at_a_time(out):
+        pictures.claim(out, request.record)
+    if team and team.processes > 1:
+        _sample_by(team, out)
+    else:
+        with sample_files.writing(out, part):
+            _draw_all(request, part, device)
+    return _answer(request)
+
+
+def _request(
+    loaded: LoadedGenerator,
+    sampling: SamplingConfig,
+    classes: str,
+    per_class: int,
+    out: Path,
+    seed: int,
+    outputs: Outputs,
+    edit: Edit | None,
+    reject: Reject | None,
+) -> Request:
+    from rdpm_cli.generator import sampler
+    from rdpm_cli.generator.contract import SampleOptions, Trajectories
+
     options = SampleOptions(sampling, seed)
-    labels = sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
     loaded.generator.check(options)
+    if outputs.trajectory and reject:
+        raise UsageError("--trajectory follows a sample, --reject draws several", "leave one of them out")
+    if outputs.trajectory and not isinstance(loaded.generator, Trajectories):
+        raise UsageError("this checkpoint's family tells nothing of its trajectories", "leave out --trajectory")
+    original = editing.read(edit, loaded.tokenizer) if edit else None
+    labels = sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
+    told = {**sampling.model_dump(), "seed": seed}
+    if edit:
+        told["edit"] = {"from_step": edit.from_step or 1, "masked": edit.mask is not None}
+    if reject:
+        told["reject"] = {"keep": 1 / reject.tries, "candidates": reject.tries, **_judge_of(reject, loaded)}
     record = pictures.picture_record(
         "rdpm-samples",
-        {"checkpoint": loaded.digest},
-        {**sampling.model_dump(), "seed": seed},
+        {"checkpoint": loaded.digest, **(original.digests if original else {})},
+        told,
         resolution=loaded.tokenizer.cfg.autoencoder.resolution,
         class_names=loaded.class_names,
         reference=loaded.provenance.get("reference"),
-        rows=[{"file": f"{i:06d}.png", "index": i, "label": label} for i, label in enumerate(labels)],
+        rows=sample_files.rows_of(labels, png=True),
     )
-    with files.only_writer(out):
-        pictures.claim(out, record)
-        preview = _write_samples(loaded, labels, options, sampling.micro_batch, out, device)
-        pictures.finish(out, {**record, "checkpoint": str(ckpt.resolve())})
-        previews = _write_previews(loaded, preview, out, grid, gif)
-        if npz:
-            previews["npz"] = _write_npz(out, record)
-    values = {"folder": str(out), "samples": len(labels), "classes": len(set(labels)), "checkpoint": loaded.digest}
-    return Result("samples written", {**values, **record["options"], **previews}, f"rdpm eval fid {out}")
+    return Request(loaded, labels, options, out, outputs, original, reject, record)
 
 
-def _sampling_options(loaded: LoadedGenerator, asked: Mapping[str, Any]) -> SamplingConfig:
-    """The checkpoint's sampling section with what is asked for. Raises UsageError for options of another family."""
-    own, family = type(loaded.sampling), loaded.generator.cfg.family
-    if foreign := [name for name in asked if name not in own.model_fields]:
-        known = ", ".join(_option(name) for name in own.model_fields if name != "micro_batch")
-        raise UsageError(f"{_option(foreign[0])} is no option of {family}, the checkpoint's family", f"it has {known}")
-    return recipe_files.validate(own, {**loaded.sampling.model_dump(), **asked}, "sampling options")
+def _judge_of(reject: Reject, loaded: LoadedGenerator) -> dict[str, str]:
+    judge = _open_judge(reject, loaded, "cpu")
+    return {"judge": judge.name, "judge_sha256": judge.sha256}
 
 
-def _option(name: str) -> str:
-    """A field as the command line writes it."""
-    return f"--{name.replace('_', '-')}"
-
-
-PREVIEWED = 8  # samples a class in the preview grid
-
-
-def _previewed(labels: list[int]) -> set[int]:
-    """Indices of the first few samples of each of the first 16 classes."""
-    left = dict.fromkeys(sorted(set(labels))[:16], PREVIEWED)
-    chosen = set()
-    for index, label in enumerate(labels):
-        if left.get(label, 0) > 0:
-            left[label] -= 1
-            chosen.add(index)
-    return chosen
-
-
-def _write_samples(
-    loaded: LoadedGenerator, labels: list[int], options: Any, micro_batch: int, out: Path, device: str
-) -> list[tuple[int, Any, Any]]:
-    """Write the PNGs that are missing. -> (label, pixels, codes) of the previewed samples, by label."""
-    from rdpm_cli.generator import sampler
-    from rdpm_cli.images import writers
-    from rdpm_cli.signals import stop_on_signal
-    from rdpm_cli.training.distributed import process_group
-
-    shown = _previewed(labels)
-    there = {index for index in range(len(labels)) if (out / f"{index:06d}.png").is_file()}
-    preview: list[tuple[int, Any, Any]] = []
-
-    def wanted(indices: list[int]) -> bool:
-        return not there.issuperset(indices) or not shown.isdisjoint(indices)
-
-    with (
-        process_group(device) as chosen,
-        stop_on_signal() as stop,
-        progress.Bar("sample", len(labels), "images") as bar,
-    ):
-        loaded.to(chosen)
-        for part in sampler.sample(loaded.generator, loaded.tokenizer, labels, options, micro_batch, wanted):
-            for place, (index, label) in enumerate(zip(part.indices, part.labels, strict=True)):
-                if index not in there:
-                    writers.save_png(out / f"{index:06d}.png", part.pixels_BHWC[place])
-                if index in shown:
-                    preview.append((label, part.pixels_BHWC[place], part.codes_BTHW[place]))
-            bar.resume_at(part.indices[0])
-            bar.advance(len(part.indices))
-            if bar.done < len(labels):
-                stop.leave(f"the first {bar.done} of {len(labels)} samples are in {out}")
-    return sorted(preview, key=lambda row: row[0])
-
-
-def _write_npz(out: Path, record: dict[str, Any]) -> str:
-    from rdpm_cli.evaluation.reference import open_samples
-    from rdpm_cli.images import writers
-
-    images, size = open_samples(out), record["resolution"]
-    assert images.labels is not None
-    writers.save_npz(out / "samples.npz", (images.count, size, size, 3), images.batches, images.labels)
-    return str(out / "samples.npz")
-
-
-def _write_previews(
-    loaded: LoadedGenerator, preview: list[tuple[int, Any, Any]], out: Path, grid: bool, gif: bool
-) -> dict[str, str]:
-    import numpy as np
+def _open_judge(reject: Reject, loaded: LoadedGenerator, device: Any) -> ClassJudge:
     import torch
 
-    from rdpm_cli.engine import observers
-    from rdpm_cli.images import writers
+    from rdpm_cli.evaluation import rejection
 
-    names = [loaded.class_names[label] for label in dict.fromkeys(row[0] for row in preview)]
-    columns = -(-len(preview) // len(names))
-    written = {}
-    if grid:
-        sheet = writers.grid(np.stack([row[1] for row in preview]), columns, names)
-        writers.save_png(out / "previews" / "grid.png", sheet)
-        written["grid"] = str(out / "previews" / "grid.png")
-    if gif:
-        device = next(loaded.tokenizer.parameters()).device
-        frames = observers.decode_prefixes(loaded.tokenizer, torch.stack([row[2] for row in preview]).to(device))
-        titled = [writers.grid(f, columns, names, f"t = {t} of {len(frames)}") for t, f in enumerate(frames, 1)]
-        writers.save_gif(out / "previews" / "steps.gif", titled)
-        written["gif"] = str(out / "previews" / "steps.gif")
-    return written
+    return rejection.open_judge(reject.judge, loaded.class_names, torch.device(device))
+
+
+def _sample_by(team: Team, out: Path) -> None:
+    """Let the team draw the samples."""
+    from rdpm_cli.training import launch
+
+    try:
+        launch.launch(team)
+    except Stopped:
+        if not (out / pictures.RECORD).is_file():  # the signal came after the last sample
+            raise
+
+
+def _draw_all(request: Request, part: Part, device: str) -> None:
+    """Draw this process's pieces; the first process then also waits for those of its command, and finishes."""
+    from rdpm_cli.generator import sampler
+    from rdpm_cli.signals import stop_on_signal
+    from rdpm_cli.training.distributed import pick_device
+
+    chosen = pick_device(device)
+    written, options = request.files(chosen.type), request.options
+    loaded = request.loaded.to(chosen, options.sampling.compile)
+    given: Given | None = None
+    if request.original:
+        given = editing.given(request.original, loaded.tokenizer, options.seed, chosen)
+    with (
+        stop_on_signal(interrupt=part.ranks > 1) as stop,
+        sampler.job(loaded.generator, loaded.tokenizer, options, written.micro_batch, given) as job,
+    ):
+        drawing = _Drawing(request, written, job, Previews(loaded, request.labels, request.out), stop)
+        drawing.pieces(written.pieces[part.place :: part.count])
+        if part.rank == 0:
+            shard = [piece for r in range(1, part.ranks) for piece in written.pieces[part.place + r :: part.count]]
+            written.wait(shard, stop)
+            with sample_files.one_at_a_time(request.out):
+                drawing.finish()
+
+
+class _Drawing:
+    """One process's work at a job."""
+
+    def __init__(self, request: Request, written: Files, job: Job, previews: Previews, stop: StopRequest) -> None:
+        self.request, self.written, self.job, self.previews, self.stop = request, written, job, previews, stop
+        self.judge = _open_judge(request.reject, request.loaded, job.device) if request.reject else None
+
+    def draw(self, indices: Sequence[int]) -> Samples:
+        """Samples by index."""
+        labels, reject = [self.request.labels[index] for index in indices], self.request.reject
+        if reject and self.judge:
+            return self.job.best(indices, labels, reject.tries, self.judge)
+        return self.job.draw(indices, labels)
+
+    def pieces(self, own: Sequence[range]) -> None:
+        """Make what is missing of these."""
+        total = sum(map(len, own))
+        with progress.Bar("sample", total, "images") as bar:
+            for piece in own:
+                if self.written.lacks(piece):
+                    self._piece(piece, bar, total)
+                else:
+                    bar.resume_at(bar.done + len(piece))
+
+    def _piece(self, piece: range, bar: progress.Bar, total: int) -> None:
+        import numpy as np
+
+        made: list[Pixels] = []
+        for part in sample_files.parts_of(piece, self.written.micro_batch):
+            pixels = self.written.read(part)
+            if pixels is None:
+                samples = self.draw(part)
+                self.previews.note(samples)
+                pixels = samples.pixels_BHWC
+                bar.advance(len(part))
+            else:
+                bar.resume_at(bar.done + len(part))
+            self.written.write_pngs(part, pixels)
+            made.append(pixels)
+            if bar.done < total:
+                self.stop.leave(
+                    f"{bar.done} of {total} samples are there; finished ones are kept in {self.written.out}"
+                )
+        self.written.write_chunk(piece, np.concatenate(made))
+
+    def finish(self) -> None:
+        """Once every piece of the job is there: pictures, samples.npz, and samples.json last."""
+        request, written = self.request, self.written
+        if missing := sum(len(piece) for piece in written.pieces if written.lacks(piece)):
+            progress.say(f"{missing} samples of other shards are missing; who ends last writes {pictures.RECORD}")
+            return
+        outputs = request.outputs
+        if outputs.grid:
+            self.previews.grid(written, self.draw)
+        if outputs.gif:
+            self.previews.steps(self.draw)
+        if outputs.trajectory:
+            self.previews.trajectory(self.job)
+        if outputs.npz:
+            written.save_npz(request.record["resolution"], request.labels)
+        png = written.has_pngs(range(len(request.labels)))
+        packed = {"npz": NPZ} if (request.out / NPZ).is_file() else {}
+        rows = sample_files.rows_of(request.labels, png)
+        pictures.finish(request.out, {**request.record, **packed, "samples": rows})
+
+
+SHOWN = {"grid": "grid.png", "gif": "steps.gif", "sheet": "steps.png", "trajectory": "trajectory.json"}
+
+
+def _answer(request: Request) -> Result:
+    """What was asked for and is there."""
+    out, own = request.out, request.options.sampling
+    finished = (out / pictures.RECORD).is_file()
+    wanted = {"sheet" if name == "gif" else name for name, on in vars(request.outputs).items() if on}
+    wanted |= {"gif"} if request.outputs.gif else set()
+    shown = {name: str(out / "previews" / file) for name, file in SHOWN.items() if finished and name in wanted}
+    packed = {"npz": str(out / NPZ)} if finished and request.outputs.npz else {}
+    standard = type(own)().model_dump()
+    told = {name: value for name, value in own.model_dump().items() if name == "cfg" or value != standard[name]}
+    values = {
+        "folder": str(out),
+        "samples": len(request.labels),
+        "classes": len(set(request.labels)),
+        "checkpoint": request.loaded.digest,
+        **told,
+        **{
+            name: request.record["options"][name]
+            for name in ("seed", "edit", "reject")
+            if name in request.record["options"]
+        },
+        **shown,
+        **packed,
+    }
+    title = "samples written" if finished else "shard written; other shards are still missing"
+    return Result(title, values, f"rdpm eval fid {out}" if finished else "")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -84,3 +84,13 @@ class Generator(Protocol):
 
     def held_out(self, batch: Any) -> dict[str, Tally]:
         """Measurements of a held-out batch, the model-free `baseline` among them."""
+
+
+@runtime_checkable
+class Trajectories(Protocol):
+    """A family that tells how its samples come about."""
+
+    def trajectory(
+        self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None
+    ) -> dict[str, Tensor]:
+        """Numbers of the samples that `sample` draws, by name, (B, T) each; NaN where a step has none."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rdpm_cli import modelfile
+from rdpm_cli import modelfile, progress
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import (
     GeneratorArchitecture,
@@ -102,14 +102,17 @@ def parameters(generator: Generator) -> int:
 def pack(
     generator: Generator, cfg: GeneratorConfig, tokenizer: dict[str, Any], class_names: list[str], **more: Any
 ) -> dict[str, Any]:
-    """The content of a generator file. tokenizer: the content of its file. more: provenance."""
+    """The content of a generator file. tokenizer: the content of its file. more: provenance.
+
+    The sampling defaults stand beside the config, outside the digest: tuned ones make no other model.
+    """
     config = {
         **cfg.model_dump(mode="json", include=set(GeneratorArchitecture.model_fields)),
-        "sampling": cfg.sampling.model_dump(mode="json"),
         "classes": len(class_names),
         "tokenizer": tokenizer["digest"],
     }
-    return modelfile.pack(KIND, config, generator.network, class_names=class_names, tokenizer=tokenizer, **more)
+    beside: dict[str, Any] = {"class_names": class_names, "sampling": cfg.sampling.model_dump(mode="json")}
+    return modelfile.pack(KIND, config, generator.network, tokenizer=tokenizer, **beside, **more)
 
 
 @dataclass
@@ -123,10 +126,12 @@ class LoadedGenerator:
     digest: str
     provenance: dict[str, Any]
 
-    def to(self, device: torch.device) -> "LoadedGenerator":
-        """Move both networks."""
+    def to(self, device: torch.device, compiled: str = "off") -> "LoadedGenerator":
+        """Move both networks. compiled: as the sampling options' `compile`."""
         self.generator.network.to(device)
         self.tokenizer.to(device)
+        if compiled != "off":
+            self.generator.network.compile(mode="reduce-overhead" if compiled == "graphs" else "default")
         return self
 
 
@@ -142,10 +147,20 @@ def load(path: Path) -> LoadedGenerator:
     family = FAMILIES.get(config["family"])
     if family is None:
         raise CheckpointError(f"{path} is of the family {config['family']}, which this rdpm does not know")
-    sampling = modelfile.config_of(family.sampling, config.pop("sampling"), str(path))
+    before = config.pop("sampling", None)  # where files of 0.1.0 have it
     generator = build(modelfile.config_of(family.architecture, config, str(path)), tokenizer, classes)
     modelfile.fill(generator.network, content, str(path))
+    sampling = _sampling(family.sampling, content.get("sampling", before), path)
     generator.network.eval().requires_grad_(False)
     return LoadedGenerator(
         generator, tokenizer, sampling, content["class_names"], content["digest"], content["provenance"]
     )
+
+
+def _sampling(section: type[SamplingConfig], recorded: Any, path: Path) -> SamplingConfig:
+    """The sampling defaults of a file; where it has none, those of the family's section, which is said."""
+    if recorded is None:
+        chosen = ", ".join(f"{name}={value}" for name, value in section().model_dump(exclude_none=True).items())
+        progress.say(f"{path} records no sampling options; the defaults are taken: {chosen}")
+        return section()
+    return modelfile.config_of(section, recorded, str(path))

@@ -14,11 +14,13 @@ from rdpm_cli import noise, precision
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import GeneratorConfig, NetworkConfig, RDPMArchitecture, RDPMSampling
 from rdpm_cli.errors import UsageError
+from rdpm_cli.generator import strategies
 from rdpm_cli.generator.contract import Known, SampleOptions, Tally
-from rdpm_cli.generator.guidance import guidance_at, guide
+from rdpm_cli.generator.guidance import guidance_at, guide, tau_at
 from rdpm_cli.generator.rdpm_batches import CodeBatch
-from rdpm_cli.generator.transformer import Transformer
+from rdpm_cli.generator.transformer import Condition, Transformer
 from rdpm_cli.step import TrainStep
+from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.tokenizer.schedule import beta
 
@@ -58,10 +60,17 @@ class RDPMNetwork(nn.Module):
             nn.init.zeros_(self.latent_head.bias)
             self.raw_scale = nn.Parameter(torch.full((steps,), LOGIT_SCALE).expm1().log() / SCALE_GAIN)
 
-    def forward(self, eps_RCHW: Tensor, previous_RCHW: Tensor, t_R: Tensor, labels_R: Tensor) -> Tensor:
-        """What the heads see, (R, L, D)."""
+    def forward(
+        self,
+        eps_RCHW: Tensor,
+        previous_RCHW: Tensor,
+        t_R: Tensor,
+        labels_R: Tensor,
+        condition: Condition | None = None,
+    ) -> Tensor:
+        """What the heads see, (R, L, D). condition: of these t and labels, where it is known."""
         x = self.input(tokens(torch.cat([eps_RCHW, previous_RCHW], 1))).float()  # the residual stream stays fp32
-        hidden: Tensor = self.trunk(x, t_R, labels_R)
+        hidden: Tensor = self.trunk(x, t_R, labels_R, condition)
         return hidden
 
     def heads(self, hidden_RLD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -78,6 +87,7 @@ class RDPM:
         channels = quantizer.books.shape[-1]
         self.cfg, self.quantizer, self.grid, self.classes = cfg, quantizer, grid, classes
         self.network: nn.Module = RDPMNetwork(cfg.network, grid, channels, quant.codes, quant.steps, classes)
+        self._schedules: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     # ---- one prediction --------------------------------------------------------------------------------------
 
@@ -104,14 +114,23 @@ class RDPM:
 
         C_t is the code nearest to alpha_t (z - z'_{t-1}) + beta_t eps_t, where only z is unknown.
         """
-        alpha = torch.tensor(self.quantizer.alphas, device=t_R.device)
-        beta_T = torch.tensor([beta(a) for a in self.quantizer.alphas], device=t_R.device)
-        alpha_R11, beta_R11 = alpha[t_R - 1].view(-1, 1, 1), beta_T[t_R - 1].view(-1, 1, 1)
+        alpha_T, beta_T = self._schedule(t_R.device)
+        alpha_R11, beta_R11 = alpha_T[t_R - 1].view(-1, 1, 1), beta_T[t_R - 1].view(-1, 1, 1)
         mu = alpha_R11 * (zhat_RLC - tokens(previous_RCHW)) + beta_R11 * tokens(eps_RCHW)
         books = self.quantizer.books
         book = books[0] if len(books) == 1 else books[t_R - 1]  # (K, C) or (R, K, C)
         scale_R11 = F.softplus(SCALE_GAIN * self.network.get_parameter("raw_scale"))[t_R - 1].view(-1, 1, 1)
         return scale_R11 * (2 * mu @ book.transpose(-1, -2) - book.pow(2).sum(-1).unsqueeze(-2))
+
+    def _schedule(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """alpha_t and beta_t, (T,) each, on the device: copied there once, since a copy makes a GPU wait."""
+        if device not in self._schedules:
+            alphas = self.quantizer.alphas
+            self._schedules[device] = (
+                torch.tensor(alphas, device=device),
+                torch.tensor([beta(a) for a in alphas], device=device),
+            )
+        return self._schedules[device]
 
     # ---- training --------------------------------------------------------------------------------------------
 
@@ -210,51 +229,96 @@ class RDPM:
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options this tokenizer cannot use."""
-        T, skip = self.quantizer.steps, rdpm_sampling(options).skip_steps
-        if skip >= T:
-            raise UsageError(f"--skip-steps {skip} is not in 0..{T - 1}", f"this checkpoint has T = {T}")
-        if skip and self.quantizer.alphas[0] == 1.0 and T > 1:
+        T, how = self.quantizer.steps, rdpm_sampling(options)
+        if how.skip_steps >= T:
+            raise UsageError(f"--skip-steps {how.skip_steps} is not in 0..{T - 1}", f"this checkpoint has T = {T}")
+        if how.skip_steps and self.quantizer.alphas[0] == 1.0 and T > 1:
             raise UsageError("--skip-steps needs a noisy schedule; this tokenizer's is rvq", "leave it out")
+        if how.cfg_schedule == "interval" and max(how.cfg_first, how.cfg_last or 1) > T:
+            steps = f"{how.cfg_first} to {how.cfg_last or T}"
+            raise UsageError(f"--cfg-first, --cfg-last: steps {steps} of {T}", f"this checkpoint has T = {T}")
+
+    def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
+        """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t drawn from tau · logits, noise addressed by index."""
+        return self._run(labels_B, indices_B, options, known)
+
+    def trajectory(
+        self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None
+    ) -> dict[str, Tensor]:
+        """How samples come about, (B, T) each: norm of z'_t, entropy (nats) and largest probability of what C_t is
+        drawn from, means over positions; NaN at steps without a network call."""
+        found: dict[str, list[Tensor]] = {"norm": [], "entropy": [], "confidence": []}
+        self._run(labels_B, indices_B, options, known, found)
+        return {name: torch.stack(values, 1) for name, values in found.items()}
 
     @torch.no_grad()
-    def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
-        """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t = argmax(tau · logits + Gumbel), noise addressed by index."""
+    def _run(
+        self,
+        labels_B: Tensor,
+        indices_B: Tensor,
+        options: SampleOptions,
+        known: Known | None,
+        watched: dict[str, list[Tensor]] | None = None,
+    ) -> Tensor:
         self.check(options)
         how = rdpm_sampling(options)
-        device, indices = labels_B.device, [int(i) for i in indices_B]
+        device, indices, labels = labels_B.device, indices_B.tolist(), labels_B.tolist()
+        given = [False] * self.quantizer.steps if known is None else known.keep_BTHW.all(-1).all(-1).all(0).tolist()
         shape = (self.quantizer.books.shape[-1], *self.grid)
         previous = torch.zeros(len(indices), *shape, device=device)
         codes = []
-        for t in range(1, self.quantizer.steps + 1):
+        for t in range(1, self.quantizer.steps + 1):  # from here on nothing waits for the device
             none, ts = [0] * len(indices), [t] * len(indices)
-            eps = torch.from_numpy(noise.normal_rows("sample", options.seed, indices, none, ts, shape)).to(device)
-            if t <= how.skip_steps:
+            drawn = noise.normal_rows("sample", options.seed, indices, none, ts, shape)
+            eps = strategies.to_device(drawn, device)
+            logits_BLK = None
+            if known is not None and given[t - 1]:
+                codes_t = known.codes_BTHW[:, t - 1]
+            elif t <= how.skip_steps:
                 codes_t = self.quantizer.guess(previous, eps, t)
             else:
-                logits_BLK = self._guided(eps, previous, t, labels_B, how)
-                codes_t = self._draw(logits_BLK, indices, t, options.seed, how.tau).view(-1, *self.grid)
+                logits_BLK = self._offered(eps, previous, t, labels, how)
+                codes_t = strategies.draw(logits_BLK, how, indices, t, options.seed).view(-1, *self.grid)
             if known is not None:
                 codes_t = torch.where(known.keep_BTHW[:, t - 1], known.codes_BTHW[:, t - 1], codes_t)
-            previous = previous + self.quantizer.bias(self.quantizer.look_up(codes_t, t))
+            with one_thread():  # a convolution, which moves with the thread count
+                previous = previous + self.quantizer.bias(self.quantizer.look_up(codes_t, t))
             codes.append(codes_t)
+            if watched is not None:
+                _watch(watched, previous, logits_BLK)
         return torch.stack(codes, 1)
 
-    def _guided(self, eps: Tensor, previous: Tensor, t: int, labels_B: Tensor, how: RDPMSampling) -> Tensor:
+    def _offered(self, eps: Tensor, previous: Tensor, t: int, labels: list[int], how: RDPMSampling) -> Tensor:
+        """What C_t is drawn from: tau_t · guided logits, narrowed, (B, L, K) fp32."""
+        T = self.quantizer.steps
+        logits_BLK = self._guided(eps, previous, t, labels, how) * tau_at(t, T, how.tau, how.tau_end)
+        return strategies.narrow(logits_BLK, how.top_k, how.top_p)
+
+    def _guided(self, eps: Tensor, previous: Tensor, t: int, labels: list[int], how: RDPMSampling) -> Tensor:
         """logits (B, L, K) fp32; one pass of 2B rows with guidance, of B rows where lambda_t = 0."""
-        lambda_t = guidance_at(t, self.quantizer.steps, how.cfg, how.cfg_schedule)
-        t_B = torch.full_like(labels_B, t)
+        lambda_t = guidance_at(
+            t, self.quantizer.steps, how.cfg, how.cfg_schedule,
+            power=how.cfg_power, first=how.cfg_first, last=how.cfg_last,
+        )  # fmt: skip
         if lambda_t == 0:
-            return self.predict(eps, previous, t_B, labels_B)[0].float()
-        both = torch.cat([labels_B, torch.full_like(labels_B, self.classes)])
-        logits = self.predict(eps.repeat(2, 1, 1, 1), previous.repeat(2, 1, 1, 1), t_B.repeat(2), both)[0].float()
-        cond, uncond = logits.chunk(2)
+            return self._logits(eps, previous, t, labels)
+        both = labels + [self.classes] * len(labels)
+        cond, uncond = self._logits(eps.repeat(2, 1, 1, 1), previous.repeat(2, 1, 1, 1), t, both).chunk(2)
         return guide(cond, uncond, lambda_t)
 
-    def _draw(self, logits_BLK: Tensor, indices: list[int], t: int, seed: int, tau: float) -> Tensor:
-        """argmax(tau · logits + Gumbel): an exact draw from softmax(tau · logits). (B, L) int64."""
-        shape = tuple(logits_BLK.shape[1:])
-        drawn = [
-            (tau * row + torch.from_numpy(noise.gumbel(seed, index, t, shape)).to(row.device)).argmax(-1)
-            for row, index in zip(logits_BLK, indices, strict=True)
-        ]
-        return torch.stack(drawn)
+    def _logits(self, eps_RCHW: Tensor, previous_RCHW: Tensor, t: int, labels: list[int]) -> Tensor:
+        """logits (R, L, K) fp32 of one t; what t and class contribute comes from the trunk's memory."""
+        assert isinstance(self.network, RDPMNetwork)
+        condition = self.network.trunk.condition(t, labels)
+        t_R, labels_R = (strategies.to_device(values, eps_RCHW.device) for values in ([t] * len(labels), labels))
+        hidden = self.network(eps_RCHW, previous_RCHW, t_R, labels_R, condition=condition)
+        return self.scores(hidden, eps_RCHW, previous_RCHW, t_R)[0].float()
+
+
+def _watch(watched: dict[str, list[Tensor]], z_BCHW: Tensor, logits_BLK: Tensor | None) -> None:
+    """Note a step's norm of z'_t, entropy and confidence, (B,) each."""
+    norm = z_BCHW.norm(dim=1).flatten(1).mean(1)
+    nothing = torch.full_like(norm, torch.nan)
+    entropy, confidence = (nothing, nothing) if logits_BLK is None else strategies.look(logits_BLK)
+    for name, value in (("norm", norm), ("entropy", entropy), ("confidence", confidence)):
+        watched[name].append(value)

@@ -1,23 +1,29 @@
 """Labels -> images. Sample i depends on (checkpoint, options, seed, i): not on batch, order or restart."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rdpm_cli import noise
-from rdpm_cli.generator.contract import Generator, SampleOptions
+from rdpm_cli import noise, progress
+from rdpm_cli.generator import transformer
+from rdpm_cli.generator.contract import Generator, Known, SampleOptions, Trajectories
 from rdpm_cli.images.tensors import hwc, to_pixels
 from rdpm_cli.images.transform import Pixels
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer.model import Tokenizer
 
+Given = Callable[[list[int]], Known]  # noise indices -> the codes that are given for them, on the CPU
+Judge = Callable[[Pixels, list[int]], NDArray[np.float64]]  # images and their labels -> scores, larger is better
+
 
 @dataclass
 class Samples:
-    """One micro-batch of finished samples."""
+    """Finished samples."""
 
     indices: list[int]
     labels: list[int]
@@ -29,6 +35,114 @@ def balanced_labels(classes: Sequence[int], per_class: int, seed: int) -> list[i
     """Each class per_class times, in a seeded permutation: order-dependent scores are then right."""
     labels = np.repeat(np.asarray(classes, dtype=np.int64), per_class)
     return [int(v) for v in noise.stream("labels", seed).permutation(labels)]
+
+
+class Job:
+    """Draws samples of one network under one set of options. Made by `job`."""
+
+    def __init__(
+        self, generator: Generator, tokenizer: Tokenizer, options: SampleOptions, micro_batch: int, given: Given | None
+    ) -> None:
+        self.generator, self.tokenizer, self.options = generator, tokenizer, options
+        self.micro_batch, self.given = micro_batch, given
+        self.device = next(generator.network.parameters()).device
+
+    def draw(self, indices: Sequence[int], labels: Sequence[int]) -> Samples:
+        """The samples of noise indices, a micro-batch at a time; the last one is padded: all passes have one shape.
+
+        Where a GPU's memory is too small the micro-batch is halved for good; noise and labels stay what they were.
+        """
+        parts: list[tuple[Tensor, Pixels]] = []
+        done = 0
+        while done < len(indices):
+            own = slice(done, done + self.micro_batch)
+            part = self._try(list(indices[own]), list(labels[own]))
+            if part is None:
+                self._halve()
+            else:
+                parts.append(part)
+                done += len(part[1])
+        codes, pixels = torch.cat([codes for codes, _ in parts]), np.concatenate([pixels for _, pixels in parts])
+        return Samples(list(indices), list(labels), codes, pixels)
+
+    def best(self, indices: Sequence[int], labels: Sequence[int], tries: int, judge: Judge) -> Samples:
+        """Of `tries` candidates a sample the one that the judge likes best, the first one on a tie.
+
+        Candidate j of sample i has noise index i · tries + j: sample i depends on nothing but its own candidates.
+        """
+        wanted = [label for label in labels for _ in range(tries)]
+        drawn = self.draw([index * tries + j for index in indices for j in range(tries)], wanted)
+        scores = judge(drawn.pixels_BHWC, wanted).reshape(len(indices), tries)
+        kept = np.arange(len(indices)) * tries + scores.argmax(1)
+        return Samples(list(indices), list(labels), drawn.codes_BTHW[torch.from_numpy(kept)], drawn.pixels_BHWC[kept])
+
+    def trajectory(self, indices: Sequence[int], labels: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """The family's numbers of how these samples come about, (len(indices), T) each."""
+        assert isinstance(self.generator, Trajectories)
+        found: dict[str, list[Tensor]] = {}
+        for start in range(0, len(indices), self.micro_batch):
+            rows, of = self._padded(list(indices[start : start + self.micro_batch]), list(labels[start:]))
+            with self._precision():
+                values = self.generator.trajectory(of, torch.tensor(rows), self.options, self._known(rows))
+            for name, value in values.items():
+                found.setdefault(name, []).append(value[: len(indices) - start].cpu())
+        return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+
+    def _try(self, indices: list[int], labels: list[int]) -> tuple[Tensor, Pixels] | None:
+        """codes and pixels of one micro-batch; None where a GPU's memory is too small for it and not for less."""
+        rows, labels_B = self._padded(indices, labels)
+        try:
+            with self._precision():
+                codes = self.generator.sample(labels_B, torch.tensor(rows), self.options, self._known(rows))
+                pixels = decode(self.tokenizer, codes)
+        except torch.OutOfMemoryError:
+            if self.micro_batch == 1:
+                raise
+            return None
+        return codes[: len(indices)].cpu(), pixels[: len(indices)]
+
+    def _halve(self) -> None:
+        self.micro_batch //= 2
+        torch.cuda.empty_cache()
+        progress.warn(f"out of memory: going on with micro-batches of {self.micro_batch} images, under the same noise")
+
+    def _padded(self, indices: list[int], labels: list[int]) -> tuple[list[int], Tensor]:
+        """Noise indices of a whole micro-batch, the last one repeated, and its labels on the device."""
+        more = self.micro_batch - len(indices)
+        own = labels[: len(indices)]
+        return indices + indices[-1:] * more, torch.tensor(own + own[-1:] * more, device=self.device)
+
+    def _known(self, rows: list[int]) -> Known | None:
+        if self.given is None:
+            return None
+        known = self.given(rows)
+        return Known(known.codes_BTHW.to(self.device), known.keep_BTHW.to(self.device))
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self.device.type == "cuda" and self.options.sampling.precision == "bf16":
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def job(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    options: SampleOptions,
+    micro_batch: int,
+    given: Given | None = None,
+) -> Iterator[Job]:
+    """Inside, the network's weights stand still: what it makes of a step and a class is computed once.
+
+    given: codes that are given, for in-painting.
+    """
+    form = torch.channels_last if options.sampling.channels_last else torch.contiguous_format
+    for part in (tokenizer.post_quant_conv, tokenizer.decoder):
+        part.to(memory_format=form)
+    trunk = generator.network.get_submodule("trunk")
+    assert isinstance(trunk, transformer.Transformer)
+    with transformer.remembering(trunk):
+        yield Job(generator, tokenizer, options, micro_batch, given)
 
 
 def sample(
@@ -43,16 +157,11 @@ def sample(
 
     wanted(indices): is this micro-batch still to be made?
     """
-    device = next(generator.network.parameters()).device
-    for start in range(0, len(labels), micro_batch):
-        indices = list(range(start, min(start + micro_batch, len(labels))))
-        if not wanted(indices):
-            continue
-        rows = indices + [indices[-1]] * (micro_batch - len(indices))
-        labels_B = torch.tensor([labels[i] for i in rows], device=device)
-        codes = generator.sample(labels_B, torch.tensor(rows), options)
-        pixels = decode(tokenizer, codes)[: len(indices)]
-        yield Samples(indices, [labels[i] for i in indices], codes[: len(indices)].cpu(), pixels)
+    with job(generator, tokenizer, options, micro_batch) as made:
+        for start in range(0, len(labels), micro_batch):
+            indices = list(range(start, min(start + micro_batch, len(labels))))
+            if wanted(indices):
+                yield made.draw(indices, [labels[i] for i in indices])
 
 
 def decode(tokenizer: Tokenizer, codes_BTHW: Tensor) -> Pixels:

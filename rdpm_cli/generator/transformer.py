@@ -4,8 +4,10 @@ Legend: B rows, L = h·w positions, N = class tokens + L, D width, A heads, E = 
 D = 64·depth and SwiGLU's hidden width round(8D/3/64)·64 give Table 1's parameter counts (arXiv 2412.18390).
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +121,11 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x_BND: Tensor, cond_BD: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(cond_BD)).chunk(6, -1)
+        return self.modulated(x_BND, self.modulation(F.silu(cond_BD)), cos, sin)
+
+    def modulated(self, x_BND: Tensor, six_BM: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """The same with the six modulations, (B, 6 D), at hand."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = six_BM.chunk(6, -1)
         attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), cos, sin)
         x_BND = torch.addcmul(x_BND, gate1.unsqueeze(1), attended)
         return torch.addcmul(x_BND, gate2.unsqueeze(1), self.mlp(modulate(self.norm2(x_BND), shift2, scale2)))
@@ -140,12 +146,41 @@ class StepEmbedding(nn.Module):
         return out
 
 
+class Condition(NamedTuple):
+    """All that t and class do to B rows. While weights stand still it is the same for every image of a (t, class)."""
+
+    blocks: Tensor  # (B, depth, 6 D): the blocks' modulations
+    last: Tensor  # (B, 2 D): that of the output
+    latents: Tensor | None  # (B, L, D): what class latents add to the tokens
+    tokens: Tensor | None  # (B, N - L, D): class tokens
+
+
+REMEMBERED = {"cpu": 2 << 30, "cuda": 8 << 30}  # bytes of conditions that are kept at most
+
+
+class Memory:
+    """Conditions of single (t, class), kept until the bytes are used up; what comes after is computed each time."""
+
+    def __init__(self, limit: int) -> None:
+        self.free = limit
+        self.rows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.classes: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+
+    def take(self, *values: Tensor | None) -> bool:
+        """Is there room for these, which are then counted?"""
+        size = sum(value.nbytes for value in values if value is not None)
+        fits = size <= self.free
+        self.free -= size if fits else 0
+        return fits
+
+
 class Transformer(nn.Module):
     """Tokens in, normalised and modulated tokens out. The condition is the sum of a step and a class embedding."""
 
     cos: Tensor
     sin: Tensor
     recompute = False  # activation checkpointing: a block's are computed again in the backward pass
+    memory: Memory | None = None  # of a job that samples
 
     def __init__(self, cfg: TransformerConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
         """grid: (h, w). channels: C of class latents. classes: without the null class, which is number `classes`."""
@@ -189,23 +224,89 @@ class Transformer(nn.Module):
             assert isinstance(linear, nn.Linear)
             nn.init.normal_(linear.weight, std=0.02)
 
-    def forward(self, x_BLD: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
-        """x: embedded input. t: 1..T. labels: 0..classes, the last being the null class. -> (B, L, D)."""
-        B, L, D = x_BLD.shape
-        cond_BD = self.step_embedding(t_B) + self.class_embedding(labels_B)
+    def forward(self, x_BLD: Tensor, t_B: Tensor, labels_B: Tensor, given: Condition | None = None) -> Tensor:
+        """x: embedded input. t: 1..T. labels: 0..classes, the last being the null class. -> (B, L, D).
+
+        given: the condition of these rows, where it is known: nothing of it is computed again.
+        """
+        L = x_BLD.shape[1]
+        cond_BD = self.step_embedding(t_B) + self.class_embedding(labels_B) if given is None else given.last
+        latents, tokens = self._of_class(labels_B) if given is None else (given.latents, given.tokens)
         if self.positions is not None:
             x_BLD = x_BLD + self.positions.weight
-        if self.class_latents is not None and self.class_latents_in is not None:
-            x_BLD = x_BLD + self.class_latents_in(self.class_latents(labels_B).view(B, L, -1))
-        x_BND = x_BLD
-        if self.class_tokens is not None:
-            x_BND = torch.cat([self.class_tokens(labels_B).view(B, -1, D).to(x_BLD.dtype), x_BLD], 1)
+        if latents is not None:
+            x_BLD = x_BLD + latents
+        x_BND = x_BLD if tokens is None else torch.cat([tokens.to(x_BLD.dtype), x_BLD], 1)
         cos, sin = (self.cos, self.sin) if self.cfg.positions in ("rope", "both") else (None, None)
         again = self.recompute and torch.is_grad_enabled()
-        for block in self.blocks:
-            if again:
+        for place, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            if given is not None:
+                x_BND = block.modulated(x_BND, given.blocks[:, place], cos, sin)
+            elif again:
                 x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, cos, sin, use_reentrant=False)
             else:
                 x_BND = block(x_BND, cond_BD, cos, sin)
-        shift, scale = self.modulation(F.silu(cond_BD)).chunk(2, -1)
+        last = self.modulation(F.silu(cond_BD)) if given is None else given.last
+        shift, scale = last.chunk(2, -1)
         return modulate(self.norm(x_BND[:, -L:]), shift, scale)
+
+    def _of_class(self, labels_B: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What class latents add to the tokens (B, L, D), and class tokens (B, N - L, D); None without them."""
+        B, D = len(labels_B), self.cfg.hidden
+        latents, tokens = None, None
+        if self.class_latents is not None and self.class_latents_in is not None:
+            latents = self.class_latents_in(self.class_latents(labels_B).view(B, self.length, -1))
+        if self.class_tokens is not None:
+            tokens = self.class_tokens(labels_B).view(B, -1, D)
+        return latents, tokens
+
+    # ---- sampling: one t, and classes that come again and again -----------------------------------------------
+
+    @torch.no_grad()
+    def condition(self, t: int, labels: Sequence[int]) -> Condition:
+        """The condition of rows of one t, each computed alone: what is remembered is then what would be computed."""
+        rows = {label: self._row(t, label) for label in dict.fromkeys(labels)}
+        classes = {label: self._class(label) for label in rows}
+        latents, tokens = ([classes[label][i] for label in labels] for i in (0, 1))
+        return Condition(
+            torch.cat([rows[label][0] for label in labels]),
+            torch.cat([rows[label][1] for label in labels]),
+            torch.cat([v for v in latents if v is not None]) if self.class_latents is not None else None,
+            torch.cat([v for v in tokens if v is not None]) if self.class_tokens is not None else None,
+        )
+
+    def _row(self, t: int, label: int) -> tuple[Tensor, Tensor]:
+        """Modulations of one (t, class): (1, depth, 6 D) of the blocks, (1, 2 D) of the output."""
+        if self.memory is not None and (t, label) in self.memory.rows:
+            return self.memory.rows[t, label]
+        t_1, label_1 = (torch.full((1,), value, device=self.class_embedding.weight.device) for value in (t, label))
+        active = F.silu(self.step_embedding(t_1) + self.class_embedding(label_1))
+        modulations = [block.modulation for block in self.blocks if isinstance(block, Block)]
+        found = (torch.stack([layer(active) for layer in modulations], 1), self.modulation(active))
+        if self.memory is not None and self.memory.take(*found):
+            self.memory.rows[t, label] = found
+        return found
+
+    def _class(self, label: int) -> tuple[Tensor | None, Tensor | None]:
+        """Class latents and class tokens of one class."""
+        if self.memory is not None and label in self.memory.classes:
+            return self.memory.classes[label]
+        found = self._of_class(torch.full((1,), label, device=self.class_embedding.weight.device))
+        if self.memory is not None and self.memory.take(*found):
+            self.memory.classes[label] = found
+        return found
+
+
+@contextlib.contextmanager
+def remembering(trunk: Transformer) -> Iterator[None]:
+    """Inside, conditions are kept once they are computed: the weights stand still. An outer one lasts longer."""
+    if trunk.memory is not None:
+        yield
+        return
+    device = trunk.class_embedding.weight.device.type
+    trunk.memory = Memory(REMEMBERED.get(device, REMEMBERED["cuda"]))
+    try:
+        yield
+    finally:
+        trunk.memory = None

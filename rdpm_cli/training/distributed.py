@@ -21,6 +21,16 @@ def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
     """
     if not several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("this command runs as one process", "start it without torchrun")
+    chosen = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield chosen
+        return
+    with _group(chosen):
+        yield chosen
+
+
+def pick_device(device: str) -> torch.device:
+    """This process's device: torchrun's local rank chooses among several. Raises UsageError for one that is none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -34,11 +44,7 @@ def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would move z' by 1e-3; networks use bf16
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield chosen
-        return
-    with _group(chosen):
-        yield chosen
+    return chosen
 
 
 @contextlib.contextmanager

@@ -52,9 +52,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="a generator's run")
     parser.add_argument("--steps-in", type=float, metavar="SECONDS", help="print how many of the run's steps fit")
     parser.add_argument("--into", type=Path, metavar="JSON", help="add what is found to this file")
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="samples that took --seconds, of which to note each
-    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="samples that took --seconds; each one's are noted")
     parser.add_argument("--seconds", type=float, help="also note these")
     parser.add_argument("--recon", type=Path, metavar="JSON", help="scores of reconstructions")
     options = parser.parse_args()

@@ -1,0 +1,191 @@
+"""The files of a sampling job: pieces of indices, written whole by whoever draws them, in any order and process.
+
+A piece is a range of samples, whole micro-batches but for the last. It is finished once its files are there: its PNGs,
+and with samples.npz its chunk `chunks/START.npy`, (n, H, W, 3) uint8. Nothing else records progress, so a job goes on
+after any end, and its processes need no word from each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpm_cli import files
+from rdpm_cli.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from rdpm_cli.images.transform import Pixels
+    from rdpm_cli.signals import StopRequest
+
+CHUNKS, NPZ = "chunks", "samples.npz"
+PIECE = 64  # images of a piece, where a micro-batch has fewer: 13 MB at 256×256
+SHARE = 64  # pieces of a job at least, where its micro-batches allow: what processes share
+LOOK_AGAIN = 0.2  # seconds between looks at what other processes have finished
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which pieces a process makes: number `place` of every `count`."""
+
+    place: int = 0
+    count: int = 1
+    rank: int = 0  # among the processes of one command
+    ranks: int = 1
+
+
+def part_of(shard: str | None) -> Part:
+    """This process's part: of --shard I/N (1/4 to 4/4), and of torchrun's or --gpus' processes. Raises UsageError."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if shard is None:
+        return Part(rank, ranks, rank, ranks)
+    first, _, of = shard.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+        raise UsageError(f"--shard {shard} is not I/N", "write 1/4, 2/4, 3/4 and 4/4 for four shards")
+    return Part((int(first) - 1) * ranks + rank, int(of) * ranks, rank, ranks)
+
+
+class Files:
+    """What a job writes under `out`."""
+
+    def __init__(self, out: Path, count: int, micro_batch: int, *, png: bool, npz: bool) -> None:
+        self.out, self.count, self.micro_batch, self.png, self.npz = out, count, micro_batch, png, npz
+        batches = -(-count // micro_batch)
+        size = micro_batch * max(1, min(PIECE // micro_batch, batches // SHARE))
+        self.pieces = [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def image(self, index: int) -> Path:
+        """The PNG of a sample."""
+        return self.out / name_of(index)
+
+    def chunk(self, piece: range) -> Path:
+        """The chunk of a piece."""
+        return self.out / CHUNKS / f"{piece.start:06d}.npy"
+
+    def lacks(self, piece: range) -> bool:
+        """Is a file of the piece still to be written?"""
+        if self.npz and not ((self.out / NPZ).is_file() or self.chunk(piece).is_file()):
+            return True
+        return self.png and not self.has_pngs(piece)
+
+    def has_pngs(self, piece: range) -> bool:
+        """Is every PNG there? The last one is looked for first: it was written last."""
+        return all(self.image(index).is_file() for index in reversed(piece))
+
+    def read(self, piece: range) -> Pixels | None:
+        """The images of a piece, or of a part of one, from what is there; None where that is not all of them."""
+        import numpy as np
+
+        if self.chunk(piece).is_file():
+            pixels: Pixels = np.load(self.chunk(piece), allow_pickle=False)
+            if len(pixels) == len(piece):
+                return pixels
+        if self.has_pngs(piece):
+            return np.stack([read_png(self.image(index)) for index in piece])
+        return None
+
+    def pixels(self, index: int) -> Pixels | None:
+        """One sample from what is there."""
+        import numpy as np
+
+        if self.image(index).is_file():
+            return read_png(self.image(index))
+        piece = next(piece for piece in self.pieces if index in piece)
+        if self.chunk(piece).is_file():
+            return np.array(np.load(self.chunk(piece), mmap_mode="r", allow_pickle=False)[index - piece.start])
+        return None
+
+    def write_pngs(self, part: range, pixels_BHWC: Pixels) -> None:
+        """The PNGs of some samples, those that are missing."""
+        from rdpm_cli.images import writers
+
+        for index, pixels in zip(part, pixels_BHWC, strict=True):
+            if self.png and not self.image(index).is_file():
+                writers.save_png(self.image(index), pixels)
+
+    def write_chunk(self, piece: range, pixels_BHWC: Pixels) -> None:
+        """The chunk of a piece, if it is missing."""
+        import numpy as np
+
+        if self.npz and not (self.out / NPZ).is_file():
+            files.write_atomic(self.chunk(piece), lambda file: np.save(file, pixels_BHWC, allow_pickle=False))
+
+    def wait(self, pieces: Sequence[range], stop: StopRequest) -> None:
+        """Until these pieces, which other processes of this command make, are there."""
+        for piece in pieces:
+            while self.lacks(piece):
+                stop.leave(f"finished samples are kept in {self.out}")
+                time.sleep(LOOK_AGAIN)
+
+    def save_npz(self, resolution: int, labels: Sequence[int]) -> str:
+        """samples.npz, streamed from chunks, or PNGs where there are none; a piece is in memory at a time."""
+        from rdpm_cli.images import writers
+
+        path = self.out / NPZ
+        if not path.is_file():
+            shape = (self.count, resolution, resolution, 3)
+            writers.save_npz(path, shape, map(self._need, self.pieces), labels)
+        if (self.out / CHUNKS).is_dir():
+            shutil.rmtree(self.out / CHUNKS)
+        return str(path)
+
+    def _need(self, piece: range) -> Pixels:
+        pixels = self.read(piece)
+        if pixels is None:
+            raise RunError(f"samples {piece.start} to {piece.stop - 1} went away", "run the same command again")
+        return pixels
+
+
+def name_of(index: int) -> str:
+    """The PNG's name."""
+    return f"{index:06d}.png"
+
+
+def read_png(path: Path) -> Pixels:
+    """A PNG that a job has written."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def writing(out: Path, part: Part) -> Iterator[None]:
+    """Hold the part of a folder that this process writes. Raises RunError where another process does."""
+    if part.count == 1:
+        with files.only_writer(out):
+            for left in [*out.glob(".*.tmp"), *out.glob(f"{CHUNKS}/.*.tmp")]:  # of a killed process
+                left.unlink()
+            yield
+        return
+    with files.only_writer(out / ".parts" / f"{part.place + 1}-of-{part.count}"):
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(out: Path) -> Iterator[None]:
+    """Inside, no other process of a job is inside."""
+    from filelock import FileLock
+
+    files.make_folder(out)
+    with FileLock(out / ".claim.lock"):
+        yield
+
+
+def parts_of(piece: range, micro_batch: int) -> list[range]:
+    """The micro-batches of a piece."""
+    return [range(start, min(start + micro_batch, piece.stop)) for start in range(piece.start, piece.stop, micro_batch)]
+
+
+def rows_of(labels: Sequence[int], png: bool) -> list[dict[str, Any]]:
+    """The record's line of each sample. Without PNGs a sample is a row of samples.npz."""
+    return [
+        {"file": name_of(index), "index": index, "label": label} if png else {"index": index, "label": label}
+        for index, label in enumerate(labels)
+    ]
