@@ -152,8 +152,6 @@ def _ruler(
     origin = {"reference": loaded.provenance.get("reference")}
     names = loaded.class_names
     drawn = reference.ImageSet(str(ckpt), samples, size, None, names, lambda pieces: iter(()), origin=origin)
-        str(ckpt), samples, size, None, loaded.class_names, lambda pieces: iter(()), origin=origin
-    )
     against_images = reference.open_reference(ref, drawn)
     against = metrics.statistics(features.collect(eye, against_images.batches).features_ND)
     classes = len(loaded.class_names)
