@@ -76,6 +76,7 @@ class SamplingConfig(Section):
     tries in this order.
     """
 
+    family: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     search: ClassVar[Mapping[str, Sequence[Any]]] = {"cfg": (0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0)}
 
@@ -102,6 +103,7 @@ class RDPMSampling(SamplingConfig):
     preset, since a network has its own best ones; a lambda of 0 there makes the guided rows equal to `raw`.
     """
 
+    family: ClassVar[str] = "rdpm"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "raw": {"cfg": 0.0, "draw": "argmax", "skip_steps": 0, "top_k": 0, "top_p": 1.0},
         "cfg": {"cfg_schedule": "constant", "draw": "argmax", "skip_steps": 0, "top_k": 0, "top_p": 1.0},

@@ -1,6 +1,6 @@
 """The ResGen family (arXiv 2412.10208): network, objective, sampling."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -47,6 +47,8 @@ class ResGenObjective(Section):
 
 class ResGenSampling(SamplingConfig):
     """How ResGen samples."""
+
+    family: ClassVar[str] = "resgen"
 
     steps: int = Field(8, ge=1, description="S, forward passes, whatever the depth T")
     schedule: MaskSchedule = Field("square", description=f"as in training, or another: {GAMMA}")

@@ -119,7 +119,7 @@ def _parameters(stage: Stage, content: Mapping[str, Any]) -> int:
     """Trained numbers; of a generator those of its network alone."""
     import torch
 
-    from rdpm_cli.config import GeneratorArchitecture, TokenizerArchitecture
+    from rdpm_cli.config import TokenizerArchitecture
     from rdpm_cli.generator import model
     from rdpm_cli.tokenizer import model as tokenizer_file
 
@@ -131,7 +131,7 @@ def _parameters(stage: Stage, content: Mapping[str, Any]) -> int:
         if stage == "tokenizer":
             return tokenizer_file.parameters(tokenizer)
         own = {k: v for k, v in content["config"].items() if k not in ("sampling", "classes", "tokenizer")}
-        cfg = modelfile.config_of(GeneratorArchitecture, own, "generator")
+        cfg = modelfile.config_of(model.FAMILIES[own["family"]].architecture, own, "generator")
         return model.parameters(model.build(cfg, tokenizer, content["config"]["classes"]))
 
 

@@ -122,13 +122,18 @@ def choose(own: SamplingConfig, preset: str | None, asked: Mapping[str, Any]) ->
     for name in asked:
         if name not in section.model_fields:
             near = difflib.get_close_matches(name, list(section.model_fields), 1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = f"did you mean {_option(near[0])}? " if near else ""
             raise UsageError(
-                f"this checkpoint's family has no sampling option '{name}'",
-                f"{hint}it has {', '.join(section.model_fields)}",
+                f"{_option(name)} is no sampling option of {section.family}, this checkpoint's family",
+                f"{hint}it has {', '.join(map(_option, section.model_fields))}",
             )
     wanted = {**own.model_dump(), **(section.presets[preset] if preset else {}), **asked}
     return recipe_files.validate(section, wanted, "sampling options")
+
+
+def _option(name: str) -> str:
+    """A field as the command line writes it."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass
