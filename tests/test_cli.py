@@ -201,7 +201,7 @@ FAILURES: dict[str, tuple[str, int, str, str]] = {
     "a step beyond": ("sample --ckpt {generator} --init {images}#1 --from-step 5", 2, "not in 1..4", "T = 4"),
     "rejection without a judge": ("sample --ckpt {generator} --reject keep=0.5", 2, "--reject", "--judge judge.pt"),
     "an odd rate": ("sample --ckpt {generator} --reject keep=0.4 --judge {text}", 2, "keep=0.4", "keep=0.5"),
-    "a judge that is none": ("sample --ckpt {generator} --reject keep=0.5 --judge {text}", 3, "text.pt", "rdpm eval judge"),
+    "a judge that is none": ("sample --ckpt {generator} --reject keep=0.5 --judge {text}", 3, "text.pt", "eval judge"),
     "no such classifier": (
         "sample --ckpt {generator} --reject keep=0.5 --judge resnet:x.pt", 2, "resnet", "resnet50:resnet50.pth"
     ),
