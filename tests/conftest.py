@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rdpm_cli import engine, modelfile, threads
+from rdpm_cli import engine, modelfile, progress, threads
 from rdpm_cli.config import AutoencoderConfig, QuantizerConfig, ScheduleConfig, TokenizerArchitecture
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.perceptual import Net
@@ -27,6 +27,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RDPM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def speaking() -> Iterator[None]:
+    """What one test runs with --quiet leaves the next one's lines alone."""
+    progress.quiet = False
+    yield
+    progress.quiet = False
 
 
 @pytest.fixture(scope="session")
