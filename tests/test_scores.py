@@ -392,6 +392,24 @@ def test_a_checkpoint_is_scored_as_its_samples_are_with_no_files_between(
     }  # fmt: skip
 
 
+def test_samples_kept_in_an_npz_alone_are_scored_like_files(
+    generator_path: Path, judge_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = engine.Outputs(png=False, npz=True)
+    for name, outputs in {"files": engine.Outputs(), "alone": alone}.items():
+        engine.sample(generator_path, "all", 6, tmp_path / name, seed=3, outputs=outputs, device="cpu")
+    files, packed = (answer(capsys, "all", tmp_path / name, "--extractor", judge_path) for name in ("files", "alone"))
+    assert "file" not in json.loads((tmp_path / "alone" / "samples.json").read_text())["samples"][0]
+    assert {**packed, "target": None} == {**files, "target": None}
+    assert packed["target"]["sha256"] == files["target"]["sha256"]
+    np.savez(tmp_path / "alone" / "samples.npz", pixels(3))
+    with pytest.raises(DataError, match=r"\(3, 16, 16, 3\), not \(18, 16, 16, 3\)"):
+        reference.open_samples(tmp_path / "alone")
+    (tmp_path / "alone" / "samples.npz").unlink()
+    with pytest.raises(DataError, match=r"all samples are missing, first samples\.npz"):
+        reference.open_samples(tmp_path / "alone")
+
+
 def test_a_checkpoint_gives_each_process_its_own_pieces(generator_path: Path) -> None:
     images = engine.Drawn(generator_path, per_class=6).images(CPU)
     loaded = model.load(generator_path)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import recipe_files
-from rdpm_cli.engine.sampling import parse_classes
-from rdpm_cli.errors import RecipeError
+from rdpm_cli.engine.sampling import choose, key_values, parse_classes
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +35,8 @@ class Drawn:
         from rdpm_cli.generator.contract import SampleOptions
 
         loaded = model.load(self.ckpt)
-        asked = dict(self._override(text) for text in self.overrides)
-        sampling = recipe_files.validate(
-            type(loaded.sampling), {**loaded.sampling.model_dump(), **asked}, "sampling options"
-        )
+        asked = key_values(self.overrides, "write it as cfg=1.5; with --ckpt there is no TARGET")
+        sampling = choose(loaded.sampling, None, asked)
         options = SampleOptions(sampling, self.seed)
         labels = sampler.balanced_labels(parse_classes(self.classes, loaded.class_names), self.per_class, self.seed)
         loaded.generator.check(options)
@@ -48,13 +44,13 @@ class Drawn:
         def read(pieces: Iterable[range]) -> Iterator[Pixels]:
             own = list(pieces)
             wanted = {index for piece in own for index in piece}
-            loaded.to(device)
+            loaded.to(device, sampling.compile)
             parts = sampler.sample(
                 loaded.generator,
                 loaded.tokenizer,
                 labels,
                 options,
-                sampling.micro_batch,
+                sampling.images_at_once(device.type),
                 lambda indices: not wanted.isdisjoint(indices),
             )
             held: dict[int, Any] = {}
@@ -77,10 +73,3 @@ class Drawn:
         }
         size = loaded.tokenizer.cfg.autoencoder.resolution
         return ImageSet(str(self.ckpt), len(labels), size, labels, loaded.class_names, read, origin)
-
-    @staticmethod
-    def _override(text: str) -> tuple[str, Any]:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise RecipeError(f"'{text}' is not key=value", "write it as cfg=1.5; with --ckpt there is no TARGET")
-        return key, recipe_files.parse_yaml(value, f"override '{text}'")

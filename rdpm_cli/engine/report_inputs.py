@@ -244,6 +244,7 @@ def _pictures(path: Path) -> Found:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path / 'samples.json'} lacks {error}", "make the folder again") from error
     reference, there = _mapping(record, "reference"), all((path / row.file).is_file() for row in rows)
+    packed = isinstance(record.get("npz"), str) and (path / record["npz"]).is_file()
     facts = {"pictures": f"{len(rows):,}", "resolution": said(resolution), "classes": said(len(names))}
     facts |= {key: said(options[key]) for key in scores.OPTIONS if key in options}
     claims = [Claim(stages=(ROLES[role],), digest=str(digest)) for role, digest in made.items() if role in ROLES]
@@ -254,7 +255,7 @@ def _pictures(path: Path) -> Found:
         item=Item(stage=stage, name=str(path), claims=(*claims, *_images(reference)), facts=facts, settings=settings),
         scores=scores.read(own, str(path)),
         pictures=report_pictures.grids_of(path, stage, rows if there else [], names, resolution),
-        folder=path if there else None,
+        folder=path if there or packed else None,
         count=len(rows),
     )
 

@@ -99,13 +99,13 @@ def _class_named(name: str, class_names: Sequence[str]) -> int:
     raise UsageError(f"--classes: no class is named '{name}'", hint)
 
 
-def key_values(texts: Sequence[str]) -> dict[str, Any]:
-    """`key=value` arguments, values as YAML reads them. Raises UsageError."""
+def key_values(texts: Sequence[str], hint: str = "write it as precision=bf16") -> dict[str, Any]:
+    """`key=value` arguments, values as YAML reads them. Raises UsageError, with this hint for what is none."""
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"'{text}' is not key=value", "write it as precision=bf16")
+            raise UsageError(f"'{text}' is not key=value", hint)
         found[key] = recipe_files.parse_yaml(value, f"'{text}'")
     return found
 
@@ -122,18 +122,13 @@ def choose(own: SamplingConfig, preset: str | None, asked: Mapping[str, Any]) ->
     for name in asked:
         if name not in section.model_fields:
             near = difflib.get_close_matches(name, list(section.model_fields), 1)
-            hint = f"did you mean {_option(near[0])}? " if near else ""
+            hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(
-                f"{_option(name)} is no sampling option of {section.family}, this checkpoint's family",
-                f"{hint}it has {', '.join(map(_option, section.model_fields))}",
+                f"'{name}' is no sampling option of {section.family}, this checkpoint's family",
+                f"{hint}it has {', '.join(section.model_fields)}",
             )
     wanted = {**own.model_dump(), **(section.presets[preset] if preset else {}), **asked}
     return recipe_files.validate(section, wanted, "sampling options")
-
-
-def _option(name: str) -> str:
-    """A field as the command line writes it."""
-    return f"--{name.replace('_', '-')}"
 
 
 @dataclass

@@ -43,29 +43,38 @@ def cut(count: int, size: int) -> list[range]:
 
 
 def open_samples(folder: Path) -> ImageSet:
-    """A folder of `rdpm sample` or `rdpm reconstruct`: exactly the files in samples.json. Raises DataError."""
+    """A folder of `rdpm sample` or `rdpm reconstruct`: exactly the images that samples.json lists.
+
+    Files of their own, or where no row names one, the images of the record's `npz`. Raises DataError.
+    """
     record = files.read_json(folder / "samples.json")
     try:
         rows, resolution = record["samples"], int(record["resolution"])
-        if outside := [row["file"] for row in rows if Path(row["file"]).name != row["file"]]:
+        packed = bool(rows) and not any("file" in row for row in rows)
+        names = [record["npz"]] if packed else [row["file"] for row in rows]
+        if outside := [name for name in names if Path(name).name != name]:
             raise DataError(f"{folder / 'samples.json'} names a file outside its folder: {outside[0]}", "sample again")
-        paths, given = [folder / row["file"] for row in rows], [row["label"] for row in rows]
+        paths, given = [folder / name for name in names], [row["label"] for row in rows]
         labels = None if None in given else [int(label) for label in given]
         class_names = list(record["class_names"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'samples.json'} lacks {error}", "sample again with `rdpm sample`") from error
     if absent := [p for p in paths if not p.is_file()]:
-        raise DataError(f"{folder}: {len(absent)} of {len(paths)} samples are missing, first {absent[0].name}",
-                        "sample again with `rdpm sample`")  # fmt: skip
-    return ImageSet(
-        str(folder),
-        len(paths),
-        resolution,
-        labels,
-        class_names,
-        functools.partial(_read_samples, paths, resolution),
-        origin=record,
-    )
+        some = "all samples" if packed else f"{len(absent)} of {len(paths)} samples"
+        raise DataError(f"{folder}: {some} are missing, first {absent[0].name}", "sample again with `rdpm sample`")
+    if packed:
+        read = _read_packed(paths[0], len(rows), resolution)
+    else:
+        read = functools.partial(_read_samples, paths, resolution)
+    return ImageSet(str(folder), len(rows), resolution, labels, class_names, read, origin=record)
+
+
+def _read_packed(path: Path, count: int, resolution: int) -> Reader:
+    images = npz.Images(path)
+    wanted = (count, resolution, resolution, 3)
+    if images.shape != wanted:
+        raise DataError(f"{path} holds images {images.shape}, not {wanted} as samples.json has it", "sample again")
+    return images.read
 
 
 def _read_samples(paths: list[Path], resolution: int, pieces: Iterable[range]) -> Iterator[Pixels]:
