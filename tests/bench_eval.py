@@ -10,14 +10,12 @@ judged. Memory is the largest that the process held meanwhile, over what it held
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from benches import Job, race, table, verdict
+from benches import Job, convolutions, race, table, verdict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -41,22 +39,6 @@ def inception() -> nn.Module:
     ):
         network: nn.Module = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
     return network
-
-
-def convolutions(network: nn.Module, forward: Job) -> Job:
-    """The convolutions of one forward pass, as `forward` calls them."""
-    calls: list[Callable[[], Any]] = []
-
-    def note(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
-        assert isinstance(layer, nn.Conv2d)
-        x, weight, stride, padding = given[0].clone(), layer.weight, layer.stride, layer.padding
-        calls.append(lambda: F.conv2d(x, weight, stride=stride, padding=padding))
-
-    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d)]
-    forward()
-    for hook in hooks:
-        hook.remove()
-    return lambda: [call() for call in calls]
 
 
 @torch.no_grad()

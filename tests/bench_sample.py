@@ -11,18 +11,16 @@ and its time is that times T / steps; the passes are counted over all T.
 """
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from bench_train import CLASSES, SIDE, C, K, make_generator
-from benches import Job, race, table, verdict
+from benches import Job, convolutions, race, table, verdict
 from torch import Tensor, nn
 
 from rdpm_cli.config import RDPMSampling
 from rdpm_cli.generator import transformer
 from rdpm_cli.generator.contract import SampleOptions
-from rdpm_cli.generator.guidance import guidance_at
 from rdpm_cli.generator.rdpm import RDPM
 from rdpm_cli.recipe_files import load_recipe
 from rdpm_cli.threads import tune_allocator
@@ -85,12 +83,6 @@ def product(side: int, device: torch.device, dtype: torch.dtype = torch.float32)
     return lambda: torch.mm(a, b)
 
 
-def passes(how: RDPMSampling) -> int:
-    """Network rows an image: two at a guided step, one at another, none at a skipped one."""
-    after = range(how.skip_steps + 1, T + 1)
-    return sum(1 + (guidance_at(t, T, how.cfg, how.cfg_schedule) > 0) for t in after)
-
-
 def shorten(generator: RDPM, steps: int) -> None:
     """Let the loop take so many steps: all steps of a kind cost the same."""
     generator.quantizer.steps = steps
@@ -102,11 +94,11 @@ def bench_transformer(depth: int, batches: list[int], rounds: int, steps: int, d
     generator.network.eval().requires_grad_(False)
     trunk = generator.network.get_submodule("trunk")
     assert isinstance(trunk, transformer.Transformer)
+    counted = {name: generator.passes(options(way, draw)) for name, way in WAYS.items()}
     rows = []
     with transformer.remembering(trunk):
         for count in batches:
             plain = options(PLAIN, draw)
-            counted = {name: passes(RDPMSampling(**way)) for name, way in WAYS.items()}
             shorten(generator, steps)
             flops = operations(generator.network, sampled(generator, count, plain))
             jobs = {"product": product(2048, device)}
@@ -143,21 +135,6 @@ def make_tokenizer(width: int) -> Tokenizer:
     cfg = load_recipe("imagenet256-tokenizer", [f"autoencoder.width={width}"], "tokenizer").tokenizer
     assert cfg is not None
     return Tokenizer(cfg).eval().requires_grad_(False)
-
-
-def convolutions(network: nn.Module, forward: Job) -> Job:
-    """The convolutions of `forward` alone."""
-    calls: list[Callable[[], Any]] = []
-
-    def note(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
-        x = given[0].detach().clone(memory_format=torch.preserve_format)
-        calls.append(lambda: nn.Conv2d.forward(layer, x))  # type: ignore[arg-type]
-
-    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d)]
-    forward()
-    for hook in hooks:
-        hook.remove()
-    return lambda: [call() for call in calls]
 
 
 @torch.no_grad()

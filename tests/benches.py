@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 Job = Callable[[], Any]
 
@@ -36,6 +37,21 @@ def _now(device: torch.device) -> float:
         return time.thread_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def convolutions(network: nn.Module, forward: Job) -> Job:
+    """The convolutions of `forward` alone."""
+    calls: list[Callable[[], Any]] = []
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+        x = given[0].detach().clone(memory_format=torch.preserve_format)
+        calls.append(lambda: nn.Conv2d.forward(layer, x))  # type: ignore[arg-type]
+
+    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return lambda: [call() for call in calls]
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:

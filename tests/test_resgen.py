@@ -417,6 +417,7 @@ def test_there_are_as_many_forward_passes_as_steps_whatever_the_depth(depths: in
     calls = Calls(generator)
     codes = generator.sample(torch.arange(3), torch.arange(3), options(steps=5, cfg=cfg))
     assert codes.shape == (3, depths, GRID, GRID)
+    assert 3 * generator.passes(options(steps=5, cfg=cfg)) == sum(rows)
     assert [len(args[0]) for args in calls.inputs] == rows
     for *_, labels in calls.inputs:
         assert labels.tolist() == [0, 1, 2] + [CLASSES] * (len(labels) - 3)

@@ -74,8 +74,10 @@ def test_tau_goes_from_its_value_to_its_end() -> None:
 def test_only_guided_steps_have_an_unconditional_pass(options: dict[str, Any], rows: list[int]) -> None:
     generator = make_generator()
     calls = Calls(generator.network)
-    generator.sample(torch.arange(3), torch.arange(3), sampling_options(cfg=2.0, **options))
+    how = sampling_options(cfg=2.0, **options)
+    generator.sample(torch.arange(3), torch.arange(3), how)
     assert calls.rows == rows
+    assert 3 * generator.passes(how) == sum(rows)
 
 
 @pytest.mark.parametrize(

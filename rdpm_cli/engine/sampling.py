@@ -121,14 +121,23 @@ def choose(own: SamplingConfig, preset: str | None, asked: Mapping[str, Any]) ->
         raise UsageError(f"--preset {preset}: this checkpoint's family has no such preset", f"it has {have}")
     for name in asked:
         if name not in section.model_fields:
-            near = difflib.get_close_matches(name, list(section.model_fields), 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UsageError(
-                f"'{name}' is no sampling option of {section.family}, this checkpoint's family",
-                f"{hint}it has {', '.join(section.model_fields)}",
-            )
+            raise _no_option(name, section)
     wanted = {**own.model_dump(), **(section.presets[preset] if preset else {}), **asked}
     return recipe_files.validate(section, wanted, "sampling options")
+
+
+def _no_option(name: str, section: type[SamplingConfig]) -> UsageError:
+    """For an option of another family, which the command line has as --name, or for key=value of none."""
+    from rdpm_cli.config import SamplingConfig
+
+    flag = any(name in family.model_fields for family in SamplingConfig.__subclasses__())
+    write = (lambda field: f"--{field.replace('_', '-')}") if flag else str
+    near = difflib.get_close_matches(name, list(section.model_fields), 1)
+    hint = f"did you mean {write(near[0])}? " if near else ""
+    return UsageError(
+        f"{write(name) if flag else repr(name)} is no sampling option of {section.family}, this checkpoint's family",
+        f"{hint}it has {', '.join(map(write, section.model_fields))}",
+    )
 
 
 @dataclass
@@ -365,6 +374,7 @@ def _answer(request: Request) -> Result:
         "classes": len(set(request.labels)),
         "checkpoint": request.loaded.digest,
         **told,
+        "passes": request.loaded.generator.passes(request.options),
         **{
             name: request.record["options"][name]
             for name in ("seed", "edit", "reject")

@@ -238,6 +238,11 @@ class RDPM:
             steps = f"{how.cfg_first} to {how.cfg_last or T}"
             raise UsageError(f"--cfg-first, --cfg-last: steps {steps} of {T}", f"this checkpoint has T = {T}")
 
+    def passes(self, options: SampleOptions) -> int:
+        """Rows through the network for one sample."""
+        how = rdpm_sampling(options)
+        return sum(1 + (self._lambda(t, how) > 0) for t in range(how.skip_steps + 1, self.quantizer.steps + 1))
+
     def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t drawn from tau · logits, noise addressed by index."""
         return self._run(labels_B, indices_B, options, known)
@@ -296,15 +301,18 @@ class RDPM:
 
     def _guided(self, eps: Tensor, previous: Tensor, t: int, labels: list[int], how: RDPMSampling) -> Tensor:
         """logits (B, L, K) fp32; one pass of 2B rows with guidance, of B rows where lambda_t = 0."""
-        lambda_t = guidance_at(
-            t, self.quantizer.steps, how.cfg, how.cfg_schedule,
-            power=how.cfg_power, first=how.cfg_first, last=how.cfg_last,
-        )  # fmt: skip
+        lambda_t = self._lambda(t, how)
         if lambda_t == 0:
             return self._logits(eps, previous, t, labels)
         both = labels + [self.classes] * len(labels)
         cond, uncond = self._logits(eps.repeat(2, 1, 1, 1), previous.repeat(2, 1, 1, 1), t, both).chunk(2)
         return guide(cond, uncond, lambda_t)
+
+    def _lambda(self, t: int, how: RDPMSampling) -> float:
+        return guidance_at(
+            t, self.quantizer.steps, how.cfg, how.cfg_schedule,
+            power=how.cfg_power, first=how.cfg_first, last=how.cfg_last,
+        )  # fmt: skip
 
     def _logits(self, eps_RCHW: Tensor, previous_RCHW: Tensor, t: int, labels: list[int]) -> Tensor:
         """logits (R, L, K) fp32 of one t; what t and class contribute comes from the trunk's memory."""

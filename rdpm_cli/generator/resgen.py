@@ -221,6 +221,11 @@ class ResGen:
                 "each step reveals at least one token; give fewer",
             )
 
+    def passes(self, options: SampleOptions) -> int:
+        """Rows through the network for one sample, whatever the depth."""
+        how = sampling_of(options)
+        return sum(1 + (resgen_sampling.lambda_at(t, how) > 0) for t in range(1, how.steps + 1))
+
     @torch.no_grad()
     def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """§7: predict all masked sums, requantise them, reveal the most confident; S forward passes."""

@@ -98,6 +98,11 @@ def _counts(how: ResGenSampling, slots: int) -> list[int]:
     return counts + [0] * (how.steps + 1 - len(counts))
 
 
+def lambda_at(t: int, how: ResGenSampling) -> float:
+    """Guidance of step t = 1..S."""
+    return guidance_at(t, how.steps, how.cfg, how.cfg_schedule)
+
+
 def _temperature(how: ResGenSampling, t: int) -> float:
     """tau_t = tau (1 - t / S), or tau."""
     return how.conf_temp * (1 - t / how.steps) if how.conf_anneal else how.conf_temp
@@ -117,7 +122,7 @@ class _Drawer:
     def step(self, t: int, codes_BTHW: Tensor, masked_BLD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """-> tokens (B, L, D), right where masked; confidence (B, L)."""
         visible, _ = self.family.masked_sums(self.family.embed(codes_BTHW), masked_BLD)
-        lambda_t = guidance_at(t, self.how.steps, self.how.cfg, self.how.cfg_schedule)
+        lambda_t = lambda_at(t, self.how)
         given = (visible, masked_BLD, labels_B)
         if lambda_t:
             null = torch.full_like(labels_B, self.family.classes)

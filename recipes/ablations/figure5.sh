@@ -8,7 +8,7 @@
 SCALE=${SCALE:-digits}
 [ "$SCALE" = digits ] && SEEDS=${SEEDS:-0 1}
 . "$(dirname "$0")/lib.sh"
-. "$here/budget.sh"
+judge_and_budget
 
 for base in 0.5 0.65 0.75 0.85 0.95; do
     pipeline_cell "base-$base" "$JUDGE" schedule.kind=pow schedule.base="$base"

@@ -15,21 +15,20 @@ CFG=${CFG:-1.0} TAU=${TAU:-1.0}
 rows() {
     prefix=$1
     shift
-    drawn_cell "${prefix}raw" "$@" --preset raw
-    drawn_cell "${prefix}cfg" "$@" --preset cfg --cfg "$CFG"
-    drawn_cell "${prefix}cfg-linear" "$@" --preset cfg-linear --cfg "$CFG"
-    drawn_cell "${prefix}gumbel" "$@" --preset gumbel --cfg "$CFG" --tau "$TAU"
-    drawn_cell "${prefix}gumbel-alone" "$@" --preset gumbel --cfg 0 --tau "$TAU"
+    sample_cell "${prefix}raw" "$@" --preset raw
+    sample_cell "${prefix}cfg" "$@" --preset cfg --cfg "$CFG"
+    sample_cell "${prefix}cfg-linear" "$@" --preset cfg-linear --cfg "$CFG"
+    sample_cell "${prefix}gumbel" "$@" --preset gumbel --cfg "$CFG" --tau "$TAU"
+    sample_cell "${prefix}gumbel-alone" "$@" --preset gumbel --cfg 0 --tau "$TAU"
 }
 
 if [ "$SCALE" = digits ]; then
     judge_and_store
     for seed in $SEEDS; do
-        # shellcheck disable=SC2059
-        rdpm train-gen "$(printf "$STORE" "$seed")" --recipe "$RECIPE" --out "$OUT/weak.$seed.run" --quiet \
+        rdpm train-gen "$(of_seed "$STORE")" --recipe "$GENERATOR_RECIPE" --out "$OUT/weak.$seed.run" --quiet \
             seed="$seed" train.steps=1200 train.eval_every=0 >&2
     done
-    rows "" "$OUT/demo.%s/generator.pt" "$JUDGE"
+    rows "" "$DEMO.%s/generator.pt" "$JUDGE"
     rows weak- "$OUT/weak.%s.run/generator.pt" "$JUDGE"
 else
     rows "" "${CHECKPOINT:?set CHECKPOINT to a trained generator}" "${JUDGE:-}"

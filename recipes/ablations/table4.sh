@@ -7,7 +7,7 @@
 # A finished cell is not run again. Ends with table.md, table.csv, plot.png.
 SCALE=${SCALE:-digits}
 . "$(dirname "$0")/lib.sh"
-. "$here/budget.sh"
+judge_and_budget
 
 pipeline_cell sin "$JUDGE" schedule.kind=sin
 pipeline_cell linear "$JUDGE" schedule.kind=linear

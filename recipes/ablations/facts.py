@@ -1,4 +1,4 @@
-"""What a cell's score file lacks: its generator's held-out gap to the model-free baseline, seconds, reconstruction.
+"""What a cell's score file lacks: its generator's size, its gap to the model-free baseline, passes, seconds.
 
 And of a run's log: how many steps fit into some seconds.
 """
@@ -42,9 +42,9 @@ def gap(run: Path) -> dict[str, Any]:
     return {"steps": log[-1]["step"], "heldout_ce": ce, "accuracy_gap": statistics.mean(gaps), "gap_at_T": gaps[-1]}
 
 
-def seconds_an_image(folder: Path, seconds: float) -> dict[str, Any]:
-    """Of a folder of samples that took so long."""
-    return {"seconds_an_image": seconds / len(json.loads((folder / "samples.json").read_text())["samples"])}
+def drawn(said: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Of what `rdpm sample --json` said after so many seconds."""
+    return {"passes": said["passes"], "seconds_an_image": seconds / said["samples"]}
 
 
 def main() -> None:
@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="a generator's run")
     parser.add_argument("--steps-in", type=float, metavar="SECONDS", help="print how many of the run's steps fit")
     parser.add_argument("--into", type=Path, metavar="JSON", help="add what is found to this file")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="samples that took --seconds; each one's are noted")
-    parser.add_argument("--seconds", type=float, help="also note these")
+    parser.add_argument("--trained", type=Path, metavar="JSON", help="what train-gen said")
+    parser.add_argument("--drawn", type=Path, metavar="JSON", help="what sample said, after --seconds")
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--recon", type=Path, metavar="JSON", help="scores of reconstructions")
     options = parser.parse_args()
     if options.steps_in is not None:
@@ -61,10 +62,10 @@ def main() -> None:
     if options.into is None:
         return
     found = gap(options.run) if options.run else {}
-    if options.images:
-        found |= seconds_an_image(options.images, options.seconds)
-    elif options.seconds is not None:
-        found |= {"seconds": options.seconds}
+    if options.trained:
+        found |= {"parameters": json.loads(options.trained.read_text())["parameters"]}
+    if options.drawn:
+        found |= drawn(json.loads(options.drawn.read_text()), options.seconds)
     if options.recon:
         recon = json.loads(options.recon.read_text())
         found |= {f"recon_{name}": recon[name] for name in ("mse", "psnr", "ssim", "rfid")}
