@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,11 @@ from rdpm_cli.engine.sampling import choose, key_values, parse_classes
 if TYPE_CHECKING:
     import torch
 
+    from rdpm_cli.evaluation.features import Extractor, Features
     from rdpm_cli.evaluation.reference import ImageSet
+    from rdpm_cli.generator.contract import Generator, SampleOptions
     from rdpm_cli.images.transform import Pixels
+    from rdpm_cli.tokenizer.model import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,24 @@ class Drawn:
         }
         size = loaded.tokenizer.cfg.autoencoder.resolution
         return ImageSet(str(self.ckpt), len(labels), size, labels, loaded.class_names, read, origin)
+
+
+def spread_labels(samples: int, classes: int) -> list[int]:
+    """Labels of so many samples, in order, every class as often as possible."""
+    return [place * classes // samples for place in range(samples)]
+
+
+def features_of(
+    extractor: Extractor,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    labels: Sequence[int],
+    options: SampleOptions,
+    device: torch.device,
+) -> Features:
+    """What an extractor sees of samples drawn for it."""
+    from rdpm_cli.evaluation import features
+    from rdpm_cli.generator import sampler
+
+    parts = sampler.sample(generator, tokenizer, labels, options, options.sampling.images_at_once(device.type))
+    return features.collect(extractor, (part.pixels_BHWC for part in parts))

@@ -8,12 +8,11 @@ import torch
 
 from rdpm_cli.codes.manifest import Manifest
 from rdpm_cli.config import GeneratorConfig, ProxyConfig
-from rdpm_cli.engine import observers, pictures
+from rdpm_cli.engine import drawing, observers, pictures
 from rdpm_cli.evaluation import features, metrics, reference, scores
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
 from rdpm_cli.evaluation.reference import ImageSet
-from rdpm_cli.generator import sampler
 from rdpm_cli.generator.contract import Generator, SampleOptions
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.training.loop import Observer, Run
@@ -30,7 +29,7 @@ def check(cfg: ProxyConfig, m: Manifest, store: Path) -> None:
 def score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, m: Manifest, store: Path) -> Observer:
     """`proxy/frechet_distance`, and `proxy/class_accuracy` where a judge knows the classes; of the averaged weights."""
     options = SampleOptions(cfg.sampling)
-    labels = [place * len(m.class_names) // cfg.proxy.samples for place in range(cfg.proxy.samples)]
+    labels = drawing.spread_labels(cfg.proxy.samples, len(m.class_names))
 
     @cache
     def ruler(device: torch.device) -> tuple[Extractor, Statistics]:
@@ -41,10 +40,8 @@ def score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, m: M
         if not observers.due(run, cfg.train):
             return None
         extractor, against = ruler(run.device)
-        at_once = cfg.sampling.images_at_once(run.device.type)
         with observers.as_kept(generator, run):
-            parts = sampler.sample(generator, tokenizer, labels, options, at_once)
-            found = features.collect(extractor, (part.pixels_BHWC for part in parts))
+            found = drawing.features_of(extractor, generator, tokenizer, labels, options, run.device)
         names = list(m.class_names)
         accuracy = scores.class_accuracy(extractor, labels, names, found.predicted_N)
         distance = metrics.frechet_distance(metrics.statistics(found.features_ND), against)

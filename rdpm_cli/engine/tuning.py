@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import files, progress
+from rdpm_cli.engine import drawing
 from rdpm_cli.engine.runs import Result, versions
 from rdpm_cli.errors import RecipeError, UsageError
 
@@ -144,7 +145,6 @@ def _ruler(
 ) -> tuple[dict[str, Any], Callable[[SamplingConfig], float | None]]:
     """What is measured, and the measurement of options. Features of the reference are computed once."""
     from rdpm_cli.evaluation import features, metrics, reference
-    from rdpm_cli.generator import sampler
     from rdpm_cli.generator.contract import SampleOptions
 
     eye = features.make_extractor(extractor, weights, device)
@@ -154,8 +154,7 @@ def _ruler(
     drawn = reference.ImageSet(str(ckpt), samples, size, None, names, lambda pieces: iter(()), origin=origin)
     against_images = reference.open_reference(ref, drawn)
     against = metrics.statistics(features.collect(eye, against_images.batches).features_ND)
-    classes = len(loaded.class_names)
-    labels = [place * classes // samples for place in range(samples)]
+    labels = drawing.spread_labels(samples, len(names))
 
     def score(options: SamplingConfig) -> float | None:
         chosen = SampleOptions(options, seed)
@@ -164,9 +163,7 @@ def _ruler(
             loaded.generator.check(chosen)
         except (ValueError, RecipeError, UsageError):
             return None
-        at_once = options.images_at_once(device.type)
-        parts = sampler.sample(loaded.generator, loaded.tokenizer, labels, chosen, at_once)
-        found = features.collect(eye, (part.pixels_BHWC for part in parts))
+        found = drawing.features_of(eye, loaded.generator, loaded.tokenizer, labels, chosen, device)
         return float(metrics.frechet_distance(metrics.statistics(found.features_ND), against))
 
     told = {
