@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,20 @@ def test_gpus_n_writes_the_same_files(
     assert json.loads(shown.out)["samples"] == COUNT
     assert not shown.err
     assert content(tmp_path / "s") == content(whole)
+
+
+def test_samples_are_packed_in_flat_memory(tmp_path: Path) -> None:
+    written = Files(tmp_path, 640, 8, png=False, npz=True)
+    each = 64 * 64 * 3
+    for piece in written.pieces:
+        written.write_chunk(piece, np.full((len(piece), 64, 64, 3), piece.start % 251, np.uint8))
+    tracemalloc.start()
+    written.save_npz(64, list(range(640)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 640 * each / 4  # a piece and its copy, not the whole of them
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_0"][:, 0, 0, 0].tolist() == [p.start % 251 for p in written.pieces for _ in p]
 
 
 @pytest.mark.parametrize("png", [True, False], ids=["png", "no png"])
