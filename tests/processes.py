@@ -1,5 +1,6 @@
 """Child processes of tests, from a server that has imported torch already: an import costs more than tiny trainings."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -122,4 +123,19 @@ def killed_after_samples(micro_batches: int, args: list[str], environment: dict[
         return draw(job, indices, labels)
 
     setattr(Job, "draw", draw_or_die)  # noqa: B010
+    command_line(args, environment)
+
+
+def ranks(args: list[str], out: Path) -> dict[str, Any]:
+    """What `rdpm eval ARGS` of two gloo processes prints."""
+    written = [spawn(printing, args, environment, out) for environment in torchrun(2)]
+    assert [exit_code(process) for process in written] == [0, 0]
+    values: dict[str, Any] = json.loads(out.read_text())
+    return values
+
+
+def printing(args: list[str], environment: dict[str, str], out: Path) -> None:
+    """Be `rdpm ARGS`, whose stdout goes into a file, of all processes into one."""
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
     command_line(args, environment)

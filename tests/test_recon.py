@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from processes import ranks
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from rdpm_cli import engine, files, modelfile
@@ -261,3 +262,31 @@ def test_one_image_has_scores_but_no_distance(judge_file: Path, no_weights: Path
     assert recon.find_rulers(1, 16, CPU).missing["rfid"] == "a Fréchet distance needs at least 2 images, not 1"
     with pytest.raises(DataError, match="at least 2 images, not 1"):
         recon.find_rulers(1, 16, CPU, extractor=judge_file)
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 10], ids=["all", "fewer images than a batch"])
+def test_two_processes_score_as_one(
+    limit: int | None,
+    image_folder: Path,
+    tiny_tokenizer_file: Path,
+    judge_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["eval", "recon", str(image_folder), "--tokenizer", str(tiny_tokenizer_file), "--seeds", "2"]
+    args += ["--extractor", str(judge_file), *([] if limit is None else ["--limit", str(limit)])]
+    args += ["--device", "cpu", "--quiet", "--json"]
+    both = ranks(args, tmp_path / "both.json")
+    with one_thread():
+        assert run(args) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert both.keys() == alone.keys()
+    for name, value in alone.items():
+        if isinstance(value, float):
+            assert both[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+        elif name != "spread_over_seeds":
+            assert both[name] == value, name
+    assert both["spread_over_seeds"] == pytest.approx(alone["spread_over_seeds"], rel=1e-4, abs=1e-9)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from processes import command_line, exit_code, spawn, torchrun
+from processes import ranks
 from torch import Tensor
 
 from rdpm_cli import engine, modelfile
@@ -479,21 +479,6 @@ def test_logits_are_those_without_bias(random_inception: Path) -> None:
 
 
 # ---- several processes ---------------------------------------------------------------------------------------------
-
-
-def ranks(args: list[str], out: Path) -> dict[str, Any]:
-    """What `rdpm eval ARGS` of two gloo processes prints."""
-    written = [spawn(printing, args, environment, out) for environment in torchrun(2)]
-    assert [exit_code(process) for process in written] == [0, 0]
-    values: dict[str, Any] = json.loads(out.read_text())
-    return values
-
-
-def printing(args: list[str], environment: dict[str, str], out: Path) -> None:
-    """Be `rdpm ARGS`, whose stdout goes into a file, of all processes into one."""
-    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    command_line(args, environment)
 
 
 def test_two_processes_score_as_one(judge_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,7 @@ def recon(
     download: Download = False,
     lpips_alex: Annotated[Path | None, typer.Option(help="AlexNet weight file, for LPIPS")] = None,
     lpips_vgg: Annotated[Path | None, typer.Option(help="VGG16 weight file, for LPIPS")] = None,
+    gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -151,6 +152,7 @@ def recon(
         lpips_alex=lpips_alex,
         lpips_vgg=lpips_vgg,
         device=device,
+        team=options.several(gpus),
     )
     report.show(result, json)
 

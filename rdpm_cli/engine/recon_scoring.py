@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rdpm_cli import progress
 from rdpm_cli.engine.runs import Result, versions
+from rdpm_cli.engine.scoring import answer, by_team
 from rdpm_cli.engine.tokenizing import find_tokenizer
+
+if TYPE_CHECKING:
+    from rdpm_cli.team import Team
 
 
 def eval_recon(
@@ -22,9 +26,15 @@ def eval_recon(
     lpips_alex: Path | None = None,
     lpips_vgg: Path | None = None,
     device: str = "auto",
+    team: Team | None = None,
 ) -> Result:
-    """Scores of reconstructions: means over noise seeds seed..seed+seeds-1, their spread; rFID of the first seed."""
+    """Scores of reconstructions: means over noise seeds seed..seed+seeds-1, their spread; rFID of the first seed.
+
+    team: as --gpus.
+    """
     path = find_tokenizer(tokenizer)
+    if team and team.processes > 1:
+        return Result("score", by_team(team, device))
     from rdpm_cli.images.sources import open_source, spread
 
     source = open_source(images)
@@ -34,7 +44,7 @@ def eval_recon(
 
     loaded, content = model.load(path)
     count, size = len(spread(len(source), limit)), loaded.cfg.autoencoder.resolution
-    with process_group(device) as chosen:
+    with process_group(device, several=True) as chosen:
         rulers = recon.find_rulers(
             count,
             size,
@@ -45,11 +55,12 @@ def eval_recon(
             lpips={"alex": lpips_alex, "vgg": lpips_vgg},
         )
         every = range(seed, seed + seeds)
-        with progress.Bar("reconstruct", count, "images") as bar:
-            values = recon.score(source, loaded.to(chosen), rulers, every, chosen, limit, bar.advance)
-    values |= {"target": {"name": source.spec, "sha256": source.digest()}, "tokenizer": content["digest"]}
-    values |= {"options": {"resolution": size, "limit": limit}, "versions": {**versions(), **_metric_versions()}}
-    return Result("score", {"metric": "reconstruction", **values})
+        values = recon.score(source, loaded.to(chosen), rulers, every, chosen, limit)
+    if values is not None:
+        values = {"metric": "reconstruction", **values}
+        values |= {"target": {"name": source.spec, "sha256": source.digest()}, "tokenizer": content["digest"]}
+        values |= {"options": {"resolution": size, "limit": limit}, "versions": {**versions(), **_metric_versions()}}
+    return answer("score", values)
 
 
 def _metric_versions() -> dict[str, str]:

@@ -79,7 +79,7 @@ def eval_images(
     if ref is not None and not scores.needs_reference(metric):
         raise UsageError(f"--ref has no use for `eval {metric}`", "leave it out")
     if team and team.processes > 1:
-        return Result("score", _by_team(team, device))
+        return Result("score", by_team(team, device))
     from rdpm_cli.training.distributed import process_group
 
     with process_group(device, several=True) as chosen:
@@ -90,7 +90,7 @@ def eval_images(
         values = scores.score(metric, extractor, images, reference, options)
     if values is not None:
         values |= {"options": images.origin.get("options"), "versions": {**versions(), **_more_versions(extractor)}}
-    return _answer("score", values)
+    return answer("score", values)
 
 
 def eval_reference(
@@ -111,7 +111,7 @@ def eval_reference(
         raise UsageError(f"{out} is no .npz", f"give {out.with_suffix('.npz')}")
     files.check_folder(out.parent)
     if team and team.processes > 1:
-        return Result("reference written", _by_team(team, device))
+        return Result("reference written", by_team(team, device))
     from rdpm_cli.evaluation import passes, reference, statfile
     from rdpm_cli.evaluation.features import identity
     from rdpm_cli.images.sources import spread
@@ -125,13 +125,13 @@ def eval_reference(
         wanted = passes.Wanted(spread(found.count, features), spatial=extractor.spatial)
         seen = passes.look(extractor, found, wanted, ruler.kept(extractor))
     if seen is None:
-        return _answer("reference written", None)
+        return answer("reference written", None)
     record = {"name": found.name, "resolution": found.resolution, "transform": TRANSFORM, "versions": versions()}
     statfile.save(out, seen, record, extractor)
     values = {"reference": str(out), "name": found.name, "count": seen.count, "resolution": found.resolution}
     values |= {"features": len(seen.features_ND), "sha256": seen.sha256, "extractor": identity(extractor)}
     values |= {"bytes": out.stat().st_size}
-    return _answer("reference written", values, f"rdpm eval fid samples/ --ref {out}")
+    return answer("reference written", values, f"rdpm eval fid samples/ --ref {out}")
 
 
 def _target(target: str | Drawn, resolution: int | None, device: torch.device) -> ImageSet:
@@ -160,7 +160,7 @@ def _more_versions(extractor: Extractor) -> dict[str, str]:
     return {} if extractor.class_names else {"torch-fidelity": version("torch-fidelity")}
 
 
-def _by_team(asked: Team, device: str) -> dict[str, Any]:
+def by_team(asked: Team, device: str) -> dict[str, Any]:
     """What the first of the team's processes answers."""
     from rdpm_cli.training import launch
 
@@ -168,7 +168,7 @@ def _by_team(asked: Team, device: str) -> dict[str, Any]:
     return launch.launch(asked) or {}
 
 
-def _answer(title: str, values: dict[str, Any] | None, following: str = "") -> Result:
+def answer(title: str, values: dict[str, Any] | None, following: str = "") -> Result:
     """The result; of a process that `--gpus` started, for its launcher."""
     if values is not None:
         team.answer(values)

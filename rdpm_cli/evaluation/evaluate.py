@@ -34,15 +34,22 @@ def reconstructions(
 
 
 def reconstructions_by_seed(
-    source: ImageSource, tokenizer: Tokenizer, seeds: Sequence[int], device: torch.device, limit: int | None = None
+    source: ImageSource,
+    tokenizer: Tokenizer,
+    seeds: Sequence[int],
+    device: torch.device,
+    limit: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[int], Pixels, list[Reconstruction]]]:
     """(indices, originals, reconstructions under the `eval` noise of each seed), in padded batches on one thread.
 
-    Images are read and encoded once: z does not depend on the seed. limit: so many images, evenly spaced.
+    Images are read and encoded once: z does not depend on the seed. limit: so many images, evenly spaced. share: (rank,
+    processes), of which each takes every so-manieth batch.
     """
     size = tokenizer.cfg.autoencoder.resolution
     chosen = spread(len(source), limit)
-    for start in range(0, len(chosen), RECON_BATCH):
+    rank, processes = share
+    for start in range(rank * RECON_BATCH, len(chosen), processes * RECON_BATCH):
         part = chosen[start : start + RECON_BATCH]
         padded = part + [part[-1]] * (RECON_BATCH - len(part))
         originals = np.stack([source.pixels(i, size) for i in padded])
@@ -80,6 +87,12 @@ class ReconstructionScores:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
         self.count += len(originals)
+
+    def merge(self, sums: Mapping[str, float], count: int) -> None:
+        """Add what another process has summed over so many images."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += count
 
     def means(self) -> dict[str, float]:
         """Mean of each over images."""
