@@ -16,6 +16,7 @@ import torch
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
+        "offline_children",
         "torch._dynamo",
         "torch.utils.tensorboard",
         "sklearn.datasets",
@@ -48,6 +49,29 @@ def killed_at(step: int, args: list[str], environment: dict[str, str]) -> None:
 
     setattr(MetricsLog, "write", write_and_die)  # noqa: B010
     command_line(args, environment)
+
+
+def signalled_after(steps: int, number: int, note: Path, args: list[str], environment: dict[str, str]) -> None:
+    """Be `rdpm ARGS`, which sends itself a signal after so many steps, and notes when, and its children then."""
+    from rdpm_cli.training import distributed
+
+    average, taken = distributed.average_logs, 0
+
+    def count_and_signal(logs: dict[str, Any]) -> dict[str, float]:
+        nonlocal taken
+        taken += 1
+        if taken == steps:
+            note.write_text(f"{time.time()} " + " ".join(map(str, children(os.getpid()))))
+            os.kill(os.getpid(), number)
+        return average(logs)
+
+    distributed.average_logs = count_and_signal
+    command_line(args, environment)
+
+
+def children(pid: int) -> list[int]:
+    """The process ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
@@ -101,6 +125,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def wait_until_gone(pids: list[int], seconds: float = 20) -> None:
+    """Until none of the processes runs."""
+    deadline = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def touch(path: str) -> None:
