@@ -21,6 +21,7 @@ _UNKNOWN = re.compile(r"GLOBAL (\S+)|Unsupported class (\S+)")  # how torch name
 SEAL = b"sha256:"
 DIGITS = 64
 ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22  # of the last record of a zip: its comment's length, then the comment
+RECORD = 512  # bytes of a tensor's name, headers and padding
 PART = 1 << 22  # bytes read at once
 
 
@@ -42,8 +43,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
 
 
 def size(content: Any) -> int:
-    """Bytes of the tensors in nested dicts and lists, about what a file of them takes."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
+    """Bytes that a file of the tensors in nested dicts and lists takes, a little more rather than less."""
+    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() + RECORD for tensor in tensors)
 
 
 class _Sealing:

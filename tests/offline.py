@@ -29,4 +29,3 @@ def block() -> None:
     os.environ.update(PROXIES)
     for name in ("connect", "connect_ex"):
         setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
-

@@ -110,6 +110,24 @@ def tokenizer_command(out: Path, *overrides: str) -> list[str]:
     return [*fixed, *small, "train.log_every=1", *overrides]
 
 
+def generator_command(codes: Path, out: Path, *overrides: str) -> list[str]:
+    """train-gen of a tiny recipe on a store."""
+    small = ["network.depth=1", "network.width=32", "network.heads=2", "train.ema=0.9", "train.eval_every=0"]
+    fixed = ["train-gen", str(codes), "--recipe", "digits", "--device", "cpu", "--quiet", "--out", str(out)]
+    return [*fixed, *small, "train.log_every=1", *overrides]
+
+
+def run_all(args: list[str], processes: int = 1, seconds: float = 300) -> list[int | None]:
+    """Be `rdpm ARGS` in so many processes, as torchrun starts them. -> exit codes."""
+    running = [spawn(command_line, args, environment) for environment in environments(processes)]
+    return [exit_code(process, seconds) for process in running]
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """What each of so many processes finds in its environment."""
+    return torchrun(processes) if processes > 1 else [{}]
+
+
 def wait_for(what: Callable[[], object], process: ForkServerProcess, seconds: float = 120) -> None:
     """Until it is true, while the process lives."""
     deadline = time.monotonic() + seconds
