@@ -49,6 +49,15 @@ def rows() -> Rows:
     return ROWS
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `-m long` the suite of faults runs whole: its rows count the few cases of every run and the many more."""
+    if config.option.markexpr == "long":
+        for item in items:
+            if "faults" in item.path.parts:
+                item.add_marker(pytest.mark.long)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What they counted, after everything else."""
     for line in ROWS.lines():

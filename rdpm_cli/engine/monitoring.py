@@ -48,9 +48,8 @@ def spikes() -> Observer:
         if len(lately) >= ENOUGH and (spread := statistics.stdev(lately)) > 0:
             above = (loss - statistics.fmean(lately)) / spread
             if above > SPIKE:
-                progress.warn(
-                    f"loss {loss:.4g} at step {run.step} is {above:.0f} standard deviations above the {len(lately)} before"
-                )
+                what = f"{above:.0f} standard deviations above the {len(lately)} before"
+                progress.warn(f"loss {loss:.4g} at step {run.step} is {what}")
         lately.append(loss)
 
     return observe

@@ -224,8 +224,8 @@ def test_a_leap_of_the_loss_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     draw, look = random.Random(0), monitoring.spikes()
     run = Run(tmp_path, 0, CPU, steps=100, warmup=0, stop=StopRequest())
     for step in range(1, 101):
-        run.step = step
-        look(run, {"loss": 9.0 if step in (10, 60) else draw.gauss(2.0, 0.1)} if step % 2 == 0 else None)
+        run.step, loss = step, {10: 2.5, 60: 9.0}.get(step, draw.gauss(2.0, 0.1))
+        look(run, {"loss": loss} if step % 2 == 0 else None)
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" at step ")[2].partition(" ")[0] for line in said] == ["60"]
     assert "standard deviations above the 29 before" in said[0]

@@ -25,10 +25,11 @@ TOO_SMALL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 class Small:
     """An extractor on a device that holds 10 images."""
 
-    name, sha256, class_names, note, accuracy, spatial = "small", "0" * 64, list[str](), "", None, False
+    name, sha256, note, spatial = "small", "0" * 64, "", False
+    accuracy: float | None = None
 
     def __init__(self, room: int) -> None:
-        self.room, self.asked = room, list[int]()
+        self.room, self.asked, self.class_names = room, list[int](), list[str]()
 
     def __call__(self, pixels_BCHW: Tensor) -> Activations:
         self.asked.append(len(pixels_BCHW))
