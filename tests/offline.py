@@ -1,4 +1,4 @@
-"""No network but this machine's own: preloaded by the server of child processes, and a fixture of every test."""
+"""No network but this machine's own: in every test, and in the child processes of tests."""
 
 import os
 import socket

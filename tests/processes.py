@@ -11,12 +11,12 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import offline
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "offline_children",
         "torch._dynamo",
         "torch.utils.tensorboard",
         "sklearn.datasets",
@@ -74,8 +74,14 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def without_network(target: Callable[..., None], *args: Any) -> None:
+    """Do that in this process, which has no network either."""
+    offline.block()
+    target(*args)
+
+
 def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
-    process = FORKS.Process(target=target, args=args)
+    process = FORKS.Process(target=without_network, args=(target, *args))
     process.start()
     return process
 

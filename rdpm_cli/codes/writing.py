@@ -71,12 +71,12 @@ def begin(root: Path, plan: Plan, record: dict[str, Any], tokenizer: bytes, name
     plan, RunError when the disk is too small.
     """
     check(root, plan)
+    for left in root.glob(".*.tmp"):  # of a process that was killed; we hold the lock
+        left.unlink()
     files.write_json(root / "run.json", {**record, "plan": plan.model_dump(mode="json")})
     if is_finished(root):
         _remove_notes(root, plan)
         return
-    for left in root.glob(".*.tmp"):  # of a process that was killed; we hold the lock
-        left.unlink()
     todo, lines = missing_shards(root, plan), name_lines(names)
     files.need_space(root, bytes_missing(plan, todo) + len(tokenizer) + len(lines))
     if (root / MANIFEST).exists():

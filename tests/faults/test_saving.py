@@ -90,6 +90,16 @@ def killed_command(event: int, args: list[str]) -> None:
         command_line(args, {})
 
 
+def counted_command(note: Path, args: list[str]) -> None:
+    """Be `rdpm ARGS`, and note how many events of the disk that was."""
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch)
+        try:
+            command_line(args, {})
+        finally:
+            note.write_text(str(faults.seen))
+
+
 def digest_of(run: Path) -> str:
     content = modelfile.load(run / "tokenizer.pt")
     return str(content["digest"])
@@ -103,7 +113,8 @@ def test_a_killed_command_ends_as_the_uninterrupted_one(
     seed: int, uninterrupted: Path, tmp_path: Path, rows: Rows
 ) -> None:
     """The same for everything that a training writes; events are drawn among all of them."""
-    event = int(np.random.default_rng(seed).integers(1, 120))
+    most = int((uninterrupted.parent / "events").read_text())
+    event = int(np.random.default_rng(seed).integers(1, most + 1))
     args = tokenizer_command(tmp_path, *SHORT)
     with rows.count("kills of a training command, its model after"):
         assert exit_code(spawn(killed_command, event, args)) == -signal.SIGKILL
@@ -119,7 +130,7 @@ SHORT = ["train.batch=16", "train.steps=4", "train.save_every=1", "train.keep=2"
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of four steps."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert exit_code(spawn(command_line, tokenizer_command(run, *SHORT), {})) == 0
+    assert exit_code(spawn(counted_command, run.parent / "events", tokenizer_command(run, *SHORT))) == 0
     return run
 
 
