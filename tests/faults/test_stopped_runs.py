@@ -47,7 +47,7 @@ def stopped(args: list[str], processes: int, after: int, number: int, note: Path
         else spawn(command_line, args, environment)
         for rank, environment in enumerate(environments(processes))
     ]
-    assert [exit_code(process) for process in running] == [EXIT_STOPPED] * processes
+    assert [exit_code(process, 300) for process in running] == [EXIT_STOPPED] * processes
     when, *left = note.read_text().split()
     seconds = time.time() - float(when)
     wait_until_gone([int(pid) for pid in left], 5)
