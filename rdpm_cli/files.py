@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 from rdpm_cli.errors import DataError, RunError, UsageError
 
 SPARE_FILES = 512  # open files of a process for anything else
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FREE = "free some space and run the same command again"
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -26,6 +28,10 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:  # as the system leaves it when a write fails
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -149,6 +155,39 @@ def free_bytes(folder: Path) -> int:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     status = os.statvfs(there)
     return status.f_bavail * status.f_frsize
+
+
+def need_space(root: Path, need: int) -> None:
+    """Raise RunError when the disk under `root` cannot hold so many bytes more."""
+    have = free_bytes(root)
+    if need > have:
+        raise _no_space(root, need, have)
+
+
+def _no_space(root: Path, need: int, have: int) -> RunError:
+    return RunError(f"disk full: {root} needs {_size(need)} more, {_size(have)} are free", FREE)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+@contextlib.contextmanager
+def space_is_told(root: Path, missing: Callable[[], int]) -> Iterator[None]:
+    """Turn the system's 'no space left' into a RunError: what is needed and there, or else the system's own text.
+
+    missing: bytes that are still to be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        need, have = missing(), free_bytes(root)
+        if need > have:
+            raise _no_space(root, need, have) from error
+        hint = f"a quota, or the number of files, may be used up; {FREE}"
+        raise RunError(f"{root} cannot be written: {error.strerror}, though {_size(have)} are free", hint) from error
 
 
 def memory_bytes() -> int:

@@ -6,7 +6,7 @@ provenance: the same for the file, a store's copy of it and the one inside a gen
 
 import hashlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,12 @@ def pack(kind: str, config: dict[str, Any], model: nn.Module, **more: Any) -> di
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically, through an open file: a path would put its name into the zip and change the bytes."""
+    """Write atomically, through an open file: a path would put its name into the zip and change the bytes.
 
-    def write(file: BinaryIO) -> None:
-        torch.save(content, file)
-
-    files.write_atomic(path, write)
+    Raises RunError where the disk is full.
+    """
+    with files.space_is_told(path.parent, lambda: tensorfile.size(content)):
+        files.write_atomic(path, lambda file: tensorfile.write(file, content))
 
 
 def load(path: Path, kind: str = "") -> dict[str, Any]:

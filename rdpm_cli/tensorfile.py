@@ -1,18 +1,28 @@
-"""Reading a file of tensors: the one place that calls torch.load. A plain helper.
+"""Files of tensors: the one place that calls torch.load, and the seal by which a file of ours is known to be whole.
+
+The seal is the zip's comment, `sha256:` and the hex digest of all bytes of the file before it. A plain helper.
 
 `python -m rdpm_cli.tensorfile FILE COPY` copies the tensors of a file that holds more. Nothing in FILE is run.
 """
 
+import hashlib
 import pickle
 import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 _UNKNOWN = re.compile(r"GLOBAL (\S+)|Unsupported class (\S+)")  # how torch names what it did not run
+
+SEAL = b"sha256:"
+DIGITS = 64
+ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22  # of the last record of a zip: its comment's length, then the comment
+RECORD = 512  # bytes of a tensor's name, headers and padding
+PART = 1 << 22  # bytes read at once
 
 
 class Unreadable(Exception):
@@ -30,6 +40,83 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
         raise
     except Exception as error:
         raise Unreadable(str(error).strip() or type(error).__name__) from error
+
+
+def size(content: Any) -> int:
+    """Bytes that a file of the tensors in nested dicts and lists takes, a little more rather than less."""
+    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() + RECORD for tensor in tensors)
+
+
+class _Sealing:
+    """A file for torch.save, which writes from front to back: sums up what passes, and holds the last two bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sum, self.held = file, hashlib.sha256(), b""
+        self.failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        whole = memoryview(data).cast("B")
+        if len(whole) < 2:
+            self.held += bytes(whole)
+            self._pass(self.held[:-2])
+            self.held = self.held[-2:]
+        else:
+            self._pass(self.held)
+            self._pass(whole[:-2])
+            self.held = bytes(whole[-2:])
+        return len(whole)
+
+    def flush(self) -> None:
+        """What torch.save calls at its end."""
+
+    def _pass(self, data: bytes | memoryview) -> None:
+        self.sum.update(data)
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def close(self) -> None:
+        """Replace the length of the comment, none so far, and add the comment."""
+        assert self.held == bytes(2), "torch.save ends with a zip's last record, without a comment"
+        self._pass((len(SEAL) + DIGITS).to_bytes(2, "little") + SEAL)
+        self.file.write(self.sum.hexdigest().encode())
+
+
+def write(file: BinaryIO, content: Any) -> None:
+    """What torch.save writes, with the seal. Raises the file's own OSError, of which torch makes `unexpected pos`."""
+    sealing = _Sealing(file)
+    try:
+        torch.save(content, sealing)  # type: ignore[arg-type]  # write and flush are all it calls
+    except RuntimeError:
+        if sealing.failed:
+            raise sealing.failed from None
+        raise
+    sealing.close()
+
+
+def check_whole(path: Path) -> None:
+    """Compare a file with its seal; one without, of an older rdpm, by the CRC of its members. Raises Unreadable."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, length - ZIP_END_BYTES - len(SEAL) - DIGITS))
+        end = file.read()
+        last = end[-ZIP_END_BYTES:]
+        if last[:4] == ZIP_END and last[-2:] == bytes(2):
+            check_members(path)
+            return
+        comment = (len(SEAL) + DIGITS).to_bytes(2, "little") + SEAL
+        if end[:4] != ZIP_END or end[ZIP_END_BYTES - 2 : -DIGITS] != comment:
+            raise Unreadable(f"its end is missing or damaged, after {length:,} bytes")
+        file.seek(0)
+        total, left = hashlib.sha256(), length - DIGITS
+        while data := file.read(min(PART, left)):
+            total.update(data)
+            left -= len(data)
+    if total.hexdigest().encode() != end[-DIGITS:]:
+        raise Unreadable("it differs from its checksum")
 
 
 def unknown(error: Unreadable) -> str | None:

@@ -2,13 +2,16 @@
 weight files of the published layouts, drawn at random.
 """
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import offline
 import pytest
 import torch
 from PIL import Image
+from rows import ROWS, Rows
 
 from rdpm_cli import engine, modelfile, progress, threads
 from rdpm_cli.config import AutoencoderConfig, QuantizerConfig, ScheduleConfig, TokenizerArchitecture
@@ -27,6 +30,38 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RDPM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Connections outside loopback are refused: no command needs one without --download."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, offline.guarded(getattr(socket.socket, name)))
+        for name, value in offline.PROXIES.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def rows() -> Rows:
+    """Where the tests of faults count."""
+    return ROWS
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `-m long` the suite of faults runs whole: its rows count the few cases of every run and the many more."""
+    if config.option.markexpr == "long":
+        for item in items:
+            if "faults" in item.path.parts:
+                item.add_marker(pytest.mark.long)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What they counted, after everything else."""
+    for line in ROWS.lines():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

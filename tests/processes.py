@@ -12,6 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import offline
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -51,8 +52,37 @@ def killed_at(step: int, args: list[str], environment: dict[str, str]) -> None:
     command_line(args, environment)
 
 
+def signalled_after(steps: int, number: int, note: Path, args: list[str], environment: dict[str, str]) -> None:
+    """Be `rdpm ARGS`, which sends itself a signal after so many steps, and notes when, and its children then."""
+    from rdpm_cli.training import distributed
+
+    average, taken = distributed.average_logs, 0
+
+    def count_and_signal(logs: dict[str, Any]) -> dict[str, float]:
+        nonlocal taken
+        taken += 1
+        if taken == steps:
+            note.write_text(f"{time.time()} " + " ".join(map(str, children(os.getpid()))))
+            os.kill(os.getpid(), number)
+        return average(logs)
+
+    distributed.average_logs = count_and_signal
+    command_line(args, environment)
+
+
+def children(pid: int) -> list[int]:
+    """The process ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def without_network(target: Callable[..., None], *args: Any) -> None:
+    """Do that in this process, which has no network either."""
+    offline.block()
+    target(*args)
+
+
 def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
-    process = FORKS.Process(target=target, args=args)
+    process = FORKS.Process(target=without_network, args=(target, *args))
     process.start()
     return process
 
@@ -87,6 +117,24 @@ def tokenizer_command(out: Path, *overrides: str) -> list[str]:
     return [*fixed, *small, "train.log_every=1", *overrides]
 
 
+def generator_command(codes: Path, out: Path, *overrides: str) -> list[str]:
+    """train-gen of a tiny recipe on a store."""
+    small = ["network.depth=1", "network.width=32", "network.heads=2", "train.ema=0.9", "train.eval_every=0"]
+    fixed = ["train-gen", str(codes), "--recipe", "digits", "--device", "cpu", "--quiet", "--out", str(out)]
+    return [*fixed, *small, "train.log_every=1", *overrides]
+
+
+def run_all(args: list[str], processes: int = 1, seconds: float = 300) -> list[int | None]:
+    """Be `rdpm ARGS` in so many processes, as torchrun starts them. -> exit codes."""
+    running = [spawn(command_line, args, environment) for environment in environments(processes)]
+    return [exit_code(process, seconds) for process in running]
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """What each of so many processes finds in its environment."""
+    return torchrun(processes) if processes > 1 else [{}]
+
+
 def wait_for(what: Callable[[], object], process: ForkServerProcess, seconds: float = 120) -> None:
     """Until it is true, while the process lives."""
     deadline = time.monotonic() + seconds
@@ -102,6 +150,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def wait_until_gone(pids: list[int], seconds: float = 20) -> None:
+    """Until none of the processes runs."""
+    deadline = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def touch(path: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import Making, MemoryImages, content, encoded
 from PIL import Image
-from processes import command_line, exit_code, spawn, torchrun, wait_for
+from processes import command_line, exit_code, spawn, wait_for
 from torch import Tensor
 
 from rdpm_cli import crew
@@ -238,18 +238,6 @@ def test_no_more_processes_than_micro_batches(making: MakeStore, monkeypatch: py
     monkeypatch.setattr(crew, "in_order", in_order)
     making(count=10, workers=64).finish()
     assert asked == [3]
-
-
-def test_two_ranks_share_the_shards(image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path) -> None:
-    def command(out: str) -> list[str]:
-        fixed = ["--tokenizer", str(tiny_tokenizer_file), "--shard-size", "5", "--views", "2", "--device", "cpu"]
-        return ["tokenize", str(image_folder), str(tmp_path / out), *fixed, "--quiet", "--workers", "1"]
-
-    assert run_cli(command("alone")) == 0
-    ranks = [spawn(command_line, command("ranks"), environment) for environment in torchrun(2)]
-    assert [exit_code(rank) for rank in ranks] == [0, 0]
-    assert content(tmp_path / "ranks") == content(tmp_path / "alone")
-    assert json.loads((tmp_path / "ranks" / "run.json").read_text())["processes"] == 2
 
 
 # ---- what a GPU may do, and a CPU may not -------------------------------------------------------------------------

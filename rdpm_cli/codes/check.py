@@ -15,6 +15,7 @@ from rdpm_cli.codes.manifest import (
     TOKENIZER,
     Manifest,
     Shard,
+    npy_bytes,
     read_bad,
     read_lines,
     shard_arrays,
@@ -59,7 +60,8 @@ def _shard(root: Path, manifest: Manifest, number: int, shard: Shard) -> Iterato
     if list(shard.sha256) != list(names.values()):
         yield f"{MANIFEST} lists {', '.join(shard.sha256)} for shard {number}"
         return
-    wrong = list(wrong_files(root, shard.sha256))
+    arrays = shard_arrays(manifest, shard.images)
+    wrong = list(wrong_files(root, shard.sha256, {names[kind]: npy_bytes(*array) for kind, array in arrays.items()}))
     yield from wrong or _content(root, manifest, number, shard)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rdpm_cli import crew, noise
 from rdpm_cli.codes.manifest import BadImage, DataOrigin, Plan
-from rdpm_cli.errors import ImageError, UsageError
+from rdpm_cli.errors import ImageError, RunError, UsageError
 from rdpm_cli.images.sources import ImageSource
 from rdpm_cli.images.tensors import chw, to_model
 from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM
@@ -184,4 +184,10 @@ def encode_parts(
         yield from crew.in_order(functools.partial(encode_part, source, tokenizer, plan), todo, workers)
         return
     for prepared in crew.in_order(functools.partial(prepare, source, plan), todo, workers):
-        yield encode(prepared, tokenizer, plan)
+        try:
+            yield encode(prepared, tokenizer, plan)
+        except torch.OutOfMemoryError as error:  # the micro-batch is a field of the store: codes depend on it
+            raise RunError(
+                f"out of memory with micro-batches of {plan.micro_batch} images",
+                f"give --micro-batch {max(1, plan.micro_batch // 2)} and another OUT, or remove this one",
+            ) from error

@@ -40,7 +40,7 @@ def write_store(
     """
     rank, size = world()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(writing.space_is_told(root, plan))
+        stack.enter_context(files.space_is_told(root, lambda: writing.bytes_unwritten(root, plan)))
         if rank == 0:
             stack.enter_context(files.only_writer(root))
             writing.begin(root, plan, record, tokenizer_file, source.names)

@@ -6,6 +6,7 @@ latents-s.npy fp16 (n·F, C, h, w) where kept, F = 2 with flips else 1. Beside t
 bad.jsonl where images were left out, and manifest.json, which is written last.
 """
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -198,16 +199,31 @@ def sums_file(shard: int) -> str:
     return f"sums-{shard:05d}.json"
 
 
-def wrong_files(root: Path, sums: dict[str, str]) -> Iterator[str]:
-    """A line for every file that is not there, cannot be read, or has another sha256."""
+def wrong_files(root: Path, sums: dict[str, str], sizes: dict[str, int] | None = None) -> Iterator[str]:
+    """A line for every file that is not there, cannot be read, or has another sha256. sizes: bytes, where known."""
     for name, sha256 in sums.items():
         try:
             if files.sha256_file(root / name) != sha256:
-                yield f"{name} differs from its checksum"
+                size = of_another_size(root / name, sizes[name]) if sizes and name in sizes else ""
+                yield f"{name} {size or 'differs from its checksum'}"
         except (FileNotFoundError, IsADirectoryError):
             yield f"{name} is missing"
         except OSError as error:
             yield f"{name} cannot be read: {error.strerror}"
+
+
+def npy_bytes(dtype: type[np.generic], shape: tuple[int, ...]) -> int:
+    """Size of the file of such an array."""
+    header = io.BytesIO()
+    about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def of_another_size(path: Path, wanted: int) -> str:
+    """What a file holds and should, where these are not the same; else nothing."""
+    size = path.stat().st_size
+    return "" if size == wanted else f"holds {size:,} bytes of {wanted:,}"
 
 
 def bad_lines(bad: list[BadImage]) -> bytes:

@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdpm_cli import files
-from rdpm_cli.codes.manifest import AGAIN, THESE_AGAIN, Manifest, shard_arrays, shard_files, wrong_files
+from rdpm_cli.codes.manifest import (
+    AGAIN,
+    THESE_AGAIN,
+    Manifest,
+    npy_bytes,
+    of_another_size,
+    shard_arrays,
+    shard_files,
+    wrong_files,
+)
 from rdpm_cli.errors import DamagedError, DataError
 
 HELD_OUT_PERCENT = 2
@@ -50,7 +59,8 @@ class CodeStore:
         try:
             array: NDArray[Any] = np.load(path, mmap_mode="r" if images else None, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read: {error}", AGAIN) from error
+            size = of_another_size(path, npy_bytes(dtype, shape)) if path.is_file() else ""
+            raise DataError(f"{path} {size or f'cannot be read: {error}'}", AGAIN) from error
         if array.dtype != dtype or array.shape != shape:
             raise DataError(f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}", AGAIN)
         base: Any = array.base

@@ -1,12 +1,10 @@
 """Writing a code store: begun or resumed under one plan, a shard at a time, the manifest last."""
 
-import contextlib
-import errno
 import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,7 @@ from rdpm_cli.codes.manifest import (
 )
 from rdpm_cli.errors import DataError, RunError, UsageError, some_of
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 MANIFEST_BYTES = 1000  # about so many a shard
-FREE = "free some space and run the same command again"
 
 
 def check(root: Path, plan: Plan) -> None:
@@ -75,14 +71,14 @@ def begin(root: Path, plan: Plan, record: dict[str, Any], tokenizer: bytes, name
     plan, RunError when the disk is too small.
     """
     check(root, plan)
+    for left in root.glob(".*.tmp"):  # of a process that was killed; we hold the lock
+        left.unlink()
     files.write_json(root / "run.json", {**record, "plan": plan.model_dump(mode="json")})
     if is_finished(root):
         _remove_notes(root, plan)
         return
-    for left in root.glob(".*.tmp"):  # of a process that was killed; we hold the lock
-        left.unlink()
     todo, lines = missing_shards(root, plan), name_lines(names)
-    need_space(root, plan, todo, len(tokenizer) + len(lines))
+    files.need_space(root, bytes_missing(plan, todo) + len(tokenizer) + len(lines))
     if (root / MANIFEST).exists():
         _reopen(root, plan)
     drop(root, todo)
@@ -240,31 +236,6 @@ def bytes_missing(plan: Plan, todo: Sequence[int]) -> int:
     return plan.image_bytes() * sum(len(plan.shard_range(shard)) for shard in todo) + MANIFEST_BYTES * plan.shard_count
 
 
-def need_space(root: Path, plan: Plan, todo: Sequence[int], beside: int) -> None:
-    """Raise RunError when the disk cannot hold these shards, and `beside` bytes of other files."""
-    need, have = bytes_missing(plan, todo) + beside, files.free_bytes(root)
-    if need > have:
-        raise _no_space(root, need, have)
-
-
-def _no_space(root: Path, need: int, have: int) -> RunError:
-    return RunError(f"disk full: {root} needs {_size(need)} more, {_size(have)} are free", FREE)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-@contextlib.contextmanager
-def space_is_told(root: Path, plan: Plan) -> Iterator[None]:
-    """Turn the system's 'no space left' into a RunError: what is needed and there, or else the system's own text."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        need, have = bytes_missing(plan, unwritten_shards(root, plan)), files.free_bytes(root)
-        if need > have:
-            raise _no_space(root, need, have) from error
-        hint = f"a quota, or the number of files, may be used up; {FREE}"
-        raise RunError(f"{root} cannot be written: {error.strerror}, though {_size(have)} are free", hint) from error
+def bytes_unwritten(root: Path, plan: Plan) -> int:
+    """What a run still has to write."""
+    return bytes_missing(plan, unwritten_shards(root, plan))

@@ -1,10 +1,16 @@
-"""What a run makes of its machine: operations a second, share of the GPU's peak, memory. Beside every logged line."""
+"""What a run makes of its machine: operations a second, share of the GPU's peak, memory. Beside every logged line.
+
+And a warning of a loss that leaps.
+"""
 
 import resource
+import statistics
 import sys
+from collections import deque
 
 import torch
 
+from rdpm_cli import progress
 from rdpm_cli.engine import gpus
 from rdpm_cli.engine.gpus import GIB
 from rdpm_cli.step import world
@@ -24,6 +30,27 @@ def machine(flops: int) -> Observer:
         if gpu := known_gpu(run.device):
             logs["utilisation"] = rate / (world()[1] * gpu.bf16_flops)
         logs["memory_gib"] = peak_memory(run.device) / GIB
+
+    return observe
+
+
+SPIKE, LATELY, ENOUGH = 6.0, 100, 20  # standard deviations; logged losses looked back at, at most and at least
+
+
+def spikes() -> Observer:
+    """Warn of a logged loss more than SPIKE standard deviations above the last ones. Nothing else follows from it."""
+    lately: deque[float] = deque(maxlen=LATELY)
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if logs is None or world()[0]:
+            return
+        loss = logs["loss"]
+        if len(lately) >= ENOUGH and (spread := statistics.stdev(lately)) > 0:
+            above = (loss - statistics.fmean(lately)) / spread
+            if above > SPIKE:
+                what = f"{above:.0f} standard deviations above the {len(lately)} before"
+                progress.warn(f"loss {loss:.4g} at step {run.step} is {what}")
+        lately.append(loss)
 
     return observe
 

@@ -89,7 +89,7 @@ class Training:
             progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar,
         ):
             machine = [monitoring.machine(flops)] if flops else []
-            fit(players, batches, cfg, run, [*machine, watch.progress(bar), *observers])
+            fit(players, batches, cfg, run, [*machine, monitoring.spikes(), watch.progress(bar), *observers])
         return run.ema.model if run.ema else players[0].model
 
 

@@ -174,7 +174,7 @@ def _forecast(
     todo = [] if finished else writing.missing_shards(out, plan)
     beside = len(tokenizer_file) + len(writing.name_lines(source.names))
     if not finished:
-        writing.need_space(out, plan, todo, beside)
+        files.need_space(out, writing.bytes_missing(plan, todo) + beside)
     images = sum(len(plan.shard_range(shard)) for shard in todo)
     batch_seconds, bad = _time_batch(source, tokenizer, plan, todo[0] if todo else 0)
     if bad and todo and work.on_bad == "stop":

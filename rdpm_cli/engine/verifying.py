@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rdpm_cli.codes.manifest import Manifest
 
 CLOSE = 0.05  # dB: another machine's last bits move a PSNR by less
-HINT = "name a code store of `rdpm tokenize`, or a tokenizer.pt, generator.pt or judge.pt"
+HINT = "name a code store of `rdpm tokenize`, or a tokenizer.pt, generator.pt, judge.pt or checkpoints/step-*.pt"
 
 
 def verify(target: Path, decode: int = 0, device: str = "auto") -> Result:
@@ -81,13 +81,17 @@ def _decoded(root: Path, m: Manifest, count: int, device: str) -> dict[str, Any]
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    """A model file: the CRC of every member of the zip, then what loading it checks, the digests above all."""
+    """The seal of a file, then what loading it checks, the digests above all; of a state of training its seal alone."""
     from rdpm_cli import modelfile, tensorfile
+    from rdpm_cli.training import checkpoint
 
     try:
-        tensorfile.check_members(path)
+        tensorfile.check_whole(path)
     except tensorfile.Unreadable as error:
         raise CheckpointError(f"{path} is damaged, or no checkpoint: {error}", "copy or make it again") from error
+    about = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    if step := checkpoint.NAME.fullmatch(path.name):
+        return {"file": str(path), "kind": "state of training", "step": int(step.group(1)), **about}
     content = modelfile.load(path)
     kind = modelfile.FORMATS[content["format"]]
     if kind == "generator":
@@ -106,6 +110,5 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "file": str(path),
         "kind": kind,
         "digest": content["digest"],
-        "bytes": path.stat().st_size,
-        "sha256": files.sha256_file(path),
+        **about,
     }

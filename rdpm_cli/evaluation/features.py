@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rdpm_cli import progress
 from rdpm_cli import weights as weight_files
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation import judge as judge_file
@@ -167,9 +168,9 @@ def hash_pixels(digest: "hashlib._Hash", pixels: Pixels) -> None:
 def extract(extractor: Extractor, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
     """features, logits and, where it gives them, spatial features of images (B, H, W, 3), in parts of BATCH.
 
-    Raises DataError for values that are not finite.
+    Parts of half the size where a GPU's memory is too small. Raises DataError for values that are not finite.
     """
-    parts = [extractor(chw(pixels[start : start + BATCH])) for start in range(0, len(pixels), BATCH)]
+    parts = _in_parts(extractor, pixels, BATCH)
     columns = dict(zip(("features", "logits", "spatial"), zip(*parts, strict=True), strict=True))
     found = {
         name: torch.cat([values for values in column if values is not None]).float().cpu().numpy()
@@ -181,6 +182,17 @@ def extract(extractor: Extractor, pixels: Pixels) -> dict[str, NDArray[np.float3
             f"{extractor.name} gives values that are not finite", "its weights are damaged: copy them again"
         )
     return found
+
+
+def _in_parts(extractor: Extractor, pixels: Pixels, size: int) -> list[Activations]:
+    try:
+        return [extractor(chw(pixels[start : start + size])) for start in range(0, len(pixels), size)]
+    except torch.OutOfMemoryError:
+        if size == 1:
+            raise
+    torch.cuda.empty_cache()
+    progress.warn(f"out of memory: {extractor.name} goes on with {size // 2} images at once")
+    return _in_parts(extractor, pixels, size // 2)
 
 
 def collect(extractor: Extractor, batches: Iterable[Pixels]) -> Features:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rdpm_cli import files, tensorfile
-from rdpm_cli.errors import CheckpointError
+from rdpm_cli.errors import CheckpointError, RunError
 
 NAME = re.compile(r"step-(\d{9})\.pt")
 
@@ -22,21 +22,40 @@ def found(folder: Path) -> list[tuple[int, Path]]:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state of a step, then drop all but the newest `keep`."""
-    path = folder / f"step-{step:09d}.pt"
-    files.write_atomic(path, lambda file: torch.save(state, file))
-    for _, old in found(folder)[:-keep]:
-        old.unlink()
+    """Write the state of a step, then drop all but the newest `keep`; none before the new one is read back as written.
+
+    Raises RunError where the disk is full, or gives other bytes back: the checkpoints before it stay.
+    """
+    path, need = folder / f"step-{step:09d}.pt", tensorfile.size(state)
+    files.need_space(folder, need)
+    with files.space_is_told(folder, lambda: need):
+        files.write_atomic(path, lambda file: tensorfile.write(file, state))
+    if old := found(folder)[:-keep]:
+        _read_back(path)
+        for _, previous in old:
+            previous.unlink()
     return path
 
 
+def _read_back(path: Path) -> None:
+    try:
+        tensorfile.check_whole(path)
+    except tensorfile.Unreadable as error:
+        path.unlink()
+        raise RunError(
+            f"{path} was written and is not what was written: {error}",
+            "it was removed, those before it are kept: look at the disk, then run the same command again",
+        ) from error
+
+
 def load_newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest state, or None. Raises CheckpointError when it cannot be read."""
+    """The newest state, or None. Raises CheckpointError when it cannot be read, or is not what was written."""
     there = found(folder)
     if not there:
         return None
     path = there[-1][1]
     try:
+        tensorfile.check_whole(path)
         state: dict[str, Any] = tensorfile.read(path, device)
     except tensorfile.Unreadable as error:
         hint = "delete this file to go on from the one before it"

@@ -1,5 +1,6 @@
 """The one training loop. A task brings players (one, or two with a discriminator); the loop brings everything else."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -123,7 +124,9 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
 def fit(
     players: Sequence[Player], batches: Batches, cfg: TrainConfig, run: Run, observers: Sequence[Observer] = ()
 ) -> None:
-    """Train to run.steps, resuming from run.folder. Raises RunError on a non-finite loss, Stopped after a signal.
+    """Train to run.steps, resuming from run.folder.
+
+    Raises RunError on a non-finite loss, out of memory and a full disk, Stopped after a signal.
 
     The step s is a function of (seed, s) alone, so a resumed run repeats what an uninterrupted one does.
     """
@@ -135,7 +138,8 @@ def fit(
     log = MetricsLog(run.folder, run.step, run.mirrors) if world()[0] == 0 else None
     started, first = time.monotonic(), run.step
     for data in _data(batches, cfg, run, parts):
-        logs = _step(seats, data, batches, cfg, run, parts)
+        with _memory_is_told(run, parts):
+            logs = _step(seats, data, batches, cfg, run, parts)
         run.step += 1
         values = None
         if logs and (run.step % cfg.log_every == 0 or run.done):
@@ -215,6 +219,20 @@ def _step(
     if run.ema:
         run.ema.update(seats[0].player.model)
     return logs
+
+
+@contextlib.contextmanager
+def _memory_is_told(run: Run, parts: list[range]) -> Iterator[None]:
+    """A RunError where the device's memory is too small. The batch is never changed: that would be another training."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows = len(parts[0])
+        what = f"out of memory at step {run.step} with micro-batches of {rows} images: {str(error).splitlines()[0]}"
+        if rows <= noise.BLOCK:
+            raise RunError(what, "train a smaller network, or share the batch by --gpus") from error
+        less = max(1, rows // 2 // noise.BLOCK) * noise.BLOCK
+        raise RunError(what, f"give train.micro_batch={less} and another --out: the same batch in parts") from error
 
 
 def _finite(value: Tensor) -> bool:

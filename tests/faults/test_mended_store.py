@@ -194,3 +194,9 @@ def test_the_folder_of_another_command_is_no_store(copy: Making) -> None:
     (copy.root / "run.json").write_text('{"recipe": {"seed": 0}}')
     with pytest.raises(UsageError, match="is not a code store"):
         next(copy.run())
+
+
+def test_a_finished_store_is_cleared_of_what_a_kill_left(copy: Making) -> None:
+    (copy.root / ".run.json.99.tmp").write_text("half")
+    assert list(copy.run()) == [36]
+    assert not list(copy.root.glob(".*.tmp"))

@@ -1,8 +1,6 @@
 """What kills, full disks and signals leave of a store in the making: nothing half-written, and the same bytes after.
 
-A fault strikes at one event of a run, counted: before a micro-batch, in the middle of a write, before and after a file
-is synced and renamed. It is deterministic, and in this process: what SIGKILL would not do, such as removing temporary
-files, is not done.
+A kill strikes at one event of a run, counted: before a micro-batch, or one of the disk (injection.py).
 """
 
 import errno
@@ -14,81 +12,21 @@ from collections import Counter
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import Making, MemoryImages, content, encoded
-from processes import FORKS, alive, exit_code, spawn, wait_for
+from injection import Disk, Faults, Killed
+from processes import children, exit_code, spawn, wait_for, wait_until_gone
+from rows import Rows
 
-from rdpm_cli import engine, files, signals
+from rdpm_cli import engine, signals
 from rdpm_cli.codes import encode, writing
 from rdpm_cli.errors import EXIT_STOPPED, RunError
 from rdpm_cli.images import sources
 
 IMAGES, SHARD, BATCH = 2000, 256, 64
-
-
-class Killed(BaseException):
-    """What stands for SIGKILL."""
-
-
-class Faults:
-    """Counts events, and strikes at one of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.patch = monkeypatch
-        self.seen, self.strike_at, self.dead = 0, -1, False
-        self._wrap(encode, "encode_part", after=False)
-        self._wrap(os, "fsync")
-        self._wrap(os, "replace")
-        self._wrap(Path, "unlink")
-        original = files.write_atomic
-
-        def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-            original(path, lambda file: write(Interrupted(file, self)))  # type: ignore[arg-type]
-
-        monkeypatch.setattr(files, "write_atomic", write_atomic)
-
-    def _wrap(self, home: Any, name: str, after: bool = True) -> None:
-        original = getattr(home, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self.dead:
-                return None  # nobody cleans up behind SIGKILL
-            self.event()
-            found = original(*args, **kwargs)
-            if after:
-                self.event()
-            return found
-
-        self.patch.setattr(home, name, call)
-
-    def event(self) -> None:
-        self.seen += 1
-        if self.seen == self.strike_at:
-            self.dead = True
-            raise Killed
-
-    def strike(self, event: int) -> None:
-        self.seen, self.strike_at, self.dead = 0, event, False
-
-    def end(self) -> None:
-        self.seen, self.strike_at, self.dead = 0, -1, False
-
-
-class Interrupted:
-    """A file whose writes are events in their middle."""
-
-    def __init__(self, file: BinaryIO, faults: Faults) -> None:
-        self.file, self.faults = file, faults
-
-    def write(self, data: Any) -> int:
-        whole = bytes(data)
-        self.file.write(whole[: len(whole) // 2])
-        self.faults.event()
-        return self.file.write(whole[len(whole) // 2 :])
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +46,24 @@ def big(root: Path, tokenizer_file: Path, **more: Any) -> Making:
 def events(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> int:
     """How many events a whole run has."""
     with pytest.MonkeyPatch.context() as patch:
-        faults = Faults(patch)
+        faults = store_faults(patch)
         big(tmp_path_factory.mktemp("events") / "codes", tiny_tokenizer_file).finish()
         return faults.seen
+
+
+def store_faults(patch: pytest.MonkeyPatch) -> Faults:
+    """A micro-batch that begins is an event too."""
+    faults = Faults(patch)
+    faults.also_before(encode, "encode_part")
+    return faults
 
 
 def kill_and_resume(root: Path, tokenizer_file: Path, events: list[int], patch: pytest.MonkeyPatch) -> list[int]:
     """Run until each event in turn, then to the end. -> the source indices encoded, over all runs."""
     seen = encoded(patch)
-    faults = Faults(patch)
+    faults = store_faults(patch)
     for event in events:
-        faults.strike(event)
+        faults.aim(event)
         with pytest.raises(Killed):
             big(root, tokenizer_file).finish()
     faults.end()
@@ -134,16 +79,17 @@ POINTS = [
 @pytest.mark.parametrize("point", POINTS)
 def test_bytes_do_not_depend_on_a_kill(
     point: int, events: int, whole: dict[str, bytes], tiny_tokenizer_file: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, rows: Rows,
 ) -> None:  # fmt: skip
     event = int(np.random.default_rng(point).integers(1, events + 1))
-    seen = kill_and_resume(tmp_path / "codes", tiny_tokenizer_file, [event], monkeypatch)
-    assert content(tmp_path / "codes") == whole
-    times = Counter(seen)
-    assert set(times) == set(range(IMAGES))
-    twice = sorted(index for index, count in times.items() if count > 1)
-    assert len({index // SHARD for index in twice}) <= 1
-    assert max(times.values()) <= 2
+    with rows.count("kills while tokenising 2,000 images, the store's bytes after"):
+        seen = kill_and_resume(tmp_path / "codes", tiny_tokenizer_file, [event], monkeypatch)
+        assert content(tmp_path / "codes") == whole
+        times = Counter(seen)
+        assert set(times) == set(range(IMAGES))
+        twice = sorted(index for index, count in times.items() if count > 1)
+        assert len({index // SHARD for index in twice}) <= 1
+        assert max(times.values()) <= 2
 
 
 def test_bytes_do_not_depend_on_being_killed_again_and_again(
@@ -157,52 +103,14 @@ def test_bytes_do_not_depend_on_being_killed_again_and_again(
 # ---- a disk that is full -------------------------------------------------------------------------------------------
 
 
-class Disk:
-    """A disk of so many bytes under the store: what goes beyond is refused as the system refuses it."""
-
-    def __init__(self, root: Path, size: int, patch: pytest.MonkeyPatch) -> None:
-        self.root, self.size, self.refused = root, size, False
-        original = files.write_atomic
-
-        def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-            original(path, lambda file: write(Bounded(file, self)))  # type: ignore[arg-type]
-
-        patch.setattr(files, "write_atomic", write_atomic)
-        patch.setattr(os, "statvfs", self._status)
-
-    @property
-    def free(self) -> int:
-        return self.size - sum(path.stat().st_size for path in self.root.iterdir())
-
-    def _status(self, _: object) -> Any:
-        """What the system says: at first that all is well, for another process takes the rest later."""
-        return SimpleNamespace(f_bavail=max(0, self.free) if self.refused else 1 << 40, f_frsize=1)
-
-
-class Bounded:
-    """A file on that disk."""
-
-    def __init__(self, file: BinaryIO, disk: Disk) -> None:
-        self.file, self.disk = file, disk
-
-    def write(self, data: Any) -> int:
-        whole = bytes(data)
-        if len(whole) <= self.disk.free:
-            written = self.file.write(whole)
-            self.file.flush()
-            return written
-        self.file.write(whole[: max(0, self.disk.free)])
-        self.disk.refused = True
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 @pytest.mark.parametrize("tenth", range(10))
 def test_a_full_disk_is_told_and_the_run_goes_on_after(
-    tenth: int, whole: dict[str, bytes], tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tenth: int, whole: dict[str, bytes], tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    rows: Rows,
+) -> None:  # fmt: skip
     root = tmp_path / "codes"
     size = sum(map(len, whole.values())) + 2000  # and run.json
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, rows.count("disk full while tokenising"):
         Disk(root, size * tenth // 10 + 50, patch)
         with pytest.raises(
             RunError, match=r"disk full: .*codes needs [\d.]+ MB more, [-\d.]+ (MB|GB) are free"
@@ -282,10 +190,6 @@ def begun(root: Path, target: Callable[..., None], *args: Any) -> tuple[ForkServ
     return process, process.pid
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @pytest.mark.parametrize(
     ("number", "workers", "code"),
     [
@@ -317,13 +221,6 @@ def test_a_signal_leaves_whole_shards_and_no_process(
 
 
 SMALL: dict[str, Any] = {"views": 1, "latents": False, "shard_images": 128}
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    spare = FORKS.Process(target=signal.pause)
-    spare.start()
-    wait_for(lambda: not any(alive(pid) for pid in pids), spare, 20)
-    spare.kill()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ import pytest
 import torch
 from helpers import CPU, assert_same, digits, leaves, metrics, newest_state, tiny_config, tiny_players, train
 from processes import exit_code, spawn, torchrun
+from rows import Rows
 from torch import Tensor
 
 from rdpm_cli.config import TokenizerConfig
+from rdpm_cli.engine import monitoring
 from rdpm_cli.errors import RunError
+from rdpm_cli.signals import StopRequest
 from rdpm_cli.step import TrainStep, world
 from rdpm_cli.threads import one_thread
 from rdpm_cli.tokenizer import task as task_module
 from rdpm_cli.tokenizer.task import DiscriminatorTask, Players, TokenizerTask
 from rdpm_cli.training import distributed
+from rdpm_cli.training.loop import Run
 
 
 @pytest.fixture(autouse=True)
@@ -153,41 +158,74 @@ def named(step: int, rows: range) -> list[str]:
 # ---- two processes -------------------------------------------------------------------------------------------------
 
 
-def second_rank_goes_bad(environment: dict[str, str], out: Path) -> None:
-    """Train two runs in which the second process's steps 1 and 3 are bad, with one to be passed over."""
+Case = tuple[str, str, set[int]]  # a folder's name, what goes bad, at which steps
+
+
+def second_rank_goes_bad(environment: dict[str, str], out: Path, cases: list[Case]) -> None:
+    """Train runs in which steps of the second process are bad, with one to be passed over."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     with distributed.process_group("cpu", several=True):
         rank, found = world()[0], dict[str, dict[str, Any]]()
-        for what in ("images", "gradient"):
-            cfg = tiny_config(train={"steps": 6, "batch": 32, "skip_bad": 1, "save_every": 1})
+        for name, what, steps in cases:
+            cfg = tiny_config(train={"steps": max(steps) + 3, "batch": 32, "skip_bad": 1, "save_every": 1})
             players = tiny_players(cfg)
             if rank == 1:
-                spoil(players[0], {1, 3}, what)
+                spoil(players[0], steps, what)
             try:
-                train(players, cfg, out / what)
-                found[what] = {"message": "finished"}
+                train(players, cfg, out / name)
+                found[name] = {"message": "finished"}
             except RunError as error:
-                found[what] = {"message": error.message, "state": [dict(p.model.state_dict()) for p in players]}
+                found[name] = {"message": error.message, "state": [dict(p.model.state_dict()) for p in players]}
         torch.save(found, out / f"{rank}.pt")
 
 
-def test_a_bad_batch_of_one_process_stops_both_with_its_images(tmp_path: Path) -> None:
-    pair = [spawn(second_rank_goes_bad, environment, tmp_path) for environment in torchrun(2)]
-    assert [exit_code(process) for process in pair] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    cfg = tiny_config(train={"batch": 32})
-    wanted = digits(cfg).describe(3, range(16, 32))
-    for what in ("images", "gradient"):
-        assert first[what]["message"] == second[what]["message"]
-        assert first[what]["message"].startswith(f"tokenizer: loss or gradient is not finite at step 3, {wanted}; ")
-        assert_same(second[what]["state"], first[what]["state"])
-        saved = newest_state(tmp_path / what)
-        assert (saved["step"], saved["skipped"]) == (3, 1)
-        assert_same([saved["players"][p]["model"] for p in ("tokenizer", "discriminator")], first[what]["state"])
-        assert [row["step"] for row in metrics(tmp_path / what)] == [1, 3]
+def assert_both_stop(out: Path, cases: list[Case], rows: Rows) -> None:
+    """Both processes pass the first bad step over, and stop at the second as they were, with its images named."""
+    pair = [spawn(second_rank_goes_bad, environment, out, cases) for environment in torchrun(2)]
+    assert [exit_code(process, 300) for process in pair] == [0, 0]
+    first, second = (torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, what, steps in cases:
+        with rows.count(f"NaN in {what} on one of two processes: both stop, nothing moves"):
+            passed, last = sorted(steps)
+            wanted = digits(tiny_config(train={"batch": 32})).describe(last, range(16, 32))
+            assert first[name]["message"] == second[name]["message"]
+            start = f"tokenizer: loss or gradient is not finite at step {last}, {wanted}; "
+            assert first[name]["message"].startswith(start)
+            assert_same(second[name]["state"], first[name]["state"])
+            saved = newest_state(out / name)
+            assert (saved["step"], saved["skipped"]) == (last, 1)
+            assert_same([saved["players"][p]["model"] for p in ("tokenizer", "discriminator")], first[name]["state"])
+            assert [row["step"] for row in metrics(out / name)] == [step + 1 for step in range(last) if step != passed]
+
+
+def test_a_bad_batch_of_one_process_stops_both_with_its_images(tmp_path: Path, rows: Rows) -> None:
+    assert_both_stop(tmp_path, [("images", "images", {1, 3}), ("gradient", "gradient", {1, 3})], rows)
+
+
+@pytest.mark.long
+def test_a_bad_step_stops_both_wherever_it_is(tmp_path: Path, rows: Rows) -> None:
+    """Ten steps drawn from seed 0, in the loss and in the gradient."""
+    draw = random.Random(0)
+    steps = [set(draw.sample(range(6), 2)) for _ in range(10)]
+    cases = [(f"{what} {number}", what, chosen) for what in ("loss", "gradient") for number, chosen in enumerate(steps)]
+    assert_both_stop(tmp_path, cases, rows)
 
 
 def test_one_process_keeps_its_own_message() -> None:
     assert distributed.first_message("mine") == "mine"
     assert distributed.any_process(False, CPU) is False
+
+
+# ---- a loss that leaps ---------------------------------------------------------------------------------------------
+
+
+def test_a_leap_of_the_loss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw, look = random.Random(0), monitoring.spikes()
+    run = Run(tmp_path, 0, CPU, steps=100, warmup=0, stop=StopRequest())
+    for step in range(1, 101):
+        run.step, loss = step, {10: 2.5, 60: 9.0}.get(step, draw.gauss(2.0, 0.1))
+        look(run, {"loss": loss} if step % 2 == 0 else None)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" at step ")[2].partition(" ")[0] for line in said] == ["60"]
+    assert "standard deviations above the 29 before" in said[0]

@@ -1,0 +1,262 @@
+"""Saving the state of training: killed, on a full disk, given back otherwise than written. What was saved stays."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, assert_same, newest_state, tiny_config, tiny_players, train
+from injection import Disk, Faults, Kills
+from processes import command_line, exit_code, spawn, tokenizer_command
+from rows import Rows
+
+from rdpm_cli import files, modelfile, tensorfile
+from rdpm_cli.engine import runs
+from rdpm_cli.errors import CheckpointError, RunError
+from rdpm_cli.threads import one_thread
+from rdpm_cli.training import checkpoint
+
+STEPS, KEEP = 6, 2
+SETTINGS = {"recipe": "of a test"}
+
+
+def state(step: int) -> dict[str, Any]:
+    """What a run holds after a step."""
+    random = torch.Generator().manual_seed(step)
+    tensors = {f"layer {n}": torch.randn(50, 40, generator=random) for n in range(4)}
+    return {"step": step, "players": {"toy": {"model": tensors, "optimizer": {"lr": 0.1}}}}
+
+
+def save_all(run: Path, saved: Callable[[int], object]) -> None:
+    """Save every step. saved: told of each that is on the disk."""
+    for step in range(1, STEPS + 1):
+        checkpoint.save(run / "checkpoints", step, state(step), KEEP)
+        saved(step)
+
+
+# ---- killed --------------------------------------------------------------------------------------------------------
+
+
+def killed_saver(run: Path, event: int) -> None:
+    """Save the steps of a run in a real process, and get a real SIGKILL at this event."""
+    notes = os.open(run / "saved", os.O_CREAT | os.O_WRONLY)
+    with pytest.MonkeyPatch.context() as patch:
+        kills = Kills(patch)
+        kills.aim(event)
+        save_all(run, lambda step: os.pwrite(notes, str(step).encode(), 0))
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many events it is to save them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch)
+        save_all(tmp_path_factory.mktemp("events"), lambda _: None)
+    return faults.seen
+
+
+KILLS = [pytest.param(seed, marks=[pytest.mark.long] if seed >= 5 else []) for seed in range(50)]
+
+
+@pytest.mark.parametrize("seed", KILLS)
+def test_a_kill_while_saving_costs_one_interval_at_most(seed: int, events: int, tmp_path: Path, rows: Rows) -> None:
+    """The event is drawn from the seed, which is the test's name."""
+    event = int(np.random.default_rng(seed).integers(1, events + 1))
+    runs._claim_run(tmp_path, SETTINGS, finished=False)
+    with rows.count("kills while saving"):
+        assert exit_code(spawn(killed_saver, tmp_path, event)) == -signal.SIGKILL
+        saved = int((tmp_path / "saved").read_text() or 0)
+        runs._claim_run(tmp_path, SETTINGS, finished=False)  # the next start
+        assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+        found = checkpoint.load_newest(tmp_path / "checkpoints", CPU)
+        if saved:
+            assert found is not None
+        if found is not None:
+            assert found["step"] in (saved, saved + 1)
+            assert_same(found, state(found["step"]))
+        for _, path in checkpoint.found(tmp_path / "checkpoints"):
+            tensorfile.check_whole(path)
+
+
+def killed_command(event: int, args: list[str]) -> None:
+    """Be `rdpm ARGS`, killed at an event of the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        Kills(patch).aim(event)
+        command_line(args, {})
+
+
+def counted_command(note: Path, args: list[str]) -> None:
+    """Be `rdpm ARGS`, and note how many events of the disk that was."""
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch)
+        try:
+            command_line(args, {})
+        finally:
+            note.write_text(str(faults.seen))
+
+
+def digest_of(run: Path) -> str:
+    content = modelfile.load(run / "tokenizer.pt")
+    return str(content["digest"])
+
+
+COMMAND_KILLS = [pytest.param(seed, marks=[pytest.mark.long] if seed else []) for seed in range(10)]
+
+
+@pytest.mark.parametrize("seed", COMMAND_KILLS)
+def test_a_killed_command_ends_as_the_uninterrupted_one(
+    seed: int, uninterrupted: Path, tmp_path: Path, rows: Rows
+) -> None:
+    """The same for everything that a training writes; events are drawn among all of them."""
+    most = int((uninterrupted.parent / "events").read_text())
+    event = int(np.random.default_rng(seed).integers(1, most + 1))
+    args = tokenizer_command(tmp_path, *SHORT)
+    with rows.count("kills of a training command, its model after"):
+        assert exit_code(spawn(killed_command, event, args)) == -signal.SIGKILL
+        assert exit_code(spawn(command_line, args, {})) == 0
+        assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+        assert digest_of(tmp_path) == digest_of(uninterrupted)
+
+
+SHORT = ["train.batch=16", "train.steps=4", "train.save_every=1", "train.keep=2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert exit_code(spawn(counted_command, run.parent / "events", tokenizer_command(run, *SHORT))) == 0
+    return run
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_mode_of_a_file_follows_the_umask(umask: int, mode: int, tmp_path: Path, rows: Rows) -> None:
+    before = os.umask(umask)
+    try:
+        with rows.count("modes by umask"):
+            path = checkpoint.save(tmp_path, 1, state(1), KEEP)
+            assert path.stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+
+
+# ---- a full disk ---------------------------------------------------------------------------------------------------
+
+FULL = r"disk full: .*checkpoints needs [\d.]+ MB more, [\d.]+ (MB|GB) are free"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A run of four steps on a disk with room, and what is on it at most."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    with one_thread():
+        train(tiny_players(small()), small(), run)
+    sizes = [path.stat().st_size for path in (run / "checkpoints").iterdir()]
+    return run, 3 * max(sizes)  # two that are kept and the one that is written
+
+
+def small() -> Any:
+    return tiny_config(train={"steps": 4, "save_every": 1, "keep": KEEP})
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_full_disk_is_told_and_the_run_goes_on_after(
+    tenth: int, trained: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Rows
+) -> None:
+    whole, most = trained
+    run = tmp_path / "run"
+    run.mkdir()
+    with one_thread(), rows.count("disk full while training"):
+        with monkeypatch.context() as patch:
+            Disk(run / "checkpoints", most * tenth // 10 + 100, patch)
+            with pytest.raises(RunError, match=FULL) as caught:
+                train(tiny_players(small()), small(), run)
+        assert (caught.value.exit_code, files.FREE in caught.value.hint) == (1, True)
+        assert not list((run / "checkpoints").glob(".*"))
+        before = checkpoint.load_newest(run / "checkpoints", CPU)
+        assert (before or {"step": 0})["step"] == tenth * 3 // 10
+        train(tiny_players(small()), small(), run)
+        assert_same(newest_state(run), newest_state(whole))
+
+
+def test_a_disk_that_is_too_small_is_told_before_a_byte_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, 1, state(1), KEEP)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=1))
+        with pytest.raises(RunError, match=r"needs 0\.03 MB more, 0\.00 MB are free"):
+            checkpoint.save(tmp_path, 2, state(2), KEEP)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+
+
+def test_a_model_file_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {"weights": {"a": torch.randn(100, 100)}}
+    Disk(tmp_path, 5000, monkeypatch)
+    with pytest.raises(RunError, match=r"disk full: .* needs 0\.04 MB more, 0\.01 MB are free|0\.00 MB are free"):
+        modelfile.save(tmp_path / "tokenizer.pt", content)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_system_s_own_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Disk(tmp_path, 10, monkeypatch)
+    with pytest.raises(OSError, match=r"No space left on device: '.*answer\.json'"):
+        files.write_json(tmp_path / "answer.json", {"text": "a" * 100})
+
+
+# ---- retention -----------------------------------------------------------------------------------------------------
+
+
+def test_no_checkpoint_goes_before_the_new_one_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Rows
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state(step), KEEP)
+    replace = os.replace
+
+    def damage(source: Path, target: Path) -> None:
+        data = bytearray(Path(source).read_bytes())
+        data[len(data) // 2] ^= 1
+        Path(source).write_bytes(data)
+        replace(source, target)
+
+    with rows.count("retention: a new checkpoint that is not what was written costs no older one"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", damage)
+            with pytest.raises(RunError, match=r"step-000000003\.pt was written and is not what was written") as caught:
+                checkpoint.save(tmp_path, 3, state(3), KEEP)
+        assert "those before it are kept" in caught.value.hint
+        assert [step for step, _ in checkpoint.found(tmp_path)] == [1, 2]
+        checkpoint.save(tmp_path, 3, state(3), KEEP)
+        assert [step for step, _ in checkpoint.found(tmp_path)] == [2, 3]
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9, 0.999])
+def test_a_flipped_byte_of_a_checkpoint_is_not_trained_on(tmp_path: Path, place: float) -> None:
+    """torch.load itself takes other numbers without a word."""
+    path = checkpoint.save(tmp_path, 1, state(1), KEEP)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"step-000000001\.pt cannot be read: it differs from its checksum"):
+        checkpoint.load_newest(tmp_path, CPU)
+
+
+def test_a_checkpoint_without_a_seal_is_compared_by_its_members(tmp_path: Path) -> None:
+    """As older versions wrote them."""
+    path = tmp_path / "step-000000001.pt"
+    with path.open("wb") as file:
+        torch.save(state(1), file)
+    found = checkpoint.load_newest(tmp_path, CPU)
+    assert found is not None
+    assert_same(found, state(1))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="differs from its CRC"):
+        checkpoint.load_newest(tmp_path, CPU)

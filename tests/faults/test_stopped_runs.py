@@ -1,0 +1,118 @@
+"""SIGTERM and SIGUSR1 to a training: saved, exit 75, nobody left, and the same bits as without.
+
+A run is stopped again and again, after gaps drawn from its seed, by a signal to one of its processes, and compared with
+one that was left alone.
+"""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import assert_same, metrics, newest_state
+from processes import (
+    alive,
+    command_line,
+    environments,
+    exit_code,
+    generator_command,
+    run_all,
+    signalled_after,
+    spawn,
+    tokenizer_command,
+    wait_for,
+    wait_until_gone,
+)
+from rows import Rows
+
+from rdpm_cli.errors import EXIT_STOPPED
+
+SECONDS = 20  # from the signal to the end of the process
+
+
+def command(training: str, codes: Path, out: Path, steps: int) -> list[str]:
+    settings = ["train.batch=32", f"train.steps={steps}", "train.workers=1"]
+    if training == "generator":
+        return generator_command(codes, out, *settings)
+    return tokenizer_command(out, "train.ema=0.9", "--device", "cpu", *settings)
+
+
+def stopped(args: list[str], processes: int, after: int, number: int, note: Path, own: int) -> float:
+    """Stop the run after so many steps by a signal to its process `own`. -> seconds from the signal to the last end."""
+    running = [
+        spawn(signalled_after, after, number, note, args, environment)
+        if rank == own
+        else spawn(command_line, args, environment)
+        for rank, environment in enumerate(environments(processes))
+    ]
+    assert [exit_code(process, 300) for process in running] == [EXIT_STOPPED] * processes
+    when, *left = note.read_text().split()
+    seconds = time.time() - float(when)
+    wait_until_gone([int(pid) for pid in left], 5)
+    note.unlink()
+    return seconds
+
+
+SHORT = ("generator", signal.SIGTERM, 1, 2)
+LONG = [
+    ("generator", signal.SIGTERM, 1, 20),
+    ("tokenizer", signal.SIGUSR1, 1, 20),
+    ("generator", signal.SIGUSR1, 2, 20),
+    ("tokenizer", signal.SIGTERM, 2, 20),
+]
+
+
+@pytest.mark.parametrize(
+    ("training", "number", "processes", "times"),
+    [SHORT, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)],
+)
+def test_a_run_that_is_stopped_again_and_again_is_the_uninterrupted_one(
+    training: str, number: signal.Signals, processes: int, times: int, digits_codes: Path, tmp_path: Path, rows: Rows
+) -> None:
+    draw = random.Random(f"{training} {number.name} {processes}")  # the seed, printed with the test's name
+    gaps = [draw.randint(1, 5) for _ in range(times)]
+    steps = sum(gaps) + 3
+    out, row = tmp_path / "run", f"{number.name} at random steps, {processes} processes"
+    args, slowest = command(training, digits_codes, out, steps), 0.0
+    for number_of_stops, gap in enumerate(gaps, 1):
+        with rows.count(row):
+            own = draw.randrange(processes)
+            seconds = stopped(args, processes, gap, number, tmp_path / "note", own)
+            slowest = max(slowest, seconds)
+            assert seconds < SECONDS
+            assert newest_state(out)["step"] == sum(gaps[:number_of_stops])
+    assert run_all(args, processes) == [0] * processes
+    assert run_all(command(training, digits_codes, tmp_path / "whole", steps), processes) == [0] * processes
+    assert_same(newest_state(out), newest_state(tmp_path / "whole"))
+    assert metrics(out) == metrics(tmp_path / "whole")
+    rows.note(f"{row}: from the signal to the end", f"at most {slowest:.1f} s")
+
+
+def stuck_in_saving(note: Path, args: list[str]) -> None:
+    """Be `rdpm ARGS`, whose saving never ends."""
+    from rdpm_cli.training import checkpoint
+
+    def hang(*_: object) -> None:
+        note.touch()
+        time.sleep(1000)
+
+    setattr(checkpoint, "save", hang)  # noqa: B010
+    command_line(args, {})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path, rows: Rows) -> None:
+    args = tokenizer_command(tmp_path / "run", "train.batch=16", "train.steps=1000", "train.save_every=2")
+    process = spawn(stuck_in_saving, tmp_path / "note", args)
+    wait_for((tmp_path / "note").exists, process)
+    assert process.pid is not None
+    with rows.count("a second signal ends a training at once"):
+        os.kill(process.pid, number)
+        time.sleep(0.5)
+        assert alive(process.pid)
+        started = time.monotonic()
+        os.kill(process.pid, number)
+        assert exit_code(process, 20) == -number
+        assert time.monotonic() - started < 2

@@ -1,0 +1,71 @@
+"""One, two and four processes: the same bytes of codes and samples on a CPU, and losses within 1e-3."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from generators import save_generator
+from helpers import content, metrics
+from processes import generator_command, run_all, tokenizer_command
+from rows import Rows
+
+SIZES = [2, pytest.param(4, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("processes", SIZES)
+def test_a_store_is_that_of_one_process(
+    processes: int, image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path, rows: Rows
+) -> None:
+    def command(out: str) -> list[str]:
+        fixed = ["--tokenizer", str(tiny_tokenizer_file), "--shard-size", "5", "--views", "2", "--device", "cpu"]
+        return ["tokenize", str(image_folder), str(tmp_path / out), *fixed, "--quiet", "--workers", "1"]
+
+    assert run_all(command("alone")) == [0]
+    with rows.count(f"store of {processes} processes, byte-identical"):
+        assert run_all(command("ranks"), processes) == [0] * processes
+        assert content(tmp_path / "ranks") == content(tmp_path / "alone")
+        assert json.loads((tmp_path / "ranks" / "run.json").read_text())["processes"] == processes
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
+def test_samples_are_those_of_one_process(
+    processes: int, tiny_tokenizer_file: Path, tmp_path: Path, rows: Rows
+) -> None:
+    """In every run of the tests: two processes, in test_sampling.py. Equal samples have equal scores."""
+    generator = save_generator(tmp_path / "generator.pt", tiny_tokenizer_file, cfg=1.0)
+
+    def command(out: str) -> list[str]:
+        fixed = ["sample", "--ckpt", str(generator), "--out", str(tmp_path / out), "--per-class", "7", "--npz"]
+        return [*fixed, "--quiet", "--device", "cpu"]
+
+    assert run_all(command("alone")) == [0]
+    with rows.count(f"samples of {processes} processes, byte-identical"):
+        assert run_all(command("ranks"), processes) == [0] * processes
+        names = sorted(path.name for path in (tmp_path / "alone").glob("*.png"))
+        assert len(names) == 21
+        for name in [*names, "samples.npz", "samples.json"]:
+            assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("training", ["tokenizer", "generator"])
+def test_losses_are_those_of_one_process(training: str, digits_codes: Path, tmp_path: Path, rows: Rows) -> None:
+    """100 steps: what differs is the order of sums."""
+    found = {}
+    for processes in (1, 2, 4):
+        out, settings = tmp_path / str(processes), ["train.batch=64", "train.steps=100"]
+        args = (
+            generator_command(digits_codes, out, *settings)
+            if training == "generator"
+            else tokenizer_command(out, "--device", "cpu", *settings)
+        )
+        assert run_all(args, processes) == [0] * processes
+        found[processes] = np.array([row["loss"] for row in metrics(out) if "loss" in row])
+    assert len(found[1]) == 100
+    for processes in (2, 4):
+        with rows.count(f"losses of 1 and {processes} processes within 1e-3 over 100 steps"):
+            apart = float(np.abs(found[processes] - found[1]).max())
+            rows.note(f"{training}, losses of 1 and {processes} processes", f"at most {apart:.1e} apart")
+            assert apart < 1e-3
