@@ -107,4 +107,4 @@ def _known(error: BaseException) -> tuple[str, str] | None:
 
 # each file adds its subcommand, in the order the data walks
 from rdpm_cli.cli import demo, train_tokenizer, tokenize, reconstruct, train_gen, sample, tune_sampling  # noqa: E402, F401, I001
-from rdpm_cli.cli import evaluate, inspect, verify  # noqa: E402, F401
+from rdpm_cli.cli import evaluate, inspect, verify, doctor  # noqa: E402, F401
