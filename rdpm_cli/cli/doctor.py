@@ -17,7 +17,7 @@ def doctor(json: options.Json = False, quiet: options.Quiet = False) -> None:
     report.begin(quiet)
     from rdpm_cli import engine
 
-    result = engine.doctor()
+    result = engine.examine()
     report.show(result, json)
     if broken := result.values["broken"]:
         raise DataError(f"not ready: {', '.join(broken)}", result.values["fix"][broken[0]])

@@ -63,6 +63,7 @@ def sample(
         bool, typer.Option("--trajectory", help="norm, entropy and confidence at each t: JSON and curves")
     ] = False,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="only part I of N: 1/4 to 4/4")] = None,
+    dry_run: options.DryRun = False,
     gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -90,6 +91,6 @@ def sample(
         sampling={**asked, **engine.key_values(more or ())}, preset=preset,
         outputs=engine.Outputs(png=png, npz=npz, grid=grid, gif=gif, trajectory=trajectory),
         edit=engine.ask_edit(init, mask, from_step), reject=engine.ask_reject(reject, judge),
-        shard=shard, device=device, team=options.several(gpus),
+        shard=shard, dry_run=dry_run, device=device, team=options.several(gpus),
     )  # fmt: skip
     report.show(result, json)

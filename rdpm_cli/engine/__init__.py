@@ -5,7 +5,7 @@ torch is imported inside the functions, so that a wrong path, recipe or option i
 """
 
 from rdpm_cli.codes.work import Work
-from rdpm_cli.engine.doctor import doctor
+from rdpm_cli.engine.doctor import examine
 from rdpm_cli.engine.drawing import Drawn
 from rdpm_cli.engine.editing import ask as ask_edit
 from rdpm_cli.engine.generator_training import train_gen
@@ -37,12 +37,12 @@ __all__ = [
     "ask_edit",
     "ask_reject",
     "copy_file",
-    "doctor",
     "eval_fid",
     "eval_images",
     "eval_judge",
     "eval_recon",
     "eval_reference",
+    "examine",
     "find_tokenizer",
     "inspect",
     "key_values",

@@ -57,7 +57,7 @@ class Findings:
         self.broken.append(name)
 
 
-def doctor() -> Result:
+def examine() -> Result:
     """Versions, devices, attention, disk, weights, extras, launcher; `broken` and `fix` name what is not as it should.
 
     Broken is what stops commands: a needed package, a GPU that torch cannot use, a damaged weight file, half a
