@@ -25,7 +25,7 @@ CALLS = {
 
 def names(tree: ast.Module) -> dict[str, str]:
     """What an imported name stands for: {'np': 'numpy', 'F': 'torch.nn.functional'}."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names if alias.asname}
