@@ -234,17 +234,22 @@ def test_a_recipe_that_extends_a_printed_one_has_its_own_name(tmp_path: Path) ->
 
 # ---- the shell -----------------------------------------------------------------------------------------------------
 
-QUIETLY = "import sys; from rdpm_cli.cli import main; sys.argv[0] = 'rdpm'; import atexit; "
-HEAVY = "atexit.register(lambda: print(sorted({'torch', 'torchvision', 'sklearn'} & set(sys.modules)), file=sys.stderr)); main()"
+PROGRAM = """
+import atexit, sys
+from rdpm_cli.cli import main
+sys.argv[0] = "rdpm"
+atexit.register(lambda: print(sorted({"torch", "torchvision", "sklearn"} & set(sys.modules)), file=sys.stderr))
+main()
+"""
 
 
-def completed(line: str, tmp_path: Path) -> tuple[list[str], str]:
+def completed(line: str) -> tuple[list[str], str]:
     """What bash is offered for the last word of a line, and which heavy modules that took."""
     environment = {
         **os.environ, "_RDPM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", QUIETLY + HEAVY], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
     return done.stdout.split(), done.stderr.strip()
 
@@ -262,10 +267,8 @@ def completed(line: str, tmp_path: Path) -> tuple[list[str], str]:
         ("rdpm sample --per", ["--per-class"]),
     ],
 )
-def test_the_shell_completes_commands_options_and_recipes_without_torch(
-    line: str, offered: list[str], tmp_path: Path
-) -> None:
-    found, heavy = completed(line, tmp_path)
+def test_the_shell_completes_commands_options_and_recipes_without_torch(line: str, offered: list[str]) -> None:
+    found, heavy = completed(line)
     assert sorted(found) == sorted(offered)
     assert heavy == "[]"
 
