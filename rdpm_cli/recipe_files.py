@@ -145,7 +145,11 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds no keys", "start from a shipped recipe")
     parent = raw.pop("extends", None)
-    return raw if parent is None else _merge(_read(_parent(path, str(parent)), (*seen, path)), raw)
+    if parent is None:
+        return raw
+    base = _read(_parent(path, str(parent)), (*seen, path))
+    base.pop("name", None)
+    return _merge(base, raw)
 
 
 def _override(raw: dict[str, Any], text: str, section: str) -> None:
@@ -175,7 +179,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str =
     """
     path = find_recipe(name_or_file)
     raw = _read(path)
-    raw["name"] = path.stem
+    raw.setdefault("name", path.stem)
     lacks = section != "" and section not in raw
     for text in overrides:
         _override(raw, text, section)
@@ -184,6 +188,12 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str =
         able = [name for name in recipe_names() if section in _read(recipe_folder() / f"{name}.yaml")]
         raise RecipeError(f"recipe '{recipe.name}' has no {section} section", f"recipes that do: {', '.join(able)}")
     return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as a recipe file: `load_recipe` of it gives an equal one, of the same digest."""
+    values = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}
+    return f"# digest {recipe.digest()}\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)}"
 
 
 def validate(section: type[S], raw: Any, where: str, prefix: str = "") -> S:

@@ -24,6 +24,7 @@ from rdpm_cli.tokenizer import model as tokenizer_model
 COMMANDS = [
     "train-tokenizer", "tokenize", "reconstruct", "train-gen", "sample", "tune-sampling", "eval fid", "eval sfid",
     "eval is", "eval pr", "eval kid", "eval all", "eval reference", "eval recon", "eval judge", "demo", "inspect",
+    "verify", "doctor", "eval report",
 ]  # fmt: skip
 CLASS_NAMES = ["cat", "goldfish", "goose"]
 

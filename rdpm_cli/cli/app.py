@@ -59,7 +59,17 @@ def main() -> None:
 
     tune_allocator()
     team.begin()
-    sys.exit(run())
+    code = run()
+    try:
+        sys.stdout.flush()  # what an error left there
+    except BrokenPipeError:
+        _stop_printing()
+    sys.exit(code)
+
+
+def _stop_printing() -> None:
+    """Nobody reads stdout any more: let nothing more be said of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: list[str] | None = None) -> int:
@@ -83,7 +93,7 @@ def run(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return fail(EXIT_INTERRUPT, "interrupted", "run the same command again; finished work is kept")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_printing()
         return 0
     except (OSError, MemoryError, RuntimeError) as error:
         known = _known(error)
@@ -107,4 +117,4 @@ def _known(error: BaseException) -> tuple[str, str] | None:
 
 # each file adds its subcommand, in the order the data walks
 from rdpm_cli.cli import demo, train_tokenizer, tokenize, reconstruct, train_gen, sample, tune_sampling  # noqa: E402, F401, I001
-from rdpm_cli.cli import evaluate, inspect, verify  # noqa: E402, F401
+from rdpm_cli.cli import evaluate, inspect, verify, doctor  # noqa: E402, F401

@@ -11,11 +11,6 @@ from rdpm_cli.cli.app import app
 group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Scores that say what they were computed with.")
 app.add_typer(group, name="eval")
 
-Extractor = Annotated[Path | None, typer.Option(help="a judge's checkpoint instead of Inception")]
-Weights = Annotated[Path | None, typer.Option(help="Inception weight file")]
-Download = Annotated[bool, typer.Option("--download", help="fetch Inception's weights where they are absent")]
-Cache = Annotated[bool, typer.Option(help="keep activations in $RDPM_CACHE, else ~/.cache/rdpm")]
-
 METRICS = {
     "fid": "Fréchet distance to a reference: Inception by default, never silently another extractor.",
     "sfid": "Fréchet distance of spatial features (sFID): Inception alone has them.",
@@ -34,26 +29,20 @@ def _command(metric: str, text: str) -> None:
             list[str] | None,
             typer.Argument(metavar="TARGET|[KEY=VALUE]...", help="samples, images or .npz; or options of --ckpt"),
         ] = None,
-        ref: Annotated[
-            str | None, typer.Option(help="images, or an .npz of statistics; default: recorded in the samples")
-        ] = None,
-        ckpt: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="draw from a generator, no files between")
-        ] = None,
-        classes: Annotated[
-            str | None, typer.Option(help="of --ckpt: 1,2,3 or 0-9 or all (default) or name:goldfish")
-        ] = None,
-        per_class: Annotated[int | None, typer.Option(min=1, help="of --ckpt: samples a class; default 8")] = None,
-        seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="of --ckpt: of the noise")] = None,
-        extractor: Extractor = None,
-        weights: Weights = None,
-        download: Download = False,
+        ref: options.Ref = None,
+        ckpt: options.CkptOrNone = None,
+        classes: options.Classes = None,
+        per_class: options.PerClass = None,
+        seed: options.SeedOrNone = None,
+        extractor: options.Extractor = None,
+        weights: options.Weights = None,
+        download: options.Download = False,
         subset: Annotated[
             int | None, typer.Option(min=2, help="of fid: mean over balanced subsets of N images")
         ] = None,
         ci: Annotated[bool, typer.Option("--ci", help="of fid and is: 95% intervals by bootstrap over images")] = False,
-        resolution: Annotated[int | None, typer.Option(min=1, help="crop size of a TARGET that is not samples")] = None,
-        cache: Cache = True,
+        resolution: options.Resolution = None,
+        cache: options.Cache = True,
         gpus: options.Gpus = None,
         device: options.Device = "auto",
         json: options.Json = False,
@@ -76,6 +65,9 @@ def _command(metric: str, text: str) -> None:
 
     command.__doc__ = f"""{text}
 
+    With --ckpt in place of TARGET the samples are drawn without files between: --classes, --per-class, --seed and any
+    sampling option as KEY=VALUE say which.
+
     Example: rdpm eval {metric} samples/{"" if metric == "is" else " --ref reference.npz"}
     """
     group.command(metric)(command)
@@ -90,11 +82,11 @@ def reference(
     images: options.Images,
     out: Annotated[Path, typer.Argument(metavar="REF.npz", help="what is written")],
     features: Annotated[int, typer.Option(min=4, help="images whose features it holds, for pr and kid")] = 10_000,
-    resolution: Annotated[int | None, typer.Option(min=1, help="default: the first image's short side")] = None,
-    extractor: Extractor = None,
-    weights: Weights = None,
-    download: Download = False,
-    cache: Cache = True,
+    resolution: options.Resolution = None,
+    extractor: options.Extractor = None,
+    weights: options.Weights = None,
+    download: options.Download = False,
+    cache: options.Cache = True,
     gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -121,11 +113,11 @@ def recon(
     seed: options.Seed = 0,
     seeds: Annotated[int, typer.Option(min=1, help="noise seeds to average over; rFID takes the first alone")] = 4,
     limit: options.Limit = None,
-    extractor: Extractor = None,
-    weights: Weights = None,
-    download: Download = False,
-    lpips_alex: Annotated[Path | None, typer.Option(help="AlexNet weight file, for LPIPS")] = None,
-    lpips_vgg: Annotated[Path | None, typer.Option(help="VGG16 weight file, for LPIPS")] = None,
+    extractor: options.Extractor = None,
+    weights: options.Weights = None,
+    download: options.Download = False,
+    lpips_alex: Annotated[Path | None, typer.Option(metavar="FILE", help="AlexNet weight file, for LPIPS")] = None,
+    lpips_vgg: Annotated[Path | None, typer.Option(metavar="FILE", help="VGG16 weight file, for LPIPS")] = None,
     gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -164,7 +156,8 @@ def judge(
     overrides: options.Overrides = None,
     heldout: Annotated[str | None, typer.Option(metavar="IMAGES", help="default: a tenth of the images")] = None,
     recipe: options.Recipe = "judge",
-    resolution: Annotated[int | None, typer.Option(min=8, help="default: the first image's short side")] = None,
+    resolution: options.Resolution = None,
+    print_config: options.PrintConfig = False,
     gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -180,10 +173,13 @@ def judge(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    team = options.several(gpus)
-    result = engine.eval_judge(
-        images, out, recipe, overrides or [], heldout=heldout, resolution=resolution, device=device, team=team
-    )
+    if print_config:
+        result = engine.resolve(recipe, overrides or [], "judge")
+    else:
+        result = engine.eval_judge(
+            images, out, recipe, overrides or [], heldout=heldout, resolution=resolution, device=device,
+            team=options.several(gpus),
+        )  # fmt: skip
     report.show(result, json)
 
 

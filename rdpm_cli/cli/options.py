@@ -19,7 +19,24 @@ Images = Annotated[
         help="folder or .zip of class folders, flat folder, .tar shards ('train-{0000..0009}.tar'), parquet, or digits",
     ),
 ]
-Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or a YAML file")]
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from rdpm_cli import engine
+
+    return [name for name in engine.recipe_names() if name.startswith(incomplete)]
+
+
+def _gpu_names(incomplete: str) -> list[str]:
+    from rdpm_cli import engine
+
+    return [gpu.name for gpu in engine.GPUS if gpu.name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str,
+    typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or a YAML file", autocompletion=_recipe_names),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides, e.g. train.steps=100")
 ]
@@ -39,15 +56,45 @@ Gpus = Annotated[
     typer.Option("--gpus", metavar="N", min=1, help="processes, one a GPU of this node; default: this process alone"),
 ]
 Track = Annotated[Literal["wandb"] | None, typer.Option("--track", help="also send the log to Weights & Biases")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print what the run would take; run and write nothing")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what the command would do and take; write nothing")]
 Gpu = Annotated[
-    str | None, typer.Option("--gpu", metavar="NAME", help="with --dry-run: h200 (default), h100, a100, ...")
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAME", help="with --dry-run: h200 (default), h100, a100, ...", autocompletion=_gpu_names
+    ),
 ]
 Utilisation = Annotated[
     float | None, typer.Option("--utilisation", help="with --dry-run: share of the GPU's bf16 peak; default 0.4")
 ]
 Keep = Annotated[int | None, typer.Option("--keep", metavar="N", min=2, help="checkpoints kept, as train.keep=N")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="of the noise")]
+PrintConfig = Annotated[
+    bool,
+    typer.Option("--print-config", help="print the resolved recipe, as a FILE for --recipe; run and write nothing"),
+]
+_SEED = typer.Option("--seed", min=0, max=2**63 - 1, help="of the noise")
+Seed = Annotated[int, _SEED]
+SeedOrNone = Annotated[int | None, _SEED]
+_CKPT = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")
+Ckpt = Annotated[Path, _CKPT]
+CkptOrNone = Annotated[Path | None, _CKPT]
+Classes = Annotated[str | None, typer.Option("--classes", help="1,2,3 or 0-9 or name:goldfish or all, the default")]
+PerClass = Annotated[int | None, typer.Option("--per-class", min=1, help="samples a class; default 8")]
+Ref = Annotated[
+    str | None,
+    typer.Option("--ref", help="images, or an .npz of statistics; default: recorded in the samples or checkpoint"),
+]
+Extractor = Annotated[
+    Path | None, typer.Option("--extractor", metavar="FILE", help="a judge's checkpoint instead of Inception")
+]
+Weights = Annotated[Path | None, typer.Option("--weights", metavar="FILE", help="Inception weight file")]
+Download = Annotated[bool, typer.Option("--download", help="fetch Inception's weights where they are absent")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep activations in $RDPM_CACHE, else ~/.cache/rdpm")]
+Resolution = Annotated[
+    int | None,
+    typer.Option(
+        "--resolution", min=8, help="crop size; default: of the samples or recipe, else the first image's short side"
+    ),
+]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only N images, evenly spaced")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]

@@ -22,11 +22,14 @@ def show(result: "Result", as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.values, indent=2, allow_nan=False))
         return
+    if result.text:
+        print(result.text, end="")
+        return
     print(result.title)
     rows = list(_flat(result.values))
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+        print(f"  {name:<{width}}  {value}".rstrip())
     if result.next:
         print(f"next: {result.next}")
 

@@ -12,13 +12,13 @@ from rdpm_cli.config import MaskSchedule
 
 @app.command()
 def sample(
-    ckpt: Annotated[Path, typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")],
+    ckpt: options.Ckpt,
     more: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="any other sampling option, e.g. precision=bf16 compile=graphs"),
     ] = None,
-    classes: Annotated[str, typer.Option(help="1,2,3 or 0-9 or all or name:goldfish")] = "all",
-    per_class: Annotated[int, typer.Option(min=1, help="samples a class")] = 8,
+    classes: options.Classes = None,
+    per_class: options.PerClass = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the samples")] = Path("samples"),
     preset: Annotated[str | None, typer.Option(help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")] = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="guidance lambda; 0 = off")] = None,
@@ -63,6 +63,7 @@ def sample(
         bool, typer.Option("--trajectory", help="norm, entropy and confidence at each t: JSON and curves")
     ] = False,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="only part I of N: 1/4 to 4/4")] = None,
+    dry_run: options.DryRun = False,
     gpus: options.Gpus = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -86,9 +87,10 @@ def sample(
     }  # fmt: skip
     asked = {name: value for name, value in named.items() if value is not None}
     result = engine.sample(
-        ckpt, classes, per_class, out, seed=seed, sampling={**asked, **engine.key_values(more or ())}, preset=preset,
+        ckpt, "all" if classes is None else classes, per_class or 8, out, seed=seed,
+        sampling={**asked, **engine.key_values(more or ())}, preset=preset,
         outputs=engine.Outputs(png=png, npz=npz, grid=grid, gif=gif, trajectory=trajectory),
         edit=engine.ask_edit(init, mask, from_step), reject=engine.ask_reject(reject, judge),
-        shard=shard, device=device, team=options.several(gpus),
+        shard=shard, dry_run=dry_run, device=device, team=options.several(gpus),
     )  # fmt: skip
     report.show(result, json)

@@ -34,7 +34,7 @@ def tokenize(
         Literal["stop", "skip"], typer.Option(help="at an image that cannot be read: stop, or leave it out")
     ] = "stop",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="share that --on-bad skip may leave out")] = 0.0001,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and write nothing")] = False,
+    dry_run: options.DryRun = False,
     precision: Annotated[
         Literal["fp32", "bf16"] | None, typer.Option(help="of the encoder, on a GPU; default there: bf16")
     ] = None,

@@ -21,6 +21,7 @@ def train_gen(
     dry_run: options.DryRun = False,
     gpu: options.Gpu = None,
     utilisation: options.Utilisation = None,
+    print_config: options.PrintConfig = False,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -33,7 +34,9 @@ def train_gen(
     from rdpm_cli import engine
 
     changes = options.with_keep(overrides, keep)
-    if hardware := options.hardware(dry_run, gpu, gpus, utilisation):
+    if print_config:
+        result = engine.resolve(recipe, changes, "generator")
+    elif hardware := options.hardware(dry_run, gpu, gpus, utilisation):
         result = engine.plan_generator(codes, recipe, changes, hardware)
     else:
         processes = options.several(gpus)

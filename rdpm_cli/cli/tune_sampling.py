@@ -15,15 +15,17 @@ def tune_sampling(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="the new checkpoint; default CKPT-tuned.pt")] = None,
     samples: Annotated[int, typer.Option(min=2, help="samples a candidate, balanced over classes")] = 500,
     budget: Annotated[int, typer.Option(min=1, help="candidates that are scored")] = 24,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="of the noise that all candidates share")] = 1,
-    ref: Annotated[str | None, typer.Option(help="reference images; default: recorded in the checkpoint")] = None,
-    extractor: Annotated[Path | None, typer.Option(help="a judge's checkpoint instead of Inception")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Inception weight file")] = None,
+    seed: options.Seed = 1,
+    ref: options.Ref = None,
+    extractor: options.Extractor = None,
+    weights: options.Weights = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Search guidance, its schedule, tau and skipped steps; write a checkpoint that has the best as its defaults.
+
+    All candidates share the noise of --seed.
 
     Example: rdpm tune-sampling d16.pt --samples 5000 --budget 24
     """

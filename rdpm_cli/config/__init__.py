@@ -108,7 +108,7 @@ class JudgeConfig(Section):
 class Recipe(Section):
     """The whole way. A recipe may hold only the parts its commands need."""
 
-    name: str = Field("", description="filled in with the file's name")
+    name: str = Field("", description="default: the file's name")
     seed: int = Field(0, ge=0, lt=2**63, description="of training and of the store's noise")
     classes: int = Field(1000, gt=0, description="for `rdpm inspect` alone; training counts the store's own")
     views: int = Field(1, ge=1, description="noise draws an image that the demo keeps in its store")

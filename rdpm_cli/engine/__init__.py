@@ -5,10 +5,12 @@ torch is imported inside the functions, so that a wrong path, recipe or option i
 """
 
 from rdpm_cli.codes.work import Work
+from rdpm_cli.engine.doctor import examine
 from rdpm_cli.engine.drawing import Drawn
 from rdpm_cli.engine.editing import ask as ask_edit
 from rdpm_cli.engine.generator_training import train_gen
-from rdpm_cli.engine.inspection import inspect
+from rdpm_cli.engine.gpus import GPUS
+from rdpm_cli.engine.inspection import inspect, resolve
 from rdpm_cli.engine.judging import eval_judge, train_judge
 from rdpm_cli.engine.planning import Hardware, plan_generator, plan_tokenizer
 from rdpm_cli.engine.recon_scoring import eval_recon
@@ -21,8 +23,10 @@ from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize
 from rdpm_cli.engine.tuning import tune_sampling
 from rdpm_cli.engine.verifying import verify
+from rdpm_cli.recipe_files import recipe_names
 
 __all__ = [
+    "GPUS",
     "Drawn",
     "Hardware",
     "Outputs",
@@ -38,6 +42,7 @@ __all__ = [
     "eval_judge",
     "eval_recon",
     "eval_reference",
+    "examine",
     "find_tokenizer",
     "inspect",
     "key_values",
@@ -45,7 +50,9 @@ __all__ = [
     "parse_classes",
     "plan_generator",
     "plan_tokenizer",
+    "recipe_names",
     "reconstruct",
+    "resolve",
     "sample",
     "tokenize",
     "train_gen",

@@ -1,6 +1,7 @@
 """`rdpm inspect`: what a path or recipe is, its config, digests and provenance."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def describe(target: str) -> tuple[str, dict[str, Any]]:
         if path.exists() or "/" in target:
             raise
         raise UsageError(f"'{target}' is neither a path nor a recipe", error.hint) from error
+
+
+def resolve(recipe_name: str, overrides: Sequence[str], section: str) -> Result:
+    """--print-config: the recipe as the command whose section it is would use it, as YAML, or as values."""
+    recipe = recipe_files.load_recipe(recipe_name, overrides, section)
+    return Result("recipe", recipe.model_dump(mode="json"), text=recipe_files.to_yaml(recipe))
 
 
 def _recipe(target: str) -> tuple[str, dict[str, Any]]:

@@ -41,17 +41,23 @@ def picture_record(
     }
 
 
-def claim(out: Path, record: dict[str, Any]) -> None:
-    """Begin or repeat writing `record`'s pictures into `out`. Raises UsageError when it holds something else."""
-    files.make_folder(out)
+def check(out: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What tells `record`'s pictures from others. Raises UsageError when `out` holds something else."""
     identity = {key: record[key] for key in ("format", "made_from", "options")}
     identity |= {"count": len(record["samples"]), "samples": files.digest(record["samples"])}
     if (out / "run.json").is_file():
         before = files.read_json(out / "run.json").get("pictures", {})
         if changed := files.differences(before, identity):
             raise UsageError(f"{out} holds other pictures: {'; '.join(changed[:4])}", "choose another folder")
-    elif any(not p.name.startswith(".") for p in out.iterdir()):
+    elif out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise UsageError(f"{out} is not empty and not a folder of samples", "choose another folder")
+    return identity
+
+
+def claim(out: Path, record: dict[str, Any]) -> None:
+    """Begin or repeat writing `record`'s pictures into `out`. Raises UsageError when it holds something else."""
+    files.make_folder(out)
+    identity = check(out, record)
     files.write_json(out / "run.json", {"pictures": identity, "argv": sys.argv, "versions": versions()})
 
 

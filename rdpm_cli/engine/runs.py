@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """The answer of a command. values: what `--json` prints; next: the command that follows from here."""
+    """The answer of a command. values: what `--json` prints; next: the command that follows from here.
+
+    text: printed in place of title, values and next where it is not empty.
+    """
 
     title: str
     values: dict[str, Any] = field(default_factory=dict)
     next: str = ""
+    text: str = ""
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from rdpm_cli.engine import editing, pictures, sample_files
 from rdpm_cli.engine.editing import Edit
 from rdpm_cli.engine.runs import Result
 from rdpm_cli.engine.sample_files import NPZ, Files, Part
+from rdpm_cli.engine.sample_forecast import forecast
 from rdpm_cli.engine.sample_previews import Previews
 from rdpm_cli.errors import Stopped, UsageError
 
@@ -172,12 +173,14 @@ def sample(
     edit: Edit | None = None,
     reject: Reject | None = None,
     shard: str | None = None,
+    dry_run: bool = False,
     device: str = "auto",
     team: Team | None = None,
 ) -> Result:
     """Checkpoint -> PNGs, samples.npz, samples.json, previews. Sampling options left out are the checkpoint's own.
 
     sampling: fields of the family's section. shard: as --shard. team: as --gpus.
+    dry_run: say what would be done, write nothing.
     """
     from rdpm_cli.generator import model
 
@@ -191,6 +194,8 @@ def sample(
     chosen = choose(loaded.sampling, preset, sampling or {})
     request = _request(loaded, chosen, classes, per_class, out, seed, outputs, edit, reject)
     request.record["checkpoint"] = str(ckpt.resolve())
+    if dry_run:
+        return forecast(request, part, device)
     with sample_files.one_at_a_time(out):
         pictures.claim(out, request.record)
     if team and team.processes > 1:
