@@ -93,7 +93,7 @@ def rdpm_words(words: list[str]) -> list[str] | None:
 
 
 def check(args: list[str]) -> None:
-    """Raises where the real command line would: unknown command, option, value, recipe, recipe key or sampling field."""
+    """Raises where the real command line would: unknown command, option, value, recipe, key or sampling field."""
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands"):
         assert args, "no command"
@@ -162,12 +162,10 @@ FEWER = {  # what keeps a shown command small
 
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which `rdpm demo` has run, with a few steps of everything, and which has a store at out/codes."""
+    """A folder in which `rdpm demo` has run, with a few steps of everything."""
     folder = tmp_path_factory.mktemp("tour")
     with contextlib.chdir(folder):
         assert answer(["demo", *SMALL])[0] == 0
-        Path("out").mkdir()
-        Path("out/codes").symlink_to(folder / "demo" / "codes")
         yield folder
 
 
@@ -183,6 +181,7 @@ def without_weights(no_weights: Path) -> None:
     """Nobody's weights are found, as on a machine that has none."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", sorted({b.page for b in SHELL_BLOCKS if "run" in b.marks}), ids=lambda page: page.replace("/", "-")
 )
@@ -202,7 +201,12 @@ def test_what_a_page_shows_runs(page: str, tour: Path, without_weights: None) ->
 @pytest.mark.parametrize(
     "block", [b for b in blocks() if b.info == ("python",)], ids=lambda block: f"{block.page}:{block.line}"
 )
-def test_what_python_a_page_shows_runs(block: Block, tour: Path) -> None:
+def test_what_python_a_page_shows_runs(
+    block: Block, digits_codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/codes").symlink_to(digits_codes)
     exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
 
 
