@@ -198,6 +198,15 @@ def test_a_reference_of_another_extractor_is_refused(image_folder: Path, judge_p
         engine.eval_fid("digits:heldout", str(tmp_path / "ref.npz"), extractor=other, device="cpu")
 
 
+def test_a_reference_of_another_size_is_refused(image_folder: Path, judge_path: Path, tmp_path: Path) -> None:
+    small, ruler = tmp_path / "small.npz", engine.Ruler(judge_path)
+    engine.eval_reference(str(image_folder), small, ruler, resolution=8, device="cpu")
+    np.savez(tmp_path / "images.npz", pixels(40)[:, :12, :12])
+    for reference, side in ((small, 8), (tmp_path / "images.npz", 12)):
+        with pytest.raises(DataError, match=rf"is of images of {side}×{side}, digits:heldout of 16"):
+            engine.eval_fid("digits:heldout", str(reference), extractor=judge_path, device="cpu")
+
+
 def test_spatial_statistics_are_kept_where_there_are_any(tmp_path: Path) -> None:
     seen = passes.look(Blocks(), image_set(pixels(60, 2)), passes.Wanted(range(0, 60, 3), spatial=True))
     assert seen is not None

@@ -480,6 +480,33 @@ def test_the_best_is_named_among_comparable_rows_alone() -> None:
     assert [sorted(row.best) for row in rows] == [["frechet_distance"], [], []]
 
 
+def record_of(**more: Any) -> dict[str, Any]:
+    """What `rdpm eval fid --json` prints, in short."""
+    judge, images = {"name": "judge judge.pt", "sha256": "a" * 64}, {"name": "digits:train", "sha256": "b" * 64}
+    options = {"cfg": 1.0, "tau": 1.0, "schedule": "square"}
+    known = {"metric": "frechet_distance", "value": 5.0, "n": 8, "extractor": judge, "reference": images}
+    return {**known, "options": options, "checkpoint": "c" * 64, **more}
+
+
+def test_the_best_is_not_named_across_judges_of_one_name_nor_across_rejection() -> None:
+    other = record_of(value=1.0, extractor={"name": "judge judge.pt", "sha256": "d" * 64})
+    chosen = record_of(value=2.0, options={"cfg": 1.0, "tau": 1.0, "reject": {"keep": 0.25, "judge": "judge.pt"}})
+    records = {"a": record_of(), "b": record_of(value=6.0), "c": other, "d": chosen}
+    rows = scores.rows([score for name, record in records.items() for score in scores.read(record, name)])
+    assert [(row.source, sorted(row.best)) for row in rows if row.best] == [("a", ["frechet_distance"])]
+    assert rows[2].extractor == "judge judge.pt (dddddddd)"
+    assert rows[3].options["reject"] == "keep 0.25"
+
+
+def test_points_of_two_checkpoints_share_no_curve() -> None:
+    records = [
+        record_of(options={"cfg": cfg, "tau": 1.0}, checkpoint=model * 64) for model in "cd" for cfg in (0.0, 1.0)
+    ]
+    (found,) = scores.trade_offs([one for i, record in enumerate(records) for one in scores.read(record, str(i))])
+    assert sorted(found.curves) == ["checkpoint = cccccccc", "checkpoint = dddddddd"]
+    assert [len(points) for points in found.curves.values()] == [2, 2]
+
+
 # ---- other formats -------------------------------------------------------------------------------------------------
 
 

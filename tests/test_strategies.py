@@ -16,6 +16,7 @@ from helpers import sampling_options
 from torch import Tensor
 
 from rdpm_cli.config import RDPMSampling
+from rdpm_cli.engine.sampling import choose
 from rdpm_cli.errors import RecipeError, UsageError
 from rdpm_cli.generator import model, sampler, strategies
 from rdpm_cli.generator.guidance import guidance_at, tau_at
@@ -125,6 +126,14 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], text: s
 def test_an_interval_beyond_the_last_step_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--cfg-last: steps 2 to 9 of 4"):
         make_generator().check(sampling_options(cfg=1.0, cfg_schedule="interval", cfg_first=2, cfg_last=9))
+
+
+@pytest.mark.parametrize("preset", ["cfg", "cfg-linear"])
+def test_a_guided_preset_wants_a_lambda(preset: str) -> None:
+    with pytest.raises(UsageError, match="lambda is 0"):
+        choose(RDPMSampling(), preset, {})
+    assert choose(RDPMSampling(), preset, {"cfg": 0.0}).cfg == 0
+    assert choose(RDPMSampling(cfg=1.0), preset, {}).cfg == 1.0
 
 
 def test_presets_are_legal_and_differ() -> None:

@@ -72,12 +72,13 @@ class ObjectiveConfig(Section):
 class SamplingConfig(Section):
     """Defaults of `rdpm sample`, recorded in the checkpoint: what every family has.
 
-    presets: named sets of a family's own fields. search: its fields, and the values of each, that `rdpm tune-sampling`
-    tries in this order.
+    presets: named sets of a family's own fields; guided: those that are nothing without a lambda. search: its fields,
+    and the values of each, that `rdpm tune-sampling` tries in this order.
     """
 
     family: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    guided: ClassVar[frozenset[str]] = frozenset()
     search: ClassVar[Mapping[str, Sequence[Any]]] = {"cfg": (0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0)}
 
     cfg: float = Field(0.0, ge=0, description="lambda of guidance; 0 = off")
@@ -100,7 +101,7 @@ class RDPMSampling(SamplingConfig):
     presets: the rows of the paper's Table 3, as they are read here. `raw`: the likeliest code, no guidance, no noise
     beside eps. `cfg`: guidance of one lambda at all steps. `cfg-linear`: the ramp. `gumbel`: the ramp, and a draw with
     Gumbel noise instead of the likeliest code. lambda and tau stay the checkpoint's own, or what is given beside the
-    preset, since a network has its own best ones; a lambda of 0 there makes the guided rows equal to `raw`.
+    preset, since a network has its own best ones.
     """
 
     family: ClassVar[str] = "rdpm"
@@ -110,6 +111,7 @@ class RDPMSampling(SamplingConfig):
         "cfg-linear": {"cfg_schedule": "linear", "draw": "argmax", "skip_steps": 0, "top_k": 0, "top_p": 1.0},
         "gumbel": {"cfg_schedule": "linear", "draw": "gumbel", "skip_steps": 0, "top_k": 0, "top_p": 1.0},
     }
+    guided: ClassVar[frozenset[str]] = frozenset(("cfg", "cfg-linear"))
     search: ClassVar[Mapping[str, Sequence[Any]]] = {
         **SamplingConfig.search,
         "cfg_schedule": ("constant", "linear", "cosine", "power"),

@@ -31,6 +31,11 @@ class Edit:
     mask: str | None = None
     from_step: int | None = None
 
+    @property
+    def first(self) -> int:
+        """The first step whose codes are drawn."""
+        return 1 if self.from_step is None else self.from_step
+
 
 def ask(init: str | None, mask: str | None, from_step: int | None) -> Edit | None:
     """The edit of these options, None without any. Raises UsageError where they do not go together."""
@@ -59,7 +64,7 @@ def read(edit: Edit, tokenizer: Tokenizer) -> Original:
     from rdpm_cli.images import items
 
     auto, T = tokenizer.cfg.autoencoder, tokenizer.quantizer.steps
-    first = edit.from_step or 1
+    first = edit.first
     if not 1 <= first <= T:
         raise UsageError(f"--from-step {first} is not in 1..{T}", f"this checkpoint has T = {T}")
     image = items.open_item(edit.init)

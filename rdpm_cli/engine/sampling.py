@@ -124,7 +124,12 @@ def choose(own: SamplingConfig, preset: str | None, asked: Mapping[str, Any]) ->
         if name not in section.model_fields:
             raise _no_option(name, section)
     wanted = {**own.model_dump(), **(section.presets[preset] if preset else {}), **asked}
-    return recipe_files.validate(section, wanted, "sampling options")
+    chosen = recipe_files.validate(section, wanted, "sampling options")
+    if preset in section.guided and chosen.cfg == 0 and "cfg" not in asked:
+        raise UsageError(
+            f"--preset {preset} guides, and this checkpoint's own lambda is 0", f"write --preset {preset} --cfg 1.5"
+        )
+    return chosen
 
 
 def _no_option(name: str, section: type[SamplingConfig]) -> UsageError:
@@ -183,6 +188,7 @@ def sample(
     dry_run: say what would be done, write nothing.
     """
     from rdpm_cli.generator import model
+    from rdpm_cli.training import distributed
 
     outputs, part = outputs or Outputs(), sample_files.part_of(shard)
     outputs.check()
@@ -196,6 +202,8 @@ def sample(
     request.record["checkpoint"] = str(ckpt.resolve())
     if dry_run:
         return forecast(request, part, device)
+    if not team:
+        distributed.pick_device(device)  # before the folder is claimed
     with sample_files.one_at_a_time(out):
         pictures.claim(out, request.record)
     if team and team.processes > 1:
@@ -230,7 +238,7 @@ def _request(
     labels = sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
     told = {**sampling.model_dump(), "seed": seed}
     if edit:
-        told["edit"] = {"from_step": edit.from_step or 1, "masked": edit.mask is not None}
+        told["edit"] = {"from_step": edit.first, "masked": edit.mask is not None}
     if reject:
         told["reject"] = {"keep": 1 / reject.tries, "candidates": reject.tries, **_judge_of(reject, loaded)}
     record = pictures.picture_record(

@@ -90,6 +90,7 @@ def eval_images(
         values = scores.score(metric, extractor, images, reference, options)
     if values is not None:
         values |= {"options": images.origin.get("options"), "versions": {**versions(), **_more_versions(extractor)}}
+        values |= {"checkpoint": images.origin.get("made_from", {}).get("checkpoint"), "resolution": images.resolution}
     return answer("score", values)
 
 
@@ -151,7 +152,13 @@ def _reference(ref: str | None, images: ImageSet) -> ImageSet | StatFile:
     from rdpm_cli.evaluation import statfile
     from rdpm_cli.evaluation.reference import open_reference
 
-    return statfile.find(ref) or open_reference(ref, images)
+    found = statfile.find(ref) or open_reference(ref, images)
+    if found.resolution not in (None, images.resolution):
+        sides = f"images of {found.resolution}×{found.resolution}, {images.name} of {images.resolution}"
+        raise DataError(
+            f"the reference {found.name} is of {sides}", "compare one size: `rdpm eval reference --resolution`"
+        )
+    return found
 
 
 def _more_versions(extractor: Extractor) -> dict[str, str]:

@@ -56,6 +56,8 @@ def check(metric: str, options: Options) -> None:
         raise UsageError(f"--subset belongs to the Fréchet distance, not to `eval {metric}`", "leave it out")
     if options.ci and not {"fid", "is"} & set(FAMILIES[metric]):
         raise UsageError(f"--ci belongs to fid and is, not to `eval {metric}`", "leave it out")
+    if options.ci and options.subset:
+        raise UsageError("--ci and --subset are two ways to a spread", "give one of them")
 
 
 def needs_reference(metric: str) -> bool:
@@ -161,8 +163,6 @@ def _fid(
     each = [metrics.statistics(seen.features_ND[rows]) for rows in groups] or [whole]
     values = [metrics.frechet_distance(one, against.pool, root) for one in each]
     row: dict[str, Any] = {"": float(np.mean(values))}
-    if options.ci and len(values) > 1:
-        raise UsageError("--ci and --subset are two ways to a spread", "give one of them")
     if options.ci:
         row["ci95"] = bootstrap.frechet(seen.features_ND, against.pool, row[""])
     row["spread_over_subsets"] = float(np.std(values)) if len(values) > 1 else None

@@ -59,6 +59,16 @@ class StatFile:
         return record
 
     @property
+    def name(self) -> str:
+        """Of the file."""
+        return str(self.path)
+
+    @property
+    def resolution(self) -> int | None:
+        """Of its images, where it is ours and says so."""
+        return int(self.record["resolution"]) if self.record else None
+
+    @property
     def has_images(self) -> bool:
         """Are there images for precision and recall?"""
         return "arr_0" in self.arrays

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Figure 5: the base of the pow schedule, alpha_t = base^(T - t), from 0.5 to 0.95.
 #
-#   recipes/ablations/figure5.sh                     digits, 2 seeds, about 16 CPU minutes
+#   recipes/ablations/figure5.sh                     digits, 2 seeds, 38 CPU minutes
 #   SCALE=cifar10 CIFAR10=cifar10-train.zip recipes/ablations/figure5.sh
 #
 # A finished cell is not run again. Ends with table.md, table.csv, plot.png and schedules.png.

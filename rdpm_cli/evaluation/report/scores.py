@@ -40,16 +40,17 @@ METRICS = {
     "lpips_vgg": Metric("LPIPS (vgg)", -1),
     "mse": Metric("MSE", -1, ".5f"),
     "frechet_distance_recon": Metric("Fréchet distance", -1, ".3f"),
-    "latent_error": Metric("Latent error", -1),
+    "latent_mse": Metric("Latent error", -1),
     "parameters": Metric("Parameters", 0, ",.0f"),
 }
 OF_RECONSTRUCTIONS = frozenset(
-    ("rfid", "psnr", "ssim", "lpips_alex", "lpips_vgg", "mse", "frechet_distance_recon", "latent_error")
+    ("rfid", "psnr", "ssim", "lpips_alex", "lpips_vgg", "mse", "frechet_distance_recon", "latent_mse")
 )
 OPTIONS = (
     "cfg", "cfg_schedule", "cfg_power", "cfg_first", "cfg_last", "draw", "tau", "tau_schedule", "tau_end", "top_k",
-    "top_p", "skip_steps", "steps", "seed",
+    "top_p", "skip_steps", "steps", "schedule", "z_temp", "conf", "conf_temp", "conf_anneal", "cfg_mode", "seed",
 )  # fmt: skip
+CHOSEN = ("edit", "reject")  # of samples that are not plain ones
 
 
 def metric(name: str) -> Metric:
@@ -102,11 +103,23 @@ def _score(record: Mapping[str, Any], name: str, raw: Any, source: str, reason: 
         spread=spread,
         spread_over=over,
         interval=_interval(record, alone, name),
-        extractor=_name(record.get("extractor")),
-        reference=_name(record.get("reference")),
-        options={key: value for key, value in _section(record, "options").items() if key in OPTIONS},
+        extractor=_known(record.get("extractor")),
+        reference=_known(record.get("reference")),
+        options=_options(record),
         note="; ".join(notes),
     )
+
+
+def _options(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How samples were drawn, by which checkpoint, and what was done to them beside."""
+    given = _section(record, "options")
+    found = {key: value for key, value in given.items() if key in OPTIONS}
+    if checkpoint := record.get("checkpoint") or given.get("checkpoint"):
+        found["checkpoint"] = str(checkpoint)[:8]
+    for key in CHOSEN:
+        if isinstance(given.get(key), Mapping):
+            found[key] = ", ".join(f"{name} {value}" for name, value in given[key].items() if is_number(value))
+    return found
 
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
@@ -146,6 +159,12 @@ def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(is_number(end) for end in value)
+
+
+def _known(part: Any) -> str:
+    """A name, with the beginning of the sha256 that tells it from others of that name."""
+    sha256 = part.get("sha256") if isinstance(part, Mapping) else None
+    return f"{_name(part)} ({sha256[:8]})" if isinstance(sha256, str) and sha256 else _name(part)
 
 
 def _name(part: Any) -> str:
@@ -188,8 +207,13 @@ def _key(options: Mapping[str, Any]) -> str:
     return repr(sorted(options.items()))
 
 
+def _like(row: Row) -> tuple[Any, ...]:
+    """What rows share that can be compared: best of n, or of edits, is another thing than samples."""
+    return row.n, row.extractor, row.reference, *(row.options.get(key) for key in CHOSEN)
+
+
 def _with_best(row: Row, every: Sequence[Row]) -> Row:
-    alike = [o for o in every if (o.n, o.extractor, o.reference) == (row.n, row.extractor, row.reference)]
+    alike = [other for other in every if _like(other) == _like(row)]
     best = set()
     for name, score in row.scores.items():
         values = [o.scores[name].value for o in alike if name in o.scores]
@@ -323,7 +347,8 @@ def trade_offs(scores: Sequence[Score]) -> list[TradeOff]:
 
 def _curves(group: Sequence[Row], name: str, knob: str, other: str | None) -> dict[str, list[Point]]:
     """The points of each setting of the other options that differ."""
-    differ = [key for key in OPTIONS if key != knob and len({repr(row.options.get(key)) for row in group}) > 1]
+    every = (*OPTIONS, *CHOSEN, "checkpoint")
+    differ = [key for key in every if key != knob and len({repr(row.options.get(key)) for row in group}) > 1]
     found: dict[str, list[Point]] = {}
     for row in sorted(group, key=lambda row: float(row.options[knob])):
         value, along = _value(row, name), float(row.options[knob]) if other is None else _value(row, other)
