@@ -183,15 +183,17 @@ judge_and_budget() {
     make_judge
 }
 
-# rvq_store DEPTH: a store of plain residual codes for every seed -> RVQ
+# rvq_store DEPTH: a store of plain residual codes -> RVQ; on digits one a seed, as the demo's are, else one for all
 rvq_store() {
-    RVQ=$OUT/rvq-$1.%s/codes
-    for seed in $SEEDS; do
-        [ -s "$(of_seed "$RVQ")/manifest.json" ] && continue
-        rvq=$OUT/rvq-$1.$seed
+    RVQ=$OUT/rvq-$1.%s/codes _seeds=$SEEDS
+    [ "$SCALE" = digits ] || RVQ=$OUT/rvq-$1/codes _seeds=0
+    for seed in $_seeds; do
+        _codes=$(of_seed "$RVQ")
+        [ -s "$_codes/manifest.json" ] && continue
+        _tokenizer=$(dirname "$_codes")/tokenizer
         # shellcheck disable=SC2086
-        rdpm train-tokenizer "$TRAIN" --recipe "$RESGEN" --out "$rvq/tokenizer" --quiet seed="$seed" \
+        rdpm train-tokenizer "$TRAIN" --recipe "$RESGEN" --out "$_tokenizer" --quiet seed="$seed" \
             quantizer.steps="$1" $RESGEN_TOKENIZER >&2
-        rdpm tokenize "$TRAIN" "$rvq/codes" --tokenizer "$rvq/tokenizer/tokenizer.pt" --keep latents --quiet >&2
+        rdpm tokenize "$TRAIN" "$_codes" --tokenizer "$_tokenizer/tokenizer.pt" --keep latents --quiet >&2
     done
 }

@@ -3,10 +3,11 @@
 #
 #   recipes/ablations/resgen.sh                        digits, 3 seeds, 25 s a generator
 #   SEEDS=0 TIME=20 PARTS="families steps" recipes/ablations/resgen.sh      a part of it
-#   SCALE=cifar10 CIFAR10=cifar10-train.zip TIME=180 PARTS=families recipes/ablations/resgen.sh
+#   SCALE=cifar10 CIFAR10=cifar10-train.zip TIME=180 DEPTHS=8 PARTS=families recipes/ablations/resgen.sh
 #
 #   PARTS   families (RDPM paper and plus, ResGen at depth 4, 8, 16), steps (sampled in 2..32 steps), switches (direct
 #           tokens, random depths, 1..1024 components), schedules (trained with each, sampled with each)
+#   DEPTHS  of ResGen's codes, default "4 8 16"; what does not vary the depth has 8
 #
 # RDPM takes the demo's codes (at the other scales those of a tokenizer of its own), ResGen those of a tokenizer a depth;
 # the judge is the same. A finished cell is not run again. Ends with table.md, table.csv and plot.png.
@@ -14,7 +15,8 @@ SCALE=${SCALE:-digits}
 . "$(dirname "$0")/lib.sh"
 TIME=${TIME:-25}
 PARTS=${PARTS:-families steps switches schedules}
-DEPTH=8 # of the cells that do not vary it
+DEPTHS=${DEPTHS:-4 8 16}
+DEPTH=8
 judge_and_store
 
 rdpm_cell() {
@@ -41,12 +43,12 @@ if part families; then
     rdpm_cell rdpm-plus
 fi
 if part families || part steps; then
-    for depth in 4 8 16; do
+    for depth in $DEPTHS; do
         resgen_cell "resgen-depth-$depth" "$depth"
     done
 fi
 if part steps; then
-    for depth in 4 8 16; do
+    for depth in $DEPTHS; do
         for steps in 2 4 8 16 32; do
             sample_cell "depth-$depth-in-$steps" "$OUT/resgen-depth-$depth.%s/generator.pt" "$JUDGE" --steps "$steps"
         done
