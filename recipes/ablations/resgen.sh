@@ -10,7 +10,7 @@
 #   DEPTHS  of ResGen's codes, default "4 8 16"; what does not vary the depth has 8
 #
 # RDPM takes the demo's codes (at the other scales those of a tokenizer of its own), ResGen those of a tokenizer a depth;
-# the judge is the same. A finished cell is not run again. Ends with table.md, table.csv and plot.png.
+# the judge is the same. A finished cell is not run again. Ends with table.md, table.csv, plot.png, and steps.png.
 SCALE=${SCALE:-digits}
 . "$(dirname "$0")/lib.sh"
 TIME=${TIME:-25}
@@ -74,3 +74,4 @@ fi
 
 python "$here/table.py" "$OUT" --title "ResGen and RDPM after $TIME s, $SCALE" \
     --columns class_accuracy fid/frechet_distance parameters passes seconds_an_image steps
+if part steps; then python "$here/steps.py" "$OUT"; fi

@@ -26,12 +26,14 @@ def summary(scores: list[dict[str, Any]], column: str) -> tuple[float, float] | 
 
 
 def text(found: tuple[float, float] | None, seeds: int) -> str:
-    """`12.34 ± 0.05`, or n/a."""
+    """`12.34 ± 0.05`, three to five digits; a count that all seeds share as it is; n/a."""
     if found is None:
         return "n/a"
-    digits = 2 if abs(found[0]) >= 10 else 4
-    spread = f" ± {found[1]:.{digits}f}" if seeds > 1 else ""
-    return f"{found[0]:.{digits}f}{spread}"
+    mean, spread = found
+    if mean == int(mean) and spread == 0 and mean >= 1:
+        return str(int(mean))
+    digits = 4 if abs(mean) < 10 else 2 if abs(mean) < 100 else 1
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if seeds > 1 else "")
 
 
 def plot(path: Path, cells: dict[str, list[dict[str, Any]]], column: str, title: str) -> None:
