@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 import torch
 from torch.utils._pytree import tree_leaves
 
+from rdpm_cli import files
+from rdpm_cli.errors import CheckpointError, RdpmError, UsageError
+
 _UNKNOWN = re.compile(r"GLOBAL (\S+)|Unsupported class (\S+)")  # how torch names what it did not run
 
 SEAL = b"sha256:"
@@ -177,14 +180,27 @@ def check_members(path: Path) -> None:
         raise Unreadable(f"its member {broken} differs from its CRC")
 
 
-def main() -> None:
-    """FILE COPY."""
-    source, copy = map(Path, sys.argv[1:])
+def copy_tensors(source: Path, copy: Path) -> None:
+    """Write what read_tensors_alone finds. Raises CheckpointError, and RunError where the disk is full."""
+    if not source.is_file():
+        raise CheckpointError(files.no_file(source), "name a file of weights")
     try:
         tensors = read_tensors_alone(source)
     except Unreadable as error:
-        sys.exit(f"{source} cannot be read as weights: {error}")
-    torch.save(tensors, copy)
+        raise CheckpointError(f"{source} cannot be read as weights: {error}", "fetch it again") from error
+    with files.space_is_told(copy.parent, lambda: size(tensors)):
+        files.write_atomic(copy, lambda file: write(file, tensors))
+
+
+def main() -> None:
+    """FILE COPY."""
+    try:
+        if len(sys.argv) != 3:
+            raise UsageError("two paths are needed", "python -m rdpm_cli.tensorfile FILE COPY")
+        copy_tensors(*map(Path, sys.argv[1:]))
+    except RdpmError as error:
+        print(f"rdpm: error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ weight files of the published layouts, drawn at random.
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import offline
@@ -56,6 +57,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "faults" in item.path.parts:
                 item.add_marker(pytest.mark.long)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands what it counted to the process that prints."""
+    if (handed := getattr(session.config, "workeroutput", None)) is not None:
+        handed["counts"], handed["notes"] = ROWS.counts, ROWS.notes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker that died has handed nothing over."""
+    if handed := getattr(node, "workeroutput", None):
+        ROWS.add(handed["counts"], handed["notes"])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -23,6 +23,14 @@ class Rows:
         """A measured value."""
         self.notes[row] = text
 
+    def add(self, counts: dict[str, list[int]], notes: dict[str, str]) -> None:
+        """What another process has counted and measured."""
+        for row, (right, made) in counts.items():
+            so_far = self.counts.setdefault(row, [0, 0])
+            so_far[0] += right
+            so_far[1] += made
+        self.notes.update(notes)
+
     def lines(self) -> list[str]:
         counted = [f"row: {row} {right}/{made}" for row, (right, made) in self.counts.items()]
         return [*counted, *(f"row: {row}: {text}" for row, text in self.notes.items())]

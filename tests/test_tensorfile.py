@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same
+from injection import Disk
 from processes import touch
 
 from rdpm_cli import tensorfile
 from rdpm_cli.cli.app import run
+from rdpm_cli.errors import RunError
 
 
 def test_tensors_come_back(tmp_path: Path) -> None:
@@ -73,6 +75,39 @@ def test_the_tensors_of_a_file_that_holds_more_are_copied_and_nothing_runs(zippe
     assert list(found) == ["state_dict"]
     assert_same(found["state_dict"], {name: value.detach() for name, value in weights.items()})
     assert not (tmp_path / "made").exists()
+
+
+def test_a_copy_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.zeros(10_000)}, tmp_path / "file.pt")
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        Disk(tmp_path / "out", 9_000, patch)
+        with pytest.raises(RunError, match=r"disk full: .*out needs 0.04 MB more"):
+            tensorfile.copy_tensors(tmp_path / "file.pt", tmp_path / "out" / "copy.pt")
+    assert not list((tmp_path / "out").iterdir())
+    tensorfile.copy_tensors(tmp_path / "file.pt", tmp_path / "out" / "copy.pt")
+    tensorfile.check_whole(tmp_path / "out" / "copy.pt")
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [([], 2, "two paths"), (["text.pt", "c.pt"], 3, "cannot be read as weights"), (["no.pt", "c.pt"], 3, "not exist")],
+)
+def test_what_cannot_be_copied_is_one_clear_error(
+    given: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "text.pt").write_text("hello world, this is no checkpoint")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tensorfile", *given])
+    with pytest.raises(SystemExit) as left:
+        tensorfile.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert left.value.code == code
+    assert lines[0].startswith("rdpm: error: ")
+    assert said in lines[0]
+    assert lines[-1].startswith("hint: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
 
 
 def test_no_file_of_tensors_is_unreadable_there_too(tmp_path: Path) -> None:

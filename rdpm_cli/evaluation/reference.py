@@ -82,7 +82,8 @@ def _read_samples(paths: list[Path], resolution: int, pieces: Iterable[range]) -
         images = []
         for path in paths[piece.start : piece.stop]:
             try:
-                images.append(np.asarray(Image.open(path).convert("RGB")))
+                with Image.open(path) as image:
+                    images.append(np.asarray(image.convert("RGB")))
             except (OSError, SyntaxError) as error:
                 raise DataError(f"{path} cannot be read as an image: {error}", "sample again") from error
             if images[-1].shape != (resolution, resolution, 3):

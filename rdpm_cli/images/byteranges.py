@@ -10,7 +10,7 @@ LARGEST = 1 << 30  # bytes of one encoded image
 
 
 class ByteRanges:
-    """Some files, read anywhere; the last few used stay open. Pickles as their paths; each process opens its own.
+    """Some files, read anywhere; the last few used stay open, until it is dropped. Pickles as their paths; each process opens its own.
 
     Reads carry their offset, so forked processes that share an open file do not share a position.
     """
@@ -21,6 +21,14 @@ class ByteRanges:
 
     def __getstate__(self) -> dict[str, object]:
         return {"paths": self.paths, "_open": {}}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open; a later read opens it again."""
+        while self._open:
+            self._open.popitem()[1].close()
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """`size` bytes of file number `file`. Raises OSError where it ends before."""

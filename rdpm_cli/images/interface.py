@@ -32,8 +32,8 @@ class ImageSource(ABC):
 
     def image(self, index: int) -> Image.Image:
         """RGB. Raises ImageError naming the image that cannot be read."""
-        with decode.naming(self.spec, self.names[index]):
-            return decode.to_rgb(self.open(index))
+        with decode.naming(self.spec, self.names[index]), self.open(index) as image:
+            return decode.to_rgb(image)
 
     def pixels(self, index: int, size: int, draft: bool = False) -> Pixels:
         """(size, size, 3) uint8 after the ADM centre crop. Raises ImageError naming the image that cannot be read.
@@ -41,8 +41,7 @@ class ImageSource(ABC):
         draft: a JPEG whose short side is at least 2·size is decoded at 1/2, 1/4 or 1/8 (`decode.use_draft`): faster,
         and other pixels, so what is made of them is of the transform DRAFT_TRANSFORM.
         """
-        with decode.naming(self.spec, self.names[index]):
-            image = self.open(index)
+        with decode.naming(self.spec, self.names[index]), self.open(index) as image:
             decode.need_room(image, size)
             if draft:
                 decode.use_draft(image, size)

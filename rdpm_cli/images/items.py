@@ -19,8 +19,8 @@ def open_item(spec: str) -> Image.Image:
     """RGB. Raises UsageError for what names no image, ImageError for one that cannot be read."""
     path = Path(spec)
     if path.is_file() and is_image(path.name):
-        with decode.naming(str(path.parent), path.name):
-            return decode.to_rgb(decode.open_image(path))
+        with decode.naming(str(path.parent), path.name), decode.open_image(path) as image:
+            return decode.to_rgb(image)
     name, mark, number = spec.rpartition("#")
     if not mark or not number.isdecimal():
         raise UsageError(f"{spec} is no image" if path.exists() else f"{spec} does not exist", HOW)
