@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "labels": 6, "bootstrap": 9, "uniform": 10}
+PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "labels": 6, "intervals": 9, "uniform": 10}
 PURPOSES |= {"mask": 7, "component": 8}  # of ResGen: held-out masks; a sample's components
 # of training: rows of an epoch, small draws of a batch, seeds of the device's generators, draws all processes share
 PURPOSES |= {"epoch": 16, "batch": 17, "device": 18, "shared": 19, "torch": 20}

@@ -250,7 +250,8 @@ class Means:
     class_names: list[str] = field(default_factory=lambda: ["red", "green", "blue"])
     note: str = ""
     accuracy: float | None = None
-    spatial: bool = False
+    width: int = 3
+    spatial: int = 0
 
     def __call__(self, pixels_BCHW: Tensor) -> Activations:
         means = pixels_BCHW.float().mean((2, 3))
@@ -556,6 +557,9 @@ def test_a_trained_judge_records_its_accuracy_on_held_out_images(image_folder: P
     )
     assert trained.values["heldout_accuracy"] == pytest.approx(accuracy)
     assert extractor.class_names == ["a", "b", "c"]
+    data = files.read_json(tmp_path / "judge" / "run.json")["settings"]["data"]
+    digest = open_source(str(image_folder)).digest()
+    assert (data["digest"], data["heldout_digest"], data["resolution"]) == (digest, digest, 16)
 
 
 # ---- samples and the chain of references --------------------------------------------------------------------------

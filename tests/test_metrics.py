@@ -43,6 +43,31 @@ def test_a_known_root_changes_nothing() -> None:
     assert metrics.frechet_distance(a, b, root) == metrics.frechet_distance(a, b)
 
 
+@pytest.mark.parametrize("count", [6, 30, 200])
+def test_a_set_is_at_no_distance_below_zero_from_itself(count: int) -> None:
+    own = metrics.statistics(correlated(count, 30, 1))
+    assert 0 <= metrics.frechet_distance(own, own) < 1e-5
+
+
+@pytest.mark.parametrize("spoiled", [-2 * np.eye(4), np.full((4, 4), np.nan)])
+def test_what_is_no_covariance_gives_no_distance(spoiled: NDArray[np.float64]) -> None:
+    whole = metrics.statistics(correlated(50, 4, 1))
+    with pytest.raises(DataError, match="which no two covariances have") as refused:
+        metrics.frechet_distance(metrics.Statistics(whole.mean_D, spoiled, 50), whole)
+    assert refused.value.hint
+
+
+def test_what_is_taken_away_again_leaves_the_rest() -> None:
+    found = correlated(40, 6, 0) + 1e3
+    whole = metrics.RunningStatistics(6)
+    whole.add(found)
+    left, wanted = whole.without(found[5:12]).statistics(), metrics.statistics(np.delete(found, slice(5, 12), 0))
+    assert left.count == 33
+    assert np.allclose(left.mean_D, wanted.mean_D, rtol=1e-12)
+    assert np.allclose(left.covariance_DD, wanted.covariance_DD, rtol=1e-7, atol=1e-10)
+    assert whole.count == 40
+
+
 @pytest.mark.parametrize("cuts", [[20], [1, 2], [0, 40]])
 def test_statistics_of_several_processes_are_those_of_one(cuts: list[int]) -> None:
     found = correlated(40, 6, 0) + 1e3

@@ -126,12 +126,35 @@ def test_what_is_no_reference_is_refused_and_not_run(
     write: Callable[[Path], object], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(features, "make_extractor", lambda *_: Blocks())
+    extractor = Blocks()
+    monkeypatch.setattr(features, "make_extractor", lambda *_: extractor)
     write(tmp_path / "ref.npz")
     with pytest.raises(DataError, match=text) as refused:
         engine.eval_images("all", "digits:heldout", str(tmp_path / "ref.npz"), device="cpu")
     assert refused.value.exit_code == 3
     assert not (tmp_path / "ran").exists()
+    assert extractor.seen == 0, "before any image is looked at"
+
+
+@pytest.mark.parametrize(
+    ("metric", "arrays", "text"),
+    [
+        ("sfid", {}, "has no mu_s and sigma_s"),
+        ("sfid", {"mu_s": np.zeros(5), "sigma_s": np.eye(5)}, "5 spatial features a mean, and .* gives 16"),
+        ("kid", {}, "neither features nor images"),
+        ("pr", {}, "neither features nor images"),
+        ("pr", {"arr_0": pixels(3)}, "more than 3 images, not 3"),
+    ],
+)
+def test_a_reference_that_has_nothing_for_the_score_is_refused_before_the_pass(
+    metric: str, arrays: dict[str, NDArray[Any]], text: str, tmp_path: Path
+) -> None:
+    spoiled(**arrays)(tmp_path / "ref.npz")
+    extractor = Blocks()
+    with pytest.raises(DataError, match=text) as refused:
+        scores.score(metric, extractor, image_set(pixels(40)), opened(tmp_path / "ref.npz"))
+    assert refused.value.hint
+    assert extractor.seen == 0
 
 
 def test_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +197,15 @@ def test_our_file_gives_what_its_images_give(
         )
     assert record["extractor"]["sha256"] == modelfile.load(judge_path)["digest"]
     assert (record["name"], record["transform"]) == (str(image_folder.resolve()), TRANSFORM)
+
+
+def test_one_image_makes_no_reference_and_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "one.npz", pixels(1))
+    extractor = Blocks()
+    monkeypatch.setattr(features, "make_extractor", lambda *_: extractor)
+    with pytest.raises(DataError, match="at least 2 images, not 1"):
+        engine.eval_reference(str(tmp_path / "one.npz"), tmp_path / "ref.npz", device="cpu")
+    assert (extractor.seen, (tmp_path / "ref.npz").exists()) == (0, False)
 
 
 def test_few_features_are_evenly_spaced(image_folder: Path, judge_path: Path, tmp_path: Path) -> None:

@@ -314,6 +314,15 @@ def test_changed_pictures_are_not_those_that_were_scored(made: Path, tmp_path: P
     assert engine.make_report(given, tmp_path / "a.json").values["links"]["broken"] == 1
 
 
+def test_pixels_of_too_many_pictures_are_not_compared_and_it_is_said(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "MOST_COMPARED", 5)
+    engine.make_report([made / "samples", made / "fid.json"], tmp_path / "a.json")
+    said = [one["facts"].get("pixels compared with scores") for one in files.read_json(tmp_path / "a.json")["chain"]]
+    assert said.count("no: more than 5 pictures") == 1
+
+
 def test_what_was_not_given_is_absent_and_not_broken(made: Path, tmp_path: Path) -> None:
     assert states(made, tmp_path / "a.json", ["gen"]) == {"matches": 0, "broken": 0, "absent": 3}
     assert states(made, tmp_path / "a.json", ["fid.json", "recon"])["broken"] == 0
@@ -543,6 +552,18 @@ def test_markdown_tables_keep_their_columns(made: Path, tmp_path: Path) -> None:
               for block in "\n".join(lines).split("\n\n") if block.startswith("|")]  # fmt: skip
     assert len(tables) == 5  # two of scores
     assert all(len(set(table)) == 1 for table in tables)
+
+
+def test_markdown_keeps_intervals_notes_and_what_was_not_computed(tmp_path: Path) -> None:
+    record = {"metric": "all", "fid": 2.0, "fid_ci95": [1.5, 2.5], "fid_spread_over_subsets": 0.25, "n": 7,
+              "sfid": None, "reference": {"name": "r"}, "notes": ["few | images"],
+              "not_computed": {"sfid": "pooled"}}  # fmt: skip
+    files.write_json(tmp_path / "score.json", record)
+    engine.make_report([tmp_path / "score.json"], tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "2.000 ± 0.25 (1.500 to 2.500)" in text
+    assert "- few \\| images (" in text
+    assert "- sFID not computed: pooled (" in text
 
 
 # ---- pictures and plots --------------------------------------------------------------------------------------------

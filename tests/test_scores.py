@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import leaves
 from numpy.typing import NDArray
 from PIL import Image
 from processes import ranks
@@ -49,7 +50,7 @@ class Blocks:
     name, sha256, note = "inception-2015-12-05 stand-in", "6" * 64, ""
     class_names: list[str] = []  # noqa: RUF012
     accuracy: float | None = None
-    spatial = True
+    width, spatial = 12, 16
 
     def __init__(self) -> None:
         self.seen = 0
@@ -177,19 +178,55 @@ def test_sorted_images_have_no_score_by_splits() -> None:
 
 
 def test_too_few_images_are_refused() -> None:
-    for metric, count, text in (("is", 9, "needs as many images, not 9"), ("fid", 1, "at least 2 images"),
-                                ("pr", 3, "more than 3 images"), ("kid", 1, "at least 2 images")):  # fmt: skip
+    for metric, counts, text in (
+        ("is", (9, 60), "needs as many images, not 9"),
+        ("fid", (1, 60), "at least 2 images"),
+        ("sfid", (60, 1), "at least 2 images"),
+        ("pr", (3, 60), "more than 3 images, not 3"),
+        ("pr", (60, 2), "more than 3 images, not 2"),
+        ("kid", (60, 1), "at least 2 images"),
+        ("all", (60, 3), "more than 3 images"),
+        ("fid", (0, 60), "no images to score"),
+        ("fid", (60, 0), "no images to score"),
+    ):
+        extractor = Blocks()
+        ours, theirs = (image_set(pixels(count)) for count in counts)
         with pytest.raises(DataError, match=text) as refused:
-            score(metric, pixels(count), pixels(60))
+            scores.score(metric, extractor, ours, theirs)
         assert refused.value.exit_code == 3
-    with pytest.raises(DataError, match="no images to score"):
-        score("fid", pixels(0), pixels(60))
+        assert extractor.seen == 0, "before any image is looked at"
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "text"),
+    [
+        (None, {"subset": 6}, "has no labels"),
+        ([0, 1, 2] * 10, {"subset": 60}, "hold no class-balanced subset of 60"),
+        (None, {"ci": True}, "needs at least 20 images, not 19"),
+    ],
+)
+def test_subsets_and_intervals_that_cannot_be_are_refused_before_the_pass(
+    labels: list[int] | None, options: dict[str, Any], text: str
+) -> None:
+    extractor, ours = Blocks(), image_set(pixels(30 if labels else 19), labels)
+    with pytest.raises(DataError, match=text):
+        scores.score("fid", extractor, ours, image_set(pixels(60)), scores.Options(**options))
+    assert extractor.seen == 0
+
+
+def test_an_inception_score_of_few_images_is_noted() -> None:
+    few, enough = (scores.score("is", Blocks(), image_set(pixels(count)), None) for count in (110, 120))
+    assert few is not None
+    assert enough is not None
+    assert (few["images_per_split"], enough["images_per_split"]) == (11, 12)
+    assert few["notes"][0].startswith("11 images a split for 3 classes: an Inception Score of so few is too low")
+    assert enough["notes"] == []
 
 
 def test_a_covariance_without_full_rank_is_noted() -> None:
     assert any("12 features" in note for note in score("fid", pixels(12), pixels(60))["notes"])
     assert any("16 spatial features" in note for note in score("sfid", pixels(60), pixels(16))["notes"])
-    assert score("all", pixels(40), pixels(60))["notes"] == []
+    assert score("all", pixels(120), pixels(60))["notes"] == []
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
@@ -207,6 +244,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 def test_intervals_are_laid_about_the_value_and_narrow_with_more_images() -> None:
     few, many = (score("fid", pixels(count, 1), pixels(60, 2), ci=True) for count in (30, 300))
+    assert few["ci95"][0] >= 0
     for values in (few, many):
         assert values["ci95"][0] < values["value"] < values["ci95"][1]
     assert many["ci95"][1] - many["ci95"][0] < few["ci95"][1] - few["ci95"][0]
@@ -357,6 +395,28 @@ def test_an_npz_without_images_is_refused(write: Any, text: str, tmp_path: Path,
     assert refused.value.exit_code == 3
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"npz": "other.npz"}, {"resolution": 8}, {"rows": 47}, {"label": 2}, {"label": None}]
+)
+def test_what_lies_beside_an_npz_is_of_it_only_where_it_lists_its_images(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = changes.get("label", 1)
+    rows = [{"index": place, "label": label} for place in range(changes.get("rows", 48))]
+    record = {"npz": "samples.npz", "resolution": 16, "class_names": ["a", "b", "c"], "options": {"cfg": 1.0}}
+    record |= {"samples": rows} | {key: changes[key] for key in ("npz", "resolution") if key in changes}
+    save_npz(tmp_path / "samples.npz", (48, 16, 16, 3), [pixels(48)], [1] * 48)
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    found = reference.open_target(str(tmp_path / "samples.npz"), None)
+    belongs = not changes or label is None
+    assert found.labels == [1] * 48
+    assert (found.class_names, found.origin.get("options")) == (
+        (["a", "b", "c"], {"cfg": 1.0}) if belongs else ([], None)
+    )
+    warned = "lists other images than" in capsys.readouterr().err
+    assert warned == (not belongs and "npz" not in changes)
+
+
 def test_an_npz_is_read_in_flat_memory(tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", pixels(48))
     found = reference.open_target(str(tmp_path / "images.npz"), None)
@@ -380,6 +440,8 @@ def test_a_checkpoint_is_scored_as_its_samples_are_with_no_files_between(
     monkeypatch.chdir(tmp_path)
     drawn = ["--ckpt", generator_path, "--per-class", 6, "--seed", 3]
     ours = answer(capsys, "all", "tau=2", *drawn, "--extractor", judge_path)
+    raw = answer(capsys, "is", "tau=2", *drawn, "--preset", "raw", "--extractor", judge_path)
+    assert (raw["options"]["draw"], raw["options"]["tau"]) == ("argmax", 2)
     assert list(tmp_path.iterdir()) == []
     engine.sample(generator_path, "all", 6, tmp_path / "samples", seed=3, sampling={"tau": 2.0}, device="cpu")
     files = answer(capsys, "all", tmp_path / "samples", "--extractor", judge_path)
@@ -402,6 +464,8 @@ def test_samples_kept_in_an_npz_alone_are_scored_like_files(
     assert "file" not in json.loads((tmp_path / "alone" / "samples.json").read_text())["samples"][0]
     assert {**packed, "target": None} == {**files, "target": None}
     assert packed["target"]["sha256"] == files["target"]["sha256"]
+    direct = answer(capsys, "all", tmp_path / "alone" / "samples.npz", "--extractor", judge_path)
+    assert {**direct, "target": None} == {**files, "target": None}, "options, checkpoint, reference and classes too"
     np.savez(tmp_path / "alone" / "samples.npz", pixels(3))
     with pytest.raises(DataError, match=r"\(3, 16, 16, 3\), not \(18, 16, 16, 3\)"):
         reference.open_samples(tmp_path / "alone")
@@ -433,6 +497,9 @@ def test_a_checkpoint_gives_each_process_its_own_pieces(generator_path: Path) ->
         ("fid --ckpt {ckpt} --classes 9", "there is no class 9"),
         ("is digits --subset 4", "--subset"),
         ("is digits --ref digits", "--ref"),
+        ("sfid absent --ref digits", "a judge has pooled features alone"),
+        ("fid digits --ref digits --preset raw", "--preset belongs to --ckpt"),
+        ("fid --ckpt {ckpt} --preset rawest", "no such preset"),
         ("fid digits --ref digits --per-class 8", "--per-class belongs to --ckpt"),
         ("reference digits ref", "no .npz"),
     ],
@@ -481,6 +548,42 @@ def test_logits_are_those_without_bias(random_inception: Path) -> None:
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 
+def assert_close(both: dict[str, Any], alone: dict[str, Any]) -> None:
+    found, wanted = leaves(both), leaves(alone)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name] == (pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value), name
+
+
+def arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Those of an .npz; none where it is not there."""
+    if not path.exists():
+        return {}
+    with np.load(path) as content:
+        return dict(content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["fid --ci", "is --ci", "pr", "kid", "reference", "all --ckpt"])
+def test_two_processes_do_as_one(
+    what: str, generator_path: Path, judge_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "a.npz", pixels(600, 1))
+    np.savez(tmp_path / "b.npz", pixels(300, 2))
+    metric, *more = what.split()
+    target = ["--ckpt", str(generator_path), "--per-class", "8"] if "--ckpt" in more else [str(tmp_path / "a.npz")]
+    target += [str(tmp_path / "made.npz")] if metric == "reference" else []
+    target += ["--ref", str(tmp_path / "b.npz")] if metric not in ("is", "reference") else []
+    args = ["eval", metric, *target, *(["--ci"] if "--ci" in more else []), "--extractor", str(judge_path)]
+    args += ["--device", "cpu", "--quiet", "--json", "--no-cache"]
+    both = ranks(args, tmp_path / "both.json")
+    made = arrays(tmp_path / "made.npz")
+    assert run(args) == 0
+    assert_close(both, json.loads(capsys.readouterr().out))
+    for name, again in arrays(tmp_path / "made.npz").items():
+        assert np.allclose(again, made[name], rtol=1e-6) if again.dtype.kind == "f" else again == made[name], name
+
+
 def test_two_processes_score_as_one(judge_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "a.npz", pixels(300, 1))
     np.savez(tmp_path / "b.npz", pixels(100, 2))  # one piece: the second process has none
@@ -489,12 +592,7 @@ def test_two_processes_score_as_one(judge_path: Path, tmp_path: Path, capsys: py
     both = ranks(args, tmp_path / "both.json")
     assert run(args) == 0
     alone = json.loads(capsys.readouterr().out)
-    assert both.keys() == alone.keys()
-    for name, value in alone.items():
-        if isinstance(value, float):
-            assert both[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
-        else:
-            assert both[name] == value, name
+    assert_close(both, alone)
 
 
 @pytest.mark.slow

@@ -34,13 +34,14 @@ def _command(metric: str, text: str) -> None:
         classes: options.Classes = None,
         per_class: options.PerClass = None,
         seed: options.SeedOrNone = None,
+        preset: options.Preset = None,
         extractor: options.Extractor = None,
         weights: options.Weights = None,
         download: options.Download = False,
         subset: Annotated[
             int | None, typer.Option(min=2, help="of fid: mean over balanced subsets of N images")
         ] = None,
-        ci: Annotated[bool, typer.Option("--ci", help="of fid and is: 95% intervals by bootstrap over images")] = False,
+        ci: Annotated[bool, typer.Option("--ci", help="of fid and is: 95% intervals, by leaving images out")] = False,
         resolution: options.Resolution = None,
         cache: options.Cache = True,
         gpus: options.Gpus = None,
@@ -51,11 +52,11 @@ def _command(metric: str, text: str) -> None:
         report.begin(quiet)
         from rdpm_cli import engine
 
-        drawing = {"--classes": classes, "--per-class": per_class, "--seed": seed}
+        drawing = {"--classes": classes, "--per-class": per_class, "--seed": seed, "--preset": preset}
         given = {name: value is not None for name, value in drawing.items()}
         target: str | engine.Drawn = options.one_target(args or [], ckpt, given)
         if ckpt is not None:
-            target = engine.Drawn(ckpt, classes or "all", per_class or 8, seed or 0, tuple(args or []))
+            target = engine.Drawn(ckpt, classes or "all", per_class or 8, seed or 0, tuple(args or []), preset)
         ruler = engine.Ruler(extractor, weights, download, cache)
         result = engine.eval_images(
             metric, target, ref, ruler, subset=subset, ci=ci, resolution=resolution, device=device,
@@ -65,8 +66,8 @@ def _command(metric: str, text: str) -> None:
 
     command.__doc__ = f"""{text}
 
-    With --ckpt in place of TARGET the samples are drawn without files between: --classes, --per-class, --seed and any
-    sampling option as KEY=VALUE say which.
+    With --ckpt in place of TARGET the samples are drawn without files between: --classes, --per-class, --seed, --preset
+    and any sampling option as KEY=VALUE say which.
 
     Example: rdpm eval {metric} samples/{"" if metric == "is" else " --ref reference.npz"}
     """

@@ -79,6 +79,7 @@ Ckpt = Annotated[Path, _CKPT]
 CkptOrNone = Annotated[Path | None, _CKPT]
 Classes = Annotated[str | None, typer.Option("--classes", help="1,2,3 or 0-9 or name:goldfish or all, the default")]
 PerClass = Annotated[int | None, typer.Option("--per-class", min=1, help="samples a class; default 8")]
+Preset = Annotated[str | None, typer.Option("--preset", help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")]
 Ref = Annotated[
     str | None,
     typer.Option("--ref", help="images, or an .npz of statistics; default: recorded in the samples or checkpoint"),

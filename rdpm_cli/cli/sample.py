@@ -20,7 +20,7 @@ def sample(
     classes: options.Classes = None,
     per_class: options.PerClass = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the samples")] = Path("samples"),
-    preset: Annotated[str | None, typer.Option(help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")] = None,
+    preset: options.Preset = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="guidance lambda; 0 = off")] = None,
     cfg_schedule: Annotated[
         str | None, typer.Option(help="constant, linear (0 at t = 1, lambda at t = T), cosine, power, interval")

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The samples of a checkpoint. overrides: `key=value` of its sampling options, e.g. cfg=1.5."""
+    """The samples of a checkpoint.
+
+    overrides: `key=value` of its sampling options, e.g. cfg=1.5; preset: as `sample --preset`, below them.
+    """
 
     ckpt: Path
     classes: str = "all"
     per_class: int = 8
     seed: int = 0
     overrides: tuple[str, ...] = ()
+    preset: str | None = None
 
     def images(self, device: torch.device) -> ImageSet:
         """Drawn as they are read, each process only its own."""
@@ -39,7 +43,7 @@ class Drawn:
 
         loaded = model.load(self.ckpt)
         asked = key_values(self.overrides, "write it as cfg=1.5; with --ckpt there is no TARGET")
-        sampling = choose(loaded.sampling, None, asked)
+        sampling = choose(loaded.sampling, self.preset, asked)
         options = SampleOptions(sampling, self.seed)
         labels = sampler.balanced_labels(parse_classes(self.classes, loaded.class_names), self.per_class, self.seed)
         loaded.generator.check(options)

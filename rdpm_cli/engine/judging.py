@@ -59,6 +59,8 @@ def train_judge(
 
     source, unseen = judge.split(whole) if heldout is None else (whole, open_source(heldout))
     _need_same_classes(source, unseen)
+    data = {"source": source.spec, "digest": source.digest(), "resolution": size}
+    data |= {"heldout": unseen.spec, "heldout_digest": unseen.digest()}
 
     def make(training: Training) -> dict[str, Any]:
         network = judge.Judge(size, cfg.width, cfg.features, len(source.class_names), cfg.blocks)
@@ -69,11 +71,10 @@ def train_judge(
         assert isinstance(kept, judge.Judge)
         accuracy = judge.accuracy(kept.eval(), unseen, training.device)
         provenance = {"data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy}
-        provenance |= {"heldout_images": len(unseen), "recipe": cfg.model_dump(mode="json"), "digest": source.digest()}
+        provenance |= {"heldout_images": len(unseen), "recipe": cfg.model_dump(mode="json"), "digest": data["digest"]}
         return judge.pack(kept, source.class_names, provenance={**provenance, **versions()})
 
     final, chosen = out / "judge.pt", {"seed": recipe.seed, "judge": cfg.model_dump(mode="json")}
-    data = {"source": source.spec, "heldout": unseen.spec, "resolution": size}
     train_once(final, recipe.seed, {"command": "train-judge", "recipe": chosen, "data": data}, device, make, team)
     _, content = judge.load(final)
     values = {"judge": str(final), "digest": content["digest"], "resolution": size, "images": len(source)}

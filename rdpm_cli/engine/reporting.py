@@ -71,10 +71,13 @@ def _compared(found: Sequence[Found]) -> list[Item]:
     scored = any(one.item.stage == "score" for one in found)
     items = []
     for one in found:
-        if scored and one.folder and 0 < one.count <= MOST_COMPARED:
-            items.append(dataclasses.replace(one.item, digest=report_inputs.pixels_digest(one.folder)))
-        else:
-            items.append(one.item)
+        item = one.item
+        if scored and one.folder and one.count > MOST_COMPARED:
+            note = f"no: more than {MOST_COMPARED:,} pictures"
+            item = dataclasses.replace(item, facts={**item.facts, "pixels compared with scores": note})
+        elif scored and one.folder and one.count:
+            item = dataclasses.replace(item, digest=report_inputs.pixels_digest(one.folder))
+        items.append(item)
     return items
 
 

@@ -127,7 +127,7 @@ def choose(own: SamplingConfig, preset: str | None, asked: Mapping[str, Any]) ->
     chosen = recipe_files.validate(section, wanted, "sampling options")
     if preset in section.guided and chosen.cfg == 0 and "cfg" not in asked:
         raise UsageError(
-            f"--preset {preset} guides, and this checkpoint's own lambda is 0", f"write --preset {preset} --cfg 1.5"
+            f"--preset {preset} guides, and this checkpoint's own lambda is 0", f"write --preset {preset} cfg=1.5"
         )
     return chosen
 

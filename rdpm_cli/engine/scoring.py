@@ -75,7 +75,7 @@ def eval_images(
 
     ruler = ruler or Ruler()
     wanted = scores.Options(subset, ci)
-    scores.check(metric, wanted)
+    scores.check(metric, wanted, judged=ruler.extractor is not None)
     if ref is not None and not scores.needs_reference(metric):
         raise UsageError(f"--ref has no use for `eval {metric}`", "leave it out")
     if team and team.processes > 1:
@@ -115,6 +115,7 @@ def eval_reference(
         return Result("reference written", by_team(team, device))
     from rdpm_cli.evaluation import passes, reference, statfile
     from rdpm_cli.evaluation.features import identity
+    from rdpm_cli.evaluation.metrics import frechet
     from rdpm_cli.images.sources import spread
     from rdpm_cli.images.transform import TRANSFORM
     from rdpm_cli.training.distributed import process_group
@@ -123,7 +124,8 @@ def eval_reference(
     with process_group(device, several=True) as chosen:
         extractor = ruler.find(chosen)
         found = reference.open_target(images, resolution)
-        wanted = passes.Wanted(spread(found.count, features), spatial=extractor.spatial)
+        frechet.need_images(found.count)
+        wanted = passes.Wanted(spread(found.count, features), spatial=bool(extractor.spatial))
         seen = passes.look(extractor, found, wanted, ruler.kept(extractor))
     if seen is None:
         return answer("reference written", None)

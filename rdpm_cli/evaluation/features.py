@@ -26,7 +26,8 @@ OPTION = "--weights FILE or --extractor judge.pt, or --download"
 PUBLISHED = "inception-2015-12-05"
 BATCH = 64  # images a forward pass
 NO_IMAGES = "there are no images to score"
-SPATIAL_LAYER, SPATIAL_CHANNELS = "Mixed_6d.branch1x1", 7
+WIDTH = 2048  # of Inception's pool_3
+SPATIAL_LAYER, SPATIAL_CHANNELS, SPATIAL_WIDTH = "Mixed_6d.branch1x1", 7, 7 * 17 * 17
 
 
 class Activations(NamedTuple):
@@ -45,7 +46,8 @@ class Extractor(Protocol):
     class_names: list[str]  # empty unless it classifies our classes
     note: str
     accuracy: float | None  # of a judge, on held-out images
-    spatial: bool  # does it give features that know where?
+    width: int  # of its features
+    spatial: int  # the same of those that know where; 0: it has none
 
     def __call__(self, pixels_BCHW: Tensor) -> Activations:
         """uint8 (B, 3, H, W) -> activations, fp32."""
@@ -64,7 +66,7 @@ class Inception:
         self.note = "" if found.published else f"the weights in {found.path} are not the published ones"
         self.class_names: list[str] = []
         self.accuracy: float | None = None
-        self.spatial = True
+        self.width, self.spatial = WIDTH, SPATIAL_WIDTH
         self.device = device
         self.network = _inception_network(found.path).to(device)
         self._branch: Tensor | None = None
@@ -104,7 +106,7 @@ class JudgeExtractor:
         self.judge.to(device)
         self.device, self.sha256, self.class_names = device, content["digest"], content["class_names"]
         self.accuracy: float | None = float(content["provenance"]["heldout_accuracy"])
-        self.spatial = False
+        self.width, self.spatial = int(content["config"]["features"]), 0
         self.name = f"judge {path.name}"
         self.note = f"held-out accuracy of the judge: {self.accuracy:.4f}"
 

@@ -1,5 +1,6 @@
 """What is scored, and against what: sample folders, image sources, the reference recorded along the chain."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rdpm_cli import files
+from rdpm_cli import files, progress
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import npz
 from rdpm_cli.images.sources import ImageSource, is_builtin, is_there, open_source, spread
 from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM, Pixels
 
-BATCH = 64
+BATCH, RECORD = 64, "samples.json"
 Reader = Callable[[Iterable[range]], Iterator[Pixels]]  # ascending places in the set -> (B, H, W, 3) uint8 of each
 
 
@@ -47,26 +48,45 @@ def open_samples(folder: Path) -> ImageSet:
 
     Files of their own, or where no row names one, the images of the record's `npz`. Raises DataError.
     """
-    record = files.read_json(folder / "samples.json")
+    listed = _listed(folder)
+    if outside := [name for name in listed.names if Path(name).name != name]:
+        raise DataError(f"{folder / RECORD} names a file outside its folder: {outside[0]}", "sample again")
+    paths = [folder / name for name in listed.names]
+    if absent := [p for p in paths if not p.is_file()]:
+        some = "all samples" if listed.packed else f"{len(absent)} of {len(paths)} samples"
+        raise DataError(f"{folder}: {some} are missing, first {absent[0].name}", "sample again with `rdpm sample`")
+    if listed.packed:
+        read = _read_packed(paths[0], listed.count, listed.resolution)
+    else:
+        read = functools.partial(_read_samples, paths, listed.resolution)
+    return ImageSet(
+        str(folder), listed.count, listed.resolution, listed.labels, listed.class_names, read, origin=listed.record
+    )
+
+
+@dataclass
+class _Listed:
+    """What samples.json says. names: of the images' files, or where it is `packed` of the one that holds all."""
+
+    record: dict[str, Any]
+    count: int
+    resolution: int
+    packed: bool
+    names: list[str]
+    labels: list[int] | None
+    class_names: list[str]
+
+
+def _listed(folder: Path) -> _Listed:
+    record = files.read_json(folder / RECORD)
     try:
         rows, resolution = record["samples"], int(record["resolution"])
         packed = bool(rows) and not any("file" in row for row in rows)
-        names = [record["npz"]] if packed else [row["file"] for row in rows]
-        if outside := [name for name in names if Path(name).name != name]:
-            raise DataError(f"{folder / 'samples.json'} names a file outside its folder: {outside[0]}", "sample again")
-        paths, given = [folder / name for name in names], [row["label"] for row in rows]
+        names, given = [record["npz"]] if packed else [row["file"] for row in rows], [row["label"] for row in rows]
         labels = None if None in given else [int(label) for label in given]
-        class_names = list(record["class_names"])
+        return _Listed(record, len(rows), resolution, packed, names, labels, list(record["class_names"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / 'samples.json'} lacks {error}", "sample again with `rdpm sample`") from error
-    if absent := [p for p in paths if not p.is_file()]:
-        some = "all samples" if packed else f"{len(absent)} of {len(paths)} samples"
-        raise DataError(f"{folder}: {some} are missing, first {absent[0].name}", "sample again with `rdpm sample`")
-    if packed:
-        read = _read_packed(paths[0], len(rows), resolution)
-    else:
-        read = functools.partial(_read_samples, paths, resolution)
-    return ImageSet(str(folder), len(rows), resolution, labels, class_names, read, origin=record)
+        raise DataError(f"{folder / RECORD} lacks {error}", "sample again with `rdpm sample`") from error
 
 
 def _read_packed(path: Path, count: int, resolution: int) -> Reader:
@@ -131,10 +151,10 @@ def _ready(spec: str) -> ImageSet | None:
     if is_builtin(spec):
         return None
     path = Path(spec)
-    if (path / "samples.json").is_file():
+    if (path / RECORD).is_file():
         return open_samples(path)
     if path.suffix == ".npz" and path.is_file():
-        return open_npz(path)
+        return _with_record(open_npz(path), path)
     _refuse_unfinished(spec)
     return None
 
@@ -144,6 +164,21 @@ def open_npz(path: Path) -> ImageSet:
     images = npz.Images(path)
     labels = images.labels()
     return ImageSet(str(path), images.count, images.shape[1], labels, [], images.read, origin={})
+
+
+def _with_record(images: ImageSet, path: Path) -> ImageSet:
+    """The images with what samples.json beside them says, where it names this file and lists what it holds."""
+    beside = path.parent / RECORD
+    record = files.read_json(beside) if beside.is_file() else None
+    if not isinstance(record, dict) or record.get("npz") != path.name:
+        return images
+    listed = _listed(path.parent)
+    labels = images.labels if listed.labels is None else listed.labels
+    theirs, ours = (listed.count, listed.resolution, labels), (images.count, images.resolution, images.labels or labels)
+    if theirs != ours:
+        progress.warn(f"{beside} lists other images than {path} holds: its options and labels are left out")
+        return images
+    return dataclasses.replace(images, labels=labels, class_names=listed.class_names, origin=record)
 
 
 def _refuse_unfinished(spec: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from rdpm_cli.errors import DataError, UsageError
-from rdpm_cli.evaluation import bootstrap, metrics
+from rdpm_cli.evaluation import intervals, metrics, needs
 from rdpm_cli.evaluation.cache import Cache
 from rdpm_cli.evaluation.features import Extractor, identity, is_published_inception
 from rdpm_cli.evaluation.passes import Seen, Wanted, look
@@ -24,6 +24,7 @@ OTHERS = {
     "fid": "frechet_distance", "sfid": "spatial_frechet_distance", "is": "classifier_score", "kid": "kernel_distance",
 }  # fmt: skip
 REFERENCES = 10_000  # images of a reference that precision, recall and KID take: ADM's number
+ENOUGH = 4  # images a class, of a split of an Inception Score
 SORTED = (
     "the images are in class order, so a mean over consecutive parts says nothing; order_free does not depend on it"
 )
@@ -33,7 +34,7 @@ SORTED = (
 class Options:
     """subset: mean over disjoint class-balanced subsets of so many images, of the Fréchet distance.
 
-    ci: intervals by bootstrap. cache: where activations are kept.
+    ci: 95% intervals. cache: where activations are kept.
     """
 
     subset: int | None = None
@@ -50,8 +51,13 @@ class _Scored:
     notes: list[str] = field(default_factory=list)
 
 
-def check(metric: str, options: Options) -> None:
-    """Raises UsageError for an option that this metric has no use for."""
+def check(metric: str, options: Options, judged: bool = False) -> None:
+    """Raises UsageError for an option that this metric has no use for. judged: is a judge the extractor?"""
+    if judged and metric == "sfid":
+        raise UsageError(
+            "a judge has pooled features alone, and sFID takes some that know where",
+            "leave --extractor out for Inception's, or take `eval fid`",
+        )
     if options.subset and "fid" not in FAMILIES[metric]:
         raise UsageError(f"--subset belongs to the Fréchet distance, not to `eval {metric}`", "leave it out")
     if options.ci and not {"fid", "is"} & set(FAMILIES[metric]):
@@ -85,18 +91,18 @@ def score(
     """
     options = options or Options()
     parts = FAMILIES[metric]
+    needs.images(parts, target, reference, interval=options.ci)
+    if options.subset is not None:
+        _groups(target, options.subset)
     if isinstance(reference, StatFile):
         reference.check(extractor)
     keeps = {"pr", "kid"} & set(parts) or options.subset or (options.ci and "fid" in parts)
-    spatial = "sfid" in parts and extractor.spatial
+    spatial = "sfid" in parts and bool(extractor.spatial)
     wanted = Wanted(range(target.count) if keeps else (), spatial, "is" in parts, options.ci and "is" in parts)
     against = None if reference is None else _against(extractor, reference, parts, options.cache)
     seen = look(extractor, target, wanted, options.cache)
     if seen is None:
         return None
-    if against and len(against.pool.mean_D) != len(seen.pool.mean_D):
-        width = f"{len(against.pool.mean_D)} features a mean, and {extractor.name} gives {len(seen.pool.mean_D)}"
-        raise DataError(f"{against.name} has {width}", "give a reference of the same extractor")
     scored = _Scored(notes=[extractor.note] if extractor.note else [])
     for part in parts:
         _PARTS[part](scored, extractor, target, seen, against, options)
@@ -110,13 +116,14 @@ def _against(
     needs_features = {"pr", "kid"} & set(parts)
     if isinstance(reference, ImageSet):
         kept = spread(reference.count, REFERENCES) if needs_features else ()
-        seen = look(extractor, reference, Wanted(kept, "sfid" in parts and extractor.spatial), cache)
+        seen = look(extractor, reference, Wanted(kept, "sfid" in parts and bool(extractor.spatial)), cache)
         if seen is None:
             return None
         spatial = seen.spatial.statistics() if seen.spatial else None
         pool = seen.pool.statistics()
         return Against(reference.name, seen.count, seen.sha256, pool, spatial, seen.features_ND, {})
     found = reference.load()
+    needs.statistics(parts, extractor, found, reference.has_images)
     if needs_features and found.features_ND is None and reference.has_images:
         images = open_npz(reference.path)
         seen = look(extractor, images, Wanted(spread(images.count, REFERENCES)), cache)
@@ -164,7 +171,7 @@ def _fid(
     values = [metrics.frechet_distance(one, against.pool, root) for one in each]
     row: dict[str, Any] = {"": float(np.mean(values))}
     if options.ci:
-        row["ci95"] = bootstrap.frechet(seen.features_ND, against.pool, row[""])
+        row["ci95"] = intervals.frechet(seen.pool, seen.features_ND, against.pool, root, row[""])
     row["spread_over_subsets"] = float(np.std(values)) if len(values) > 1 else None
     scored.rows[name] = {**row, "n": each[0].count, "subsets": len(each)}
     smallest = min(each[0].count, against.count or each[0].count)
@@ -195,14 +202,15 @@ def _is(
     name, by_split = name_of("is", extractor), seen.score.by_split()
     value, order_free = seen.score.value(), seen.score.order_free()
     row: dict[str, Any] = {"": value, "spread_over_splits": float(np.std(by_split)), "splits": len(by_split)}
-    row["order_free"] = order_free
+    row |= {"images_per_split": seen.count // len(by_split), "order_free": order_free}
     if options.ci:
-        intervals = bootstrap.score(seen.logits_NK, len(by_split), value, order_free)
-        row |= {"ci95": intervals[0], "order_free_ci95": intervals[1]}
+        row["ci95"] = intervals.mean_of_splits(by_split)
+        row["order_free_ci95"] = intervals.order_free(seen.logits_NK, order_free)
     if _is_sorted(target.labels):
         row |= dict.fromkeys(["", "spread_over_splits", *(["ci95"] if options.ci else [])])
         scored.missing[name] = SORTED
     scored.rows[name] = row
+    scored.notes += few_notes(row["images_per_split"], seen.score.chances_SK.shape[1])
 
 
 def _pr(
@@ -250,6 +258,16 @@ def rank_notes(count: int, width: int, what: str) -> list[str]:
     if count > width:
         return []
     return [f"fewer images than the {width} {what}: the covariance has no full rank"]
+
+
+def few_notes(count: int, classes: int) -> list[str]:
+    """What a reader of an Inception Score of so few images a split should know: 5,000 for 1,008 classes are not few."""
+    if count >= ENOUGH * classes:
+        return []
+    return [
+        f"{count} images a split for {classes} classes: an Inception Score of so few is too low, the order-free one by "
+        "less; compare it at the same N alone"
+    ]
 
 
 def _groups(target: ImageSet, subset: int) -> list[NDArray[np.int64]]:

@@ -73,6 +73,14 @@ class StatFile:
         """Are there images for precision and recall?"""
         return "arr_0" in self.arrays
 
+    @property
+    def features(self) -> int | None:
+        """Images whose features it holds, or can give; None where it has neither."""
+        if self.record:
+            found: int | None = self.record.get("features")
+            return found
+        return npz.Images(self.path).count if self.has_images else None
+
     def check(self, extractor: Extractor) -> None:
         """Raises DataError where another extractor made it than the one in use."""
         if self.record is not None:

@@ -25,7 +25,7 @@ TOO_SMALL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 class Small:
     """An extractor on a device that holds 10 images."""
 
-    name, sha256, note, spatial = "small", "0" * 64, "", False
+    name, sha256, note, width, spatial = "small", "0" * 64, "", 4, 0
     accuracy: float | None = None
 
     def __init__(self, room: int) -> None:

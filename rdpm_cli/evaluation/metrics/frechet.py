@@ -24,12 +24,13 @@ class Statistics:
 
 def statistics(features_ND: NDArray[np.floating]) -> Statistics:
     """float64 mean and covariance, ddof 1. Raises DataError for fewer than 2 images."""
-    _need_two(len(features_ND))
+    need_images(len(features_ND))
     wide = features_ND.astype(np.float64)
     return Statistics(wide.mean(0), np.atleast_2d(np.cov(wide, rowvar=False, ddof=1)), len(wide))
 
 
-def _need_two(count: int) -> None:
+def need_images(count: int) -> None:
+    """Raises DataError for too few to have a covariance."""
     if count < 2:
         raise DataError(f"a covariance needs at least 2 images, not {count}")
 
@@ -53,6 +54,14 @@ class RunningStatistics:
         if other.count:
             self._join(other.count, other.mean_D, other.scatter_DD)
 
+    def without(self, features_ND: NDArray[np.floating]) -> "RunningStatistics":
+        """What is left of it where features that it holds are taken away."""
+        left, part = RunningStatistics(len(self.mean_D)), RunningStatistics(len(self.mean_D))
+        left.merge(self)
+        part.add(features_ND)
+        left._join(-part.count, part.mean_D, -part.scatter_DD)
+        return left
+
     def _join(self, count: int, mean_D: Array, scatter_DD: Array) -> None:
         step_D, total = mean_D - self.mean_D, self.count + count
         self.scatter_DD += scatter_DD
@@ -62,7 +71,7 @@ class RunningStatistics:
 
     def statistics(self) -> Statistics:
         """Of all batches so far. Raises DataError for fewer than 2 images."""
-        _need_two(self.count)
+        need_images(self.count)
         return Statistics(self.mean_D.copy(), self.scatter_DD / (self.count - 1), self.count)
 
 
@@ -78,12 +87,25 @@ def frechet_distance(a: Statistics, b: Statistics, root_b: Array | None = None) 
 
     tr (S_a S_b)^(1/2) is the sum of the roots of the eigenvalues of S_b^(1/2) S_a S_b^(1/2), which is symmetric.
     root_b: `matrix_root` of b's covariance, where it is known.
+
+    Of covariances it is never negative. What rounding takes off, where a set meets itself, counts as 0: each of the D
+    eigenvalues is off by at most the machine epsilon of the largest, so its root by at most sqrt(eps). Raises DataError
+    for a value below that, or none: then one of the matrices is no covariance.
     """
     root = matrix_root(b.covariance_DD) if root_b is None else root_b
-    cross = np.linalg.eigvalsh(root @ a.covariance_DD @ root)
+    try:
+        cross = np.clip(np.linalg.eigvalsh(root @ a.covariance_DD @ root), 0, None)
+    except np.linalg.LinAlgError:
+        cross = np.array([np.nan])
     mean_term = np.sum((a.mean_D - b.mean_D) ** 2)
-    trace = np.trace(a.covariance_DD) + np.trace(b.covariance_DD) - 2 * np.sqrt(np.clip(cross, 0, None)).sum()
-    return float(mean_term + trace)
+    trace = np.trace(a.covariance_DD) + np.trace(b.covariance_DD) - 2 * np.sqrt(cross).sum()
+    found, rounding = float(mean_term + trace), len(cross) * np.sqrt(np.finfo(np.float64).eps * cross.max())
+    if not found >= -2 * rounding:
+        raise DataError(
+            f"a Fréchet distance of {found:.6g}, which no two covariances have",
+            "the statistics are damaged: make the reference again",
+        )
+    return max(found, 0.0)
 
 
 def balanced_subsets(labels_N: NDArray[np.integer], size: int) -> list[NDArray[np.int64]]:

@@ -30,8 +30,7 @@ def kernel_distance(
 ) -> KernelDistance:
     """Over subsets of at most `size`, the draws of torch-fidelity. Raises DataError for fewer than 2 images."""
     most = min(len(ours_ND), len(theirs_ND))
-    if most < 2:
-        raise DataError(f"a kernel distance needs at least 2 images, not {most}", "take more images")
+    need_images(most)
     size = min(size, most)
     random = np.random.RandomState(SEED)
     values = []
@@ -40,6 +39,12 @@ def kernel_distance(
         theirs = theirs_ND[random.choice(len(theirs_ND), size, replace=False)].astype(np.float64)
         values.append(mmd2(ours, theirs))
     return KernelDistance(float(np.mean(values)), float(np.std(values)), subsets, size)
+
+
+def need_images(count: int) -> None:
+    """Raises DataError for too few to have another beside each. count: of the smaller set."""
+    if count < 2:
+        raise DataError(f"a kernel distance needs at least 2 images, not {count}", "take more images")
 
 
 def mmd2(x_MD: Array, y_MD: Array) -> float:

@@ -24,11 +24,7 @@ def precision_recall(
     device: torch.device | None = None,
 ) -> tuple[float, float]:
     """(precision, recall). Raises DataError for sets of k images or fewer."""
-    if min(len(ours_ND), len(theirs_MD)) <= k:
-        raise DataError(
-            f"precision and recall need more than {k} images, not {min(len(ours_ND), len(theirs_MD))}",
-            "take more images",
-        )
+    need_images(min(len(ours_ND), len(theirs_MD)), k)
     centre_D = theirs_MD.mean(0, dtype=np.float64)
     ours, theirs = (_centred(side, centre_D).to(device) for side in (ours_ND, theirs_MD))
     radii_N, radii_M = radii(ours, k), radii(theirs, k)
@@ -37,6 +33,12 @@ def precision_recall(
         precise[rows] |= (distances <= radii_M[columns]).any(1)
         recalled[columns] |= (distances <= radii_N[rows, None]).any(0)
     return float(precise.double().mean()), float(recalled.double().mean())
+
+
+def need_images(count: int, k: int = NEIGHBOURS) -> None:
+    """Raises DataError for too few to have k neighbours each. count: of the smaller set."""
+    if count <= k:
+        raise DataError(f"precision and recall need more than {k} images, not {count}", "take more images")
 
 
 def _centred(x_ND: NDArray[np.floating], centre_D: NDArray[np.float64]) -> Tensor:

@@ -3,6 +3,8 @@
 Legend: N images, K classes, S splits.
 """
 
+import copy
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,12 @@ from rdpm_cli.errors import DataError
 SPLITS = 10  # consecutive, in file order: of 5,000 at 50,000 images, as ADM
 
 Array = NDArray[np.float64]
+
+
+def need_images(count: int, splits: int = SPLITS) -> None:
+    """Raises DataError for fewer images than splits."""
+    if count < splits:
+        raise DataError(f"an Inception Score over {splits} splits needs as many images, not {count}", "sample more")
 
 
 def log_softmax(logits_NK: NDArray[np.floating]) -> Array:
@@ -26,34 +34,36 @@ class RunningScore:
 
     def __init__(self, count: int, classes: int, splits: int = SPLITS) -> None:
         """count: N, of the whole set. Raises DataError for fewer images than splits."""
-        if count < splits:
-            raise DataError(f"an Inception Score over {splits} splits needs as many images, not {count}", "sample more")
+        need_images(count, splits)
         self.ends = np.array([(split + 1) * count // splits for split in range(splits)])
         self.chances_SK, self.entropy_S = np.zeros((splits, classes)), np.zeros(splits)
         self.counts_S = np.zeros(splits)
 
-    def add(self, start: int, logits_NK: NDArray[np.floating], weights_N: NDArray[np.integer] | None = None) -> None:
-        """Images start, start + 1, ... of the set, in any order of calls. weights_N: how often each counts."""
+    def add(self, start: int, logits_NK: NDArray[np.floating]) -> None:
+        """Images start, start + 1, ... of the set, in any order of calls."""
         logs = log_softmax(logits_NK)
         chances = np.exp(logs)
-        weights = np.ones(len(logs)) if weights_N is None else weights_N.astype(np.float64)
-        inner = (chances * logs).sum(1) * weights
-        split_N = self.split_of(np.arange(start, start + len(logs)))
+        inner = (chances * logs).sum(1)
+        split_N = np.searchsorted(self.ends, np.arange(start, start + len(logs)), side="right")
         for split in np.unique(split_N):
             rows = split_N == split
-            self.chances_SK[split] += weights[rows] @ chances[rows]
+            self.chances_SK[split] += chances[rows].sum(0)
             self.entropy_S[split] += inner[rows].sum()
-            self.counts_S[split] += weights[rows].sum()
-
-    def split_of(self, index_N: NDArray[np.integer]) -> NDArray[np.int64]:
-        """The split of an image's place in the set."""
-        return np.searchsorted(self.ends, index_N, side="right").astype(np.int64)
+            self.counts_S[split] += rows.sum()
 
     def merge(self, other: "RunningScore") -> None:
         """What another process has added."""
         self.chances_SK += other.chances_SK
         self.entropy_S += other.entropy_S
         self.counts_S += other.counts_S
+
+    def without(self, part: "RunningScore") -> "RunningScore":
+        """What is left of it where a part that it holds is taken away."""
+        left = copy.deepcopy(self)
+        left.chances_SK -= part.chances_SK
+        left.entropy_S -= part.entropy_S
+        left.counts_S -= part.counts_S
+        return left
 
     def by_split(self) -> Array:
         """The score of each split, (S,)."""

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
-from rdpm_cli.errors import some_of
 from rdpm_cli.evaluation.report import scores
 from rdpm_cli.evaluation.report.markup import el, head, section, small, some, table
-from rdpm_cli.evaluation.report.parts import Report, Score, said, unique
+from rdpm_cli.evaluation.report.parts import Report, Score, said
 from rdpm_cli.evaluation.report.published import RDPM
 
 LEADING = ("fid", "frechet_distance", "class_accuracy", "inception_score", "rfid", "psnr")
@@ -38,21 +37,8 @@ def own_scores(report: Report) -> Element:
     for title, rows in scores.by_kind(every).items():
         content += [el("h3", title), *_scores_table(title, rows)]
     hint = "In bold the best of those that share N, extractor and reference; other rows cannot be compared."
-    notes = el("ul", *(el("li", line) for line in _notes(report.scores)), cls="plain")
+    notes = el("ul", *(el("li", line) for line in scores.notes(report.scores)), cls="plain")
     return section("scores", "Scores", el("p", hint, cls="note"), *content, notes if len(notes) else None)
-
-
-def _notes(found: Sequence[Score]) -> list[str]:
-    """What to know of the scores, each once with the files it is said of."""
-    said_of: dict[str, list[str]] = {}
-    for s in found:
-        if s.value is None:
-            note = f"{scores.metric(s.metric).label} not computed: {s.note or 'no reason given'}"
-        else:
-            note = s.note
-        if note:
-            said_of.setdefault(note, []).append(s.source)
-    return [f"{note} ({some_of(unique(sources), 4)})" for note, sources in said_of.items()]
 
 
 def _scores_table(label: str, rows: Sequence[scores.Row]) -> list[Element]:
@@ -88,9 +74,8 @@ def number(score: Score | None, cls: str) -> Element:
     """A cell: the value, its spread, its interval."""
     if score is None:
         return el("td", "–", cls=cls)
-    form = scores.metric(score.metric).form
     spread = f"± {score.spread:.2g}" if score.spread is not None else ""
-    between = f"{score.interval[0]:{form}} to {score.interval[1]:{form}}" if score.interval else ""
+    between = scores.between(score)
     text = scores.written(score.metric, score.value)
     return el("td", text, small(spread), small(score.spread_over if spread else ""), small(between), cls=cls)
 

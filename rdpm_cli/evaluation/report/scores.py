@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rdpm_cli.errors import some_of
 from rdpm_cli.evaluation.report.parts import Item, Score, is_number, said, unique
 from rdpm_cli.evaluation.report.published import IMAGENET, PUBLISHED, Published
 
@@ -61,6 +62,22 @@ def metric(name: str) -> Metric:
 def written(name: str, value: float | None) -> str:
     """A value of a metric."""
     return "not computed" if value is None else format(value, metric(name).form)
+
+
+def between(score: Score) -> str:
+    """Its interval; empty where there is none."""
+    form = metric(score.metric).form
+    return f"{score.interval[0]:{form}} to {score.interval[1]:{form}}" if score.interval else ""
+
+
+def notes(found: Sequence[Score]) -> list[str]:
+    """What to know of the scores, each once with the files it is said of."""
+    said_of: dict[str, list[str]] = {}
+    for s in found:
+        absent = f"{metric(s.metric).label} not computed: {s.note or 'no reason given'}"
+        if note := absent if s.value is None else s.note:
+            said_of.setdefault(note, []).append(s.source)
+    return [f"{note} ({some_of(unique(sources), 4)})" for note, sources in said_of.items()]
 
 
 def is_record(record: Any) -> bool:

@@ -14,8 +14,16 @@ def as_markdown(report: Report) -> bytes:
     """Tables for a paper or a README."""
     own = scores.by_kind(scores.rows(report.scores))
     tables = [part for title, rows in own.items() for part in (f"### {title}", _scores_table(rows))]
-    parts = [f"# {_cell(report.title)}", "## Scores", *(tables or ["Not yet run."]), "## Beside published figures"]
-    parts += [_published_table(report), "## What was run", _chain_table(report), "## Settings", _settings_table(report)]
+    notes = "\n".join(f"- {_cell(note)}" for note in (*scores.notes(report.scores), *report.notes))
+    parts = [f"# {_cell(report.title)}", "## Scores", *(tables or ["Not yet run."]), *([notes] if notes else [])]
+    parts += [
+        "## Beside published figures",
+        _published_table(report),
+        "## What was run",
+        _chain_table(report),
+        "## Settings",
+        _settings_table(report),
+    ]
     return ("\n\n".join(parts) + "\n").encode()
 
 
@@ -49,7 +57,8 @@ def _value(score: Score | None) -> str:
     if score is None:
         return "–"
     text = scores.written(score.metric, score.value)
-    return text if score.spread is None else f"{text} ± {score.spread:.2g}"
+    spread = "" if score.spread is None else f" ± {score.spread:.2g}"
+    return f"{text}{spread} ({scores.between(score)})" if score.interval else f"{text}{spread}"
 
 
 def _published_table(report: Report) -> str:
