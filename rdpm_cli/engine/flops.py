@@ -1,8 +1,9 @@
 """Floating-point operations of networks and training steps, from their sizes alone. Torch-free.
 
 A multiply-add counts two; matrix products, convolutions and attention are counted, and nothing else. A backward pass
-costs two forward ones where weights learn and one where a gradient only passes through; what activation checkpointing
-repeats is not counted. docs/flops.md holds the formulas.
+costs two forward ones where weights learn and one where a gradient only passes through, or none goes on to the input;
+attention's costs two and a half, since its kernels compute the scores once more. What activation checkpointing repeats
+is not counted. docs/flops.md holds the formulas.
 
 Legend: L = h·w latent positions, N = L + class tokens, D width, F SwiGLU's width, C code width, K codes, T steps.
 """
@@ -111,13 +112,30 @@ def generator_forward(cfg: TransformerConfig, latent: Latent) -> int:
     return _rdpm_ends(cfg, latent) + trunk(cfg, latent)
 
 
-def generator_step(cfg: GeneratorConfig, latent: Latent) -> int:
-    """One image of a training step: S rows forward and backward, and z' of each; new codes where noise is fresh."""
-    learnt = FORWARD_BACKWARD * generator_forward(cfg.network, latent)
+def generator_backward(cfg: TransformerConfig, latent: Latent) -> int:
+    """One row: two forward passes, half an attention more, without the gradients that nothing learns from."""
+    scores_again = cfg.depth * attention(latent.positions + cfg.class_tokens, cfg.hidden) // 2
+    return 2 * generator_forward(cfg, latent) + scores_again - _unasked(cfg, latent)
+
+
+def _unasked(cfg: TransformerConfig, latent: Latent) -> int:
+    """Gradients of a row's inputs, of t's sinusoids, and of the frozen codebook in a geometric head."""
+    L, C, D = latent.positions, latent.channels, cfg.hidden
+    sinusoids = linear(1, STEP_FEATURES, D)
+    if not isinstance(cfg, NetworkConfig):
+        return linear(L, C, D) + sinusoids
+    book = linear(L, C, latent.codes) if cfg.head == "geometric" else 0
+    return linear(L, 2 * C, D) + sinusoids + book
+
+
+def generator_step(cfg: GeneratorConfig, latent: Latent) -> dict[str, int]:
+    """One image of a training step, by part: S rows forward and backward; z' of each, and new codes of fresh noise."""
+    forward, backward = generator_forward(cfg.network, latent), generator_backward(cfg.network, latent)
     if not isinstance(cfg, RDPMConfig):
-        return learnt
+        return {"forward": forward, "backward": backward}
+    rows = cfg.objective.steps_per_image
     new_codes = 0 if cfg.objective.noise == "cached" else quantiser(latent)
-    return cfg.objective.steps_per_image * (learnt + latent.bias) + new_codes
+    return {"forward": rows * forward, "backward": rows * backward, "codes": rows * latent.bias + new_codes}
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------------------------

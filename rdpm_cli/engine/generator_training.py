@@ -107,7 +107,7 @@ def _train(
     ]
     if cfg.proxy.samples:
         watch.append(proxy.score(generator, tokenizer, cfg, m, store.root))
-    flops_an_image = flops.generator_step(cfg, flops.Latent.of(tokenizer.cfg))
+    flops_an_image = sum(flops.generator_step(cfg, flops.Latent.of(tokenizer.cfg)).values())
     task = GeneratorTask(generator)
     generator.network = training.fit([task], batches, cfg.train, batches.images, watch, flops_an_image)
     if first_process():

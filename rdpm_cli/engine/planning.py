@@ -44,7 +44,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done. passes: of a training step, by part, floating-point operations an image."""
+    """What is to be done. forward, passes: of a training step, the latter by part, floating-point operations an image."""
 
     recipe: str
     cfg: config.TrainConfig
@@ -72,7 +72,6 @@ def timing(work: Work, hardware: Hardware) -> dict[str, Any]:
     a_second = hardware.utilisation * hardware.gpu.bf16_flops * hardware.count
     images = work.steps * work.cfg.batch
     hours = images * work.image / a_second / 3600
-    parts = {name: float(n) for name, n in work.passes.items()}
     return {
         "images": work.images,
         "batch": work.cfg.batch,
@@ -81,7 +80,7 @@ def timing(work: Work, hardware: Hardware) -> dict[str, Any]:
         "flops": {
             "image_forward": float(work.forward),
             "image": float(work.image),
-            "image_parts": parts if len(parts) > 1 else None,
+            "image_parts": {name: float(n) for name, n in work.passes.items()},
             "step": float(work.image * work.cfg.batch),
             "run": float(work.image * images),
         },
@@ -159,12 +158,13 @@ def plan_generator(codes: Path, recipe_name: str, overrides: Sequence[str], hard
     latent = Latent.of(architecture)
     classes = len(m.class_names) if m else IMAGENET_CLASSES
     assumed = f"no store {codes}: ImageNet's {IMAGENET_IMAGES:,} images, {IMAGENET_CLASSES} classes"
+    passes = flops.generator_step(cfg, latent)
     work = Work(
         recipe=recipe.name,
         cfg=cfg.train,
         images=_trained_images(m.images if m else IMAGENET_IMAGES),
-        forward=flops.generator_forward(cfg.network, latent),
-        passes={"generator": flops.generator_step(cfg, latent)},
+        forward=passes["forward"],
+        passes=passes,
         assumed=None if m else assumed,
     )
     frozen = (codes / "tokenizer.pt").stat().st_size if m else 4 * _tokenizer_parameters(architecture)

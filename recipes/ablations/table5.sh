@@ -22,9 +22,9 @@ digits) sizes="2 3 4" short="train.steps=1500 train.eval_every=0" ;;
 cifar10) sizes="2 4 6" short="train.steps=3000 train.eval_every=0" ;;
 imagenet256) sizes="" short="" ;;
 esac
-for depth in $sizes; do # 24 channels a head and layer, 4 heads
+for depth in $sizes; do # as many heads as layers, as in the paper, of 24 channels instead of 64
     # shellcheck disable=SC2086
-    size "d$depth" "$GENERATOR_RECIPE" network.depth="$depth" network.width=$((24 * depth)) network.heads=4 $short
+    size "d$depth" "$GENERATOR_RECIPE" network.depth="$depth" network.width=$((24 * depth)) network.heads="$depth" $short
 done
 if [ "$SCALE" = imagenet256 ]; then
     for depth in 12 16 20; do

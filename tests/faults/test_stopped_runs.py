@@ -50,7 +50,7 @@ def stopped(args: list[str], processes: int, after: int, number: int, note: Path
     assert [exit_code(process, 300) for process in running] == [EXIT_STOPPED] * processes
     when, *left = note.read_text().split()
     seconds = time.time() - float(when)
-    wait_until_gone([int(pid) for pid in left], 5)
+    wait_until_gone([int(pid) for pid in left])
     note.unlink()
     return seconds
 
