@@ -44,7 +44,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done. forward, passes: of a training step, the latter by part, floating-point operations an image."""
+    """What is to be done. forward, passes: operations an image of a training step, the latter by part."""
 
     recipe: str
     cfg: config.TrainConfig

@@ -10,9 +10,10 @@ LARGEST = 1 << 30  # bytes of one encoded image
 
 
 class ByteRanges:
-    """Some files, read anywhere; the last few used stay open, until it is dropped. Pickles as their paths; each process opens its own.
+    """Some files, read anywhere; the last few used stay open, until it is dropped.
 
-    Reads carry their offset, so forked processes that share an open file do not share a position.
+    Pickles as their paths; each process opens its own. Reads carry their offset, so forked processes that share an open
+    file do not share a position.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
