@@ -37,7 +37,7 @@ def text(found: tuple[float, float] | None, seeds: int) -> str:
 
 
 def plot(path: Path, cells: dict[str, list[dict[str, Any]]], column: str, title: str) -> None:
-    """One bar a cell with its spread; the axis starts below the smallest, since the differences are small."""
+    """One point a cell with its spread over seeds. Points, not bars: the axis need not start at 0."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,8 +45,8 @@ def plot(path: Path, cells: dict[str, list[dict[str, Any]]], column: str, title:
     means, spreads = [m for m, _ in found.values()], [s for _, s in found.values()]
     figure = Figure(figsize=(7, 0.32 * len(found) + 1.2), layout="constrained")
     axis = figure.add_subplot()
-    axis.barh(list(found), means, xerr=spreads, color="#7a9cc6", ecolor="#333333", capsize=3)
-    axis.set_xlim(min(means) - 0.2 * (max(means) - min(means) or 1), None)
+    axis.errorbar(means, list(found), xerr=spreads, fmt="o", color="#2f5d8c", ecolor="#333333", capsize=3)
+    axis.grid(axis="x", color="#dddddd")
     axis.invert_yaxis()
     axis.set(xlabel=column, title=title)
     FigureCanvasAgg(figure).print_png(str(path))
