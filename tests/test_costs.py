@@ -302,6 +302,24 @@ def test_a_plan_without_a_store_assumes_imagenet(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "latents"),
+    [
+        ("imagenet256-d12-plus", [], True),
+        ("imagenet256-resgen-rvq4", [], True),
+        ("imagenet256-resgen-rvq4", ["objective.sigma_psi=1"], False),
+    ],
+)
+def test_the_planned_store_has_the_latents_that_training_looks_at(
+    recipe: str, changes: list[str], latents: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = answer(capsys, "train-gen", str(tmp_path / "codes"), "--recipe", recipe, *changes, "--dry-run")
+    loaded = recipe_files.load_recipe(recipe, changes, "generator")
+    latent = Latent.of(loaded.tokenizer or TokenizerArchitecture())
+    an_image = latent.positions * (2 * latent.steps + latents * 2 * latent.channels)
+    assert found["store_gb"] == pytest.approx(1_281_167 * an_image / 1e9, rel=0.01)
+
+
 def test_a_plan_counts_the_images_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for shard in range(2):
         make_tar(tmp_path / f"train-{shard}.tar", {f"{i}.png": encoded(random_image(16, 16)) for i in range(3)})

@@ -169,8 +169,8 @@ class GeneratorConfig(GeneratorArchitecture):
     proxy: ProxyConfig = ProxyConfig()
 
     @property
-    def needs_latents(self) -> bool:
-        """Must the store keep latents?"""
+    def uses_latents(self) -> bool:
+        """Does training look at latents, so that the store should keep them?"""
         return False
 
 
@@ -181,6 +181,6 @@ class RDPMConfig(RDPMArchitecture, GeneratorConfig):
     sampling: RDPMSampling = RDPMSampling()
 
     @property
-    def needs_latents(self) -> bool:
+    def uses_latents(self) -> bool:
         """Fresh noise is drawn on them."""
         return self.objective.noise == "fresh"

@@ -68,3 +68,8 @@ class ResGenConfig(ResGenArchitecture, GeneratorConfig):
 
     objective: ResGenObjective = ResGenObjective()
     sampling: ResGenSampling = ResGenSampling()
+
+    @property
+    def uses_latents(self) -> bool:
+        """What quantisation leaves of them is measured."""
+        return self.objective.sigma_psi is None

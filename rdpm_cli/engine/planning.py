@@ -175,7 +175,7 @@ def plan_generator(codes: Path, recipe_name: str, overrides: Sequence[str], hard
         "parameters": _parameters(make),
         **timing(work, hardware),
         **memory(make, cfg.train, hardware, frozen),
-        "store_gb": store_bytes(latent, m, cfg.needs_latents) / 1e9,
+        "store_gb": store_bytes(latent, m, cfg.uses_latents) / 1e9,
     }
     return Result(TITLE, values)
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 from rdpm_cli import noise
 from rdpm_cli.errors import LostProcessError, Stopped, UsageError
 from rdpm_cli.step import world
+
+PATIENCE = timedelta(hours=1)  # of the others while the first process scores or writes; NCCL's own is 10 minutes
 
 
 @contextlib.contextmanager
@@ -53,7 +56,7 @@ def _group(device: torch.device) -> Iterator[None]:
     nccl = device.type == "cuda"
     together = False  # do all processes leave here?
     try:
-        dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None)
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=PATIENCE, device_id=device if nccl else None)
         yield
         together = True
     except Stopped:
