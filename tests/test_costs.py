@@ -317,7 +317,7 @@ def test_the_planned_store_has_the_latents_that_training_looks_at(
     loaded = recipe_files.load_recipe(recipe, changes, "generator")
     latent = Latent.of(loaded.tokenizer or TokenizerArchitecture())
     an_image = latent.positions * (2 * latent.steps + latents * 2 * latent.channels)
-    assert found["store_gb"] == pytest.approx(1_281_167 * an_image / 1e9, rel=0.01)
+    assert found["store_gb"] == pytest.approx(1_281_167 * an_image / 1e9, rel=0.03)  # and labels, and indices
 
 
 def test_a_plan_counts_the_images_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
