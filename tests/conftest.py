@@ -2,6 +2,7 @@
 weight files of the published layouts, drawn at random.
 """
 
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from rdpm_cli.tokenizer.perceptual import Net
 
 IMAGES_PER_CLASS = 12
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests in the background
 threads.tune_allocator()  # before the first large allocation
 torch.set_num_threads(1)
 

@@ -44,7 +44,8 @@ def rdpm(*args: object) -> dict[str, Any]:
 
 
 def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def pngs(folder: Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from processes import command_line, exit_code, killed_after_samples, spawn, torc
 
 from rdpm_cli import engine, files, modelfile, progress
 from rdpm_cli.cli.app import run as run_cli
-from rdpm_cli.engine import editing, sample_files, sampling
+from rdpm_cli.engine import editing, sample_files, sample_options
 from rdpm_cli.engine.sample_files import Files, Part
 from rdpm_cli.errors import CheckpointError, RunError, UsageError
 from rdpm_cli.evaluation import judge as judge_file
@@ -244,7 +244,7 @@ def test_the_record_names_every_sample_and_how_it_was_made(generator: Path, whol
         assert arrays["arr_0"].shape == (COUNT, 16, 16, 3)
         assert arrays["arr_1"].tolist() == [row["label"] for row in record["samples"]]
         for row, pixels in zip(record["samples"], arrays["arr_0"], strict=True):
-            np.testing.assert_array_equal(np.asarray(Image.open(whole / row["file"])), pixels)
+            np.testing.assert_array_equal(sample_files.read_png(whole / row["file"]), pixels)
 
 
 # ---- looking -------------------------------------------------------------------------------------------------------
@@ -450,7 +450,8 @@ def test_an_image_is_a_file_or_an_item_of_a_source(image_folder: Path, spec: str
 
 def test_a_mask_is_of_the_images_size(generator: Path, image_folder: Path, mask: Path, tmp_path: Path) -> None:
     loaded = model.load(generator)
-    size = Image.open(image_folder / "a" / "00.png").size
+    with Image.open(image_folder / "a" / "00.png") as image:
+        size = image.size
     Image.new("RGB", size, "white").save(tmp_path / "same.png")
     same = editing.Edit(str(image_folder / "a" / "00.png"), str(tmp_path / "same.png"))
     assert not editing.read(same, loaded.tokenizer).keep_THW.any()
@@ -516,7 +517,7 @@ def test_the_rate_and_the_judge_are_recorded(generator: Path, judge: Path, tmp_p
 @pytest.mark.parametrize("text", ["keep=1", "keep=0", "keep=x", "0.25", "keep=-1", "keep=2"])
 def test_a_rate_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="keeps one sample of several"):
-        sampling.ask_reject(text, "judge.pt")
+        sample_options.ask_reject(text, "judge.pt")
 
 
 def test_a_torchvision_classifier_may_judge(tmp_path: Path) -> None:

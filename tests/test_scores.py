@@ -440,8 +440,8 @@ def test_a_checkpoint_is_scored_as_its_samples_are_with_no_files_between(
     monkeypatch.chdir(tmp_path)
     drawn = ["--ckpt", generator_path, "--per-class", 6, "--seed", 3]
     ours = answer(capsys, "all", "tau=2", *drawn, "--extractor", judge_path)
-    raw = answer(capsys, "is", "tau=2", *drawn, "--preset", "raw", "--extractor", judge_path)
-    assert (raw["options"]["draw"], raw["options"]["tau"]) == ("argmax", 2)
+    raw = answer(capsys, "is", "channels_last=true", *drawn, "--preset", "raw", "--extractor", judge_path)
+    assert (raw["options"]["draw"], raw["options"]["channels_last"]) == ("argmax", True)
     assert list(tmp_path.iterdir()) == []
     engine.sample(generator_path, "all", 6, tmp_path / "samples", seed=3, sampling={"tau": 2.0}, device="cpu")
     files = answer(capsys, "all", tmp_path / "samples", "--extractor", judge_path)

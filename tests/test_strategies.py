@@ -15,8 +15,8 @@ from generators import CLASSES, CODES, STEPS, Calls, make_generator, make_quanti
 from helpers import sampling_options
 from torch import Tensor
 
-from rdpm_cli.config import RDPMSampling
-from rdpm_cli.engine.sampling import choose
+from rdpm_cli.config import RDPMSampling, ResGenSampling, SamplingConfig
+from rdpm_cli.engine.sample_options import choose
 from rdpm_cli.errors import RecipeError, UsageError
 from rdpm_cli.generator import model, sampler, strategies
 from rdpm_cli.generator.guidance import guidance_at, tau_at
@@ -121,6 +121,28 @@ def test_each_option_changes_the_samples(options: dict[str, Any]) -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(RecipeError, match=text):
         validate(RDPMSampling, options, "sampling options")
+
+
+@pytest.mark.parametrize(
+    ("own", "preset", "asked", "text"),
+    [
+        (RDPMSampling(cfg=1.0), None, {"cfg_power": 3.0}, "--cfg-power does nothing with --cfg-schedule linear"),
+        (RDPMSampling(cfg=1.0), "cfg", {"cfg_first": 2}, "--cfg-first does nothing with --cfg-schedule constant"),
+        (RDPMSampling(), "raw", {"tau": 2.0}, "--tau does nothing with --draw argmax"),
+        (RDPMSampling(draw="argmax"), None, {"top_k": 5}, "--top-k does nothing with --draw argmax"),
+        (ResGenSampling(), None, {"conf": "rand", "conf_temp": 2.0}, "--conf-temp does nothing with --conf rand"),
+    ],
+)
+def test_what_is_asked_for_and_would_do_nothing_is_refused(
+    own: SamplingConfig, preset: str | None, asked: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(UsageError, match=text):
+        choose(own, preset, asked)
+
+
+def test_what_a_checkpoint_records_may_do_nothing() -> None:
+    own = RDPMSampling(cfg=1.0, cfg_schedule="power", cfg_power=3.0, tau=2.0)
+    assert choose(own, None, {"cfg_schedule": "linear", "draw": "argmax"}).tau == 2.0
 
 
 def test_an_interval_beyond_the_last_step_is_refused() -> None:

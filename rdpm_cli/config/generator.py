@@ -73,13 +73,15 @@ class SamplingConfig(Section):
     """Defaults of `rdpm sample`, recorded in the checkpoint: what every family has.
 
     presets: named sets of a family's own fields; guided: those that are nothing without a lambda. search: its fields,
-    and the values of each, that `rdpm tune-sampling` tries in this order.
+    and the values of each, that `rdpm tune-sampling` tries in this order. effective_with: fields that do something only
+    where another has one of these values.
     """
 
     family: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     guided: ClassVar[frozenset[str]] = frozenset()
     search: ClassVar[Mapping[str, Sequence[Any]]] = {"cfg": (0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0)}
+    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {}
 
     cfg: float = Field(0.0, ge=0, description="lambda of guidance; 0 = off")
     micro_batch: int = Field(8, gt=0, description="images a forward pass; part of what fixes a sample on the CPU")
@@ -117,6 +119,12 @@ class RDPMSampling(SamplingConfig):
         "cfg_schedule": ("constant", "linear", "cosine", "power"),
         "tau": (0.9, 1.0, 1.1, 1.25, 1.5, 2.0),
         "skip_steps": (0, 1, 2, 3, 4),
+    }
+    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {
+        "cfg_power": ("cfg_schedule", ("power",)),
+        "cfg_first": ("cfg_schedule", ("interval",)),
+        "cfg_last": ("cfg_schedule", ("interval",)),
+        **dict.fromkeys(("tau", "tau_end", "top_k", "top_p"), ("draw", ("gumbel", "inverse"))),
     }
 
     cfg_schedule: Literal["constant", "linear", "cosine", "power", "interval"] = Field(

@@ -1,5 +1,6 @@
 """The ResGen family (arXiv 2412.10208): network, objective, sampling."""
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -49,6 +50,10 @@ class ResGenSampling(SamplingConfig):
     """How ResGen samples."""
 
     family: ClassVar[str] = "resgen"
+    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {
+        "conf_temp": ("conf", ("logp", "comp")),
+        "conf_anneal": ("conf", ("logp", "comp")),
+    }
 
     steps: int = Field(8, ge=1, description="S, forward passes, whatever the depth T")
     schedule: MaskSchedule = Field("square", description=f"as in training, or another: {GAMMA}")

@@ -17,7 +17,8 @@ from rdpm_cli.engine.recon_scoring import eval_recon
 from rdpm_cli.engine.reconstructing import reconstruct
 from rdpm_cli.engine.reporting import make_report
 from rdpm_cli.engine.runs import Result, copy_file, training_curves, versions
-from rdpm_cli.engine.sampling import Outputs, ask_reject, key_values, parse_classes, sample
+from rdpm_cli.engine.sample_options import ask_reject, key_values, parse_classes
+from rdpm_cli.engine.sampling import Outputs, sample
 from rdpm_cli.engine.scoring import Ruler, eval_fid, eval_images, eval_reference
 from rdpm_cli.engine.tokenizer_training import train_tokenizer
 from rdpm_cli.engine.tokenizing import StoreOptions, find_tokenizer, tokenize

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli.engine.sampling import choose, key_values, parse_classes
+from rdpm_cli.engine.sample_options import choose, key_values, parse_classes
 
 if TYPE_CHECKING:
     import torch
