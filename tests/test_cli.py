@@ -425,6 +425,19 @@ def test_digits_are_indices_and_names_are_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("name:goldfish, Carassius auratus", [1]),
+        ("0, name:goldfish, Carassius auratus, 2", [0, 1, 2]),
+        ("name:goldfish,0", [2, 0]),
+        ("name:tench,name:goldfish, Carassius auratus", [0, 1]),
+    ],
+)
+def test_names_may_have_commas(text: str, classes: list[int]) -> None:
+    assert engine.parse_classes(text, ["tench", "goldfish, Carassius auratus", "goldfish"]) == classes
+
+
+@pytest.mark.parametrize(
     "text", ["", "1,", "cat", "2-1", "-1", "1-", "0-3", "3", "name:", "name:dog", "1.5", "a-b", "²"]
 )
 def test_what_is_no_class_is_refused(text: str) -> None:

@@ -23,7 +23,7 @@ from rdpm_cli.engine.sample_files import Files, Part
 from rdpm_cli.errors import CheckpointError, RunError, UsageError
 from rdpm_cli.evaluation import judge as judge_file
 from rdpm_cli.evaluation import rejection
-from rdpm_cli.generator import model, sampler
+from rdpm_cli.generator import model, sampler, transformer
 from rdpm_cli.generator.contract import Known
 from rdpm_cli.images import items
 from rdpm_cli.threads import one_thread
@@ -325,6 +325,30 @@ def test_a_file_without_sampling_options_takes_the_defaults_and_says_so(
     assert "cfg=0.0" in said
 
 
+def test_the_record_has_what_samples_were_made_with(generator: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    made = draw(generator, out)["made_with"]
+    assert [(how["device"], how["precision"]) for how in made] == [("cpu", "fp32")]
+    assert not (out / ".parts").exists()
+    (out / "000003.png").unlink()
+    files.write_json(out / "samples.json", {**files.read_json(out / "samples.json"), "made_with": [{"device": "else"}]})
+    assert draw(generator, out)["made_with"] == [{"device": "else"}, *made]
+
+
+def test_passes_are_those_of_what_is_drawn(
+    generator: Path, image: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def passes(name: str, *args: str) -> int:
+        command = ["sample", "--ckpt", str(generator), "--per-class", "1", "--out", str(tmp_path / name), "--json"]
+        assert run_cli([*command, *args]) == 0
+        found: int = json.loads(capsys.readouterr().out)["passes"]
+        return found
+
+    assert passes("whole") == 7
+    assert passes("late", "--init", image, "--from-step", "3") == 4
+    assert passes("both", "--init", image, "--from-step", "3", "--cfg", "0") == 2
+
+
 # ---- memory that is too small --------------------------------------------------------------------------------------
 
 
@@ -343,9 +367,16 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_sample(
         return original(labels_B, *args, **kwargs)
 
     monkeypatch.setattr(loaded.generator, "sample", small)
-    found = list(sampler.sample(loaded.generator, loaded.tokenizer, labels, options, 8))
+    with sampler.job(loaded.generator, loaded.tokenizer, options, 8) as job:
+        before = job.made_with
+        found = job.draw(range(7), labels)
+        assert job.made_with == {**before, "micro_batch": 2}
+        memory = transformer.trunk_of(loaded.generator.network).memory
+        assert memory is not None
+        assert not memory.rows  # its memory was needed
+    assert before == {"device": "cpu", "precision": "fp32", "micro_batch": 8}
     assert asked == [8, 4, 2, 2, 2, 2]
-    np.testing.assert_array_equal(found[0].pixels_BHWC, np.concatenate([part.pixels_BHWC for part in wanted]))
+    np.testing.assert_array_equal(found.pixels_BHWC, np.concatenate([part.pixels_BHWC for part in wanted]))
     said = capsys.readouterr().err
     assert "micro-batches of 4 images, under the same noise" in said
     assert "micro-batches of 2" in said

@@ -19,6 +19,7 @@ from rdpm_cli.config import RDPMSampling, ResGenSampling, SamplingConfig
 from rdpm_cli.engine.sample_options import choose
 from rdpm_cli.errors import RecipeError, UsageError
 from rdpm_cli.generator import model, sampler, strategies
+from rdpm_cli.generator.contract import Known
 from rdpm_cli.generator.guidance import guidance_at, tau_at
 from rdpm_cli.generator.transformer import Memory, Transformer, remembering
 from rdpm_cli.recipe_files import validate
@@ -79,6 +80,17 @@ def test_only_guided_steps_have_an_unconditional_pass(options: dict[str, Any], r
     generator.sample(torch.arange(3), torch.arange(3), how)
     assert calls.rows == rows
     assert 3 * generator.passes(how) == sum(rows)
+
+
+@pytest.mark.parametrize("first", [1, 3, 4])
+def test_given_steps_have_no_pass(first: int) -> None:
+    generator = make_generator()
+    calls = Calls(generator.network)
+    how = sampling_options(cfg=2.0, skip_steps=1)
+    shape = (3, 4, *generator.grid)
+    keep = (torch.arange(1, 5).view(1, -1, 1, 1) < first).expand(shape)
+    generator.sample(torch.arange(3), torch.arange(3), how, Known(torch.zeros(shape, dtype=torch.int64), keep))
+    assert 3 * generator.passes(how, first) == sum(calls.rows)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +154,7 @@ def test_what_is_asked_for_and_would_do_nothing_is_refused(
 
 def test_what_a_checkpoint_records_may_do_nothing() -> None:
     own = RDPMSampling(cfg=1.0, cfg_schedule="power", cfg_power=3.0, tau=2.0)
-    assert choose(own, None, {"cfg_schedule": "linear", "draw": "argmax"}).tau == 2.0
+    assert choose(own, None, {"cfg_schedule": "linear", "draw": "argmax"}).model_dump()["tau"] == 2.0
 
 
 def test_an_interval_beyond_the_last_step_is_refused() -> None:

@@ -8,7 +8,7 @@ from generators import save_generator
 
 from rdpm_cli import engine, modelfile
 from rdpm_cli.config import RDPMSampling, SamplingConfig
-from rdpm_cli.engine.tuning import Search, differing
+from rdpm_cli.engine.tuning import Search, Tried, differing
 from rdpm_cli.errors import UsageError
 from rdpm_cli.evaluation import judge as judge_file
 from rdpm_cli.generator import model
@@ -63,6 +63,23 @@ def test_what_differs_is_named() -> None:
     assert differing(RDPMSampling(), RDPMSampling()) == "as recorded"
 
 
+def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, score = {"n": 12}, Bowl()
+    before = Tried(tmp_path / "tried.json", plan)
+    Search(lambda options: before.score(options, score), 7).run(RDPMSampling())
+    asked = len(score.asked)
+    after = Tried(tmp_path / "tried.json", plan)
+    assert f"{asked} candidates are there" in capsys.readouterr().err
+    search = Search(lambda options: after.score(options, score), 100)
+    best = search.run(RDPMSampling())
+    assert best == Search(Bowl(), 100).run(RDPMSampling())
+    assert len({options.model_dump_json() for options in score.asked}) == len(score.asked)
+    with pytest.raises(UsageError, match="n: 12 -> 13"):
+        Tried(tmp_path / "tried.json", {"n": 13})
+    after.done()
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -79,6 +96,9 @@ def test_the_tuned_file_is_the_same_model_with_other_defaults(
         again = engine.tune_sampling(
             ckpt, tmp_path / "b.pt", samples=12, budget=6, ref=str(image_folder), extractor=judge, device="cpu"
         )
+        few = engine.tune_sampling(
+            ckpt, tmp_path / "c.pt", samples=4, budget=1, ref=str(image_folder), extractor=judge, device="cpu"
+        )
     tuned = model.load(tmp_path / "generator-tuned.pt")
     values = result.values
     assert values["digest"] == tuned.digest == model.load(ckpt).digest
@@ -88,5 +108,8 @@ def test_the_tuned_file_is_the_same_model_with_other_defaults(
     assert differing(tuned.sampling, model.load(ckpt).sampling) == values["best"]
     assert tuned.provenance["tuned"]["n"] == 12
     assert again.values["tried"] == values["tried"]
+    assert len(values["notes"]) == 1
+    assert "fewer images than the 4 features" in few.values["notes"][1]
+    assert not list(tmp_path.glob("*.tried.json"))
     with pytest.raises(UsageError, match=r"generator-tuned\.pt is there already"):
         engine.tune_sampling(ckpt, samples=12, extractor=judge, device="cpu")

@@ -61,6 +61,11 @@ def claim(out: Path, record: dict[str, Any]) -> None:
     files.write_json(out / "run.json", {"pictures": identity, "argv": sys.argv, "versions": versions()})
 
 
+def finished(out: Path) -> dict[str, Any]:
+    """samples.json of a finished folder; of another nothing."""
+    return files.read_json(out / RECORD) if (out / RECORD).is_file() else {}
+
+
 def finish(out: Path, record: dict[str, Any]) -> None:
     """Write samples.json: the pictures are all there."""
     files.write_json(out / RECORD, record)

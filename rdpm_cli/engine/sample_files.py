@@ -2,7 +2,7 @@
 
 A piece is a range of samples, whole micro-batches but for the last. It is finished once its files are there: its PNGs,
 and with samples.npz its chunk `chunks/START.npy`, (n, H, W, 3) uint8. Nothing else records progress, so a job goes on
-after any end, and its processes need no word from each other.
+after any end, and its processes need no word from each other. `.parts/` has who writes and how, until the job is done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rdpm_cli.images.transform import Pixels
     from rdpm_cli.signals import StopRequest
 
-CHUNKS, NPZ = "chunks", "samples.npz"
+CHUNKS, NPZ, PARTS = "chunks", "samples.npz", ".parts"
 PIECE = 64  # images of a piece, where a micro-batch has fewer: 13 MB at 256×256
 SHARE = 64  # pieces of a job at least, where its micro-batches allow: what processes share
 LOOK_AGAIN = 0.2  # seconds between looks at what other processes have finished
@@ -122,6 +122,17 @@ class Files:
                 stop.leave(f"finished samples are kept in {self.out}")
                 time.sleep(LOOK_AGAIN)
 
+    def note(self, how: dict[str, Any]) -> None:
+        """Note with what samples are made, for the record: a way once, whoever makes them."""
+        path = self.out / PARTS / f"{files.digest(how)[:16]}.json"
+        if not path.is_file():
+            files.write_json(path, how)
+
+    def notes(self, before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """All that was noted, after what an earlier record of the folder says; each way once."""
+        found = [*before, *(files.read_json(path) for path in sorted((self.out / PARTS).glob("*.json")))]
+        return [how for place, how in enumerate(found) if how not in found[:place]]
+
     def save_npz(self, resolution: int, labels: Sequence[int]) -> str:
         """samples.npz, streamed from chunks, or PNGs where there are none; a piece is in memory at a time."""
         from rdpm_cli.images import writers
@@ -164,7 +175,7 @@ def writing(out: Path, part: Part) -> Iterator[None]:
                 left.unlink()
             yield
         return
-    with files.only_writer(out / ".parts" / f"{part.place + 1}-of-{part.count}"):
+    with files.only_writer(out / PARTS / f"{part.place + 1}-of-{part.count}"):
         yield
 
 

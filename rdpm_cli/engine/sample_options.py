@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,12 @@ def ask_reject(text: str | None, judge: str | None) -> Reject | None:
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """`1,2,3`, `0-9`, `all`, `name:goldfish`, and mixtures, in order, each once. Raises UsageError."""
+    """`1,2,3`, `0-9`, `all`, `name:goldfish`, and mixtures, in order, each once. Raises UsageError.
+
+    A name may have commas: after `name:` stands the longest one that is a class's.
+    """
     chosen: list[int] = []
-    for part in (p.strip() for p in text.split(",")):
+    for part in _parts(text, class_names):
         low, dash, high = part.partition("-")
         if part == "all":
             chosen += range(len(class_names))
@@ -60,6 +63,18 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     if outside := [c for c in chosen if c >= len(class_names)]:
         raise UsageError(f"--classes: there is no class {outside[0]}", f"this checkpoint has 0..{len(class_names) - 1}")
     return list(dict.fromkeys(chosen))
+
+
+def _parts(text: str, class_names: Sequence[str]) -> Iterator[str]:
+    """What stands between commas, names with commas whole."""
+    left = text.split(",")
+    while left:
+        count = 1
+        if left[0].strip().startswith("name:"):
+            names = {n: ",".join(left[:n]).strip().removeprefix("name:") for n in range(len(left), 1, -1)}
+            count = next((n for n, name in names.items() if name in class_names), 1)
+        yield ",".join(left[:count]).strip()
+        left = left[count:]
 
 
 def _class_named(name: str, class_names: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,15 @@ class Request:
     out: Path
     outputs: Outputs
     original: editing.Original | None
+    edit: Edit | None
     reject: Reject | None
     record: dict[str, Any]
+
+    @property
+    def passes(self) -> int:
+        """Rows through the network for one sample that is kept: those of all its candidates."""
+        of_one = self.loaded.generator.passes(self.options, self.edit.first if self.edit else 1)
+        return of_one * (self.reject.tries if self.reject else 1)
 
     def files(self, device_type: str) -> Files:
         """Its files, in pieces of this device's micro-batches."""
@@ -148,7 +156,7 @@ def _request(
         reference=loaded.provenance.get("reference"),
         rows=sample_files.rows_of(labels, png=True),
     )
-    return Request(loaded, labels, options, out, outputs, original, reject, record)
+    return Request(loaded, labels, options, out, outputs, original, edit, reject, record)
 
 
 def _judge_of(reject: Reject, loaded: LoadedGenerator) -> dict[str, str]:
@@ -232,6 +240,7 @@ class _Drawing:
             pixels = self.written.read(part)
             if pixels is None:
                 samples = self.draw(part)
+                self.written.note(self.job.made_with)
                 self.previews.note(samples)
                 pixels = samples.pixels_BHWC
                 bar.advance(len(part))
@@ -263,7 +272,9 @@ class _Drawing:
         png = written.has_pngs(range(len(request.labels)))
         packed = {"npz": NPZ} if (request.out / NPZ).is_file() else {}
         rows = sample_files.rows_of(request.labels, png)
-        pictures.finish(request.out, {**request.record, **packed, "samples": rows})
+        made = {"made_with": written.notes(pictures.finished(request.out).get("made_with", []))}
+        pictures.finish(request.out, {**request.record, **packed, **made, "samples": rows})
+        shutil.rmtree(request.out / sample_files.PARTS, ignore_errors=True)
 
 
 SHOWN = {"grid": "grid.png", "gif": "steps.gif", "sheet": "steps.png", "trajectory": "trajectory.json"}
@@ -285,7 +296,7 @@ def _answer(request: Request) -> Result:
         "classes": len(set(request.labels)),
         "checkpoint": request.loaded.digest,
         **told,
-        "passes": request.loaded.generator.passes(request.options),
+        "passes": request.passes,
         **{
             name: request.record["options"][name]
             for name in ("seed", "edit", "reject")

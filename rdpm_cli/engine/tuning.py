@@ -74,6 +74,34 @@ class Search:
         return True
 
 
+class Tried:
+    """Scores of finished candidates in a file, so that a search that was stopped goes on where it was."""
+
+    def __init__(self, path: Path, plan: dict[str, Any]) -> None:
+        """plan: what fixes a score. Raises UsageError where the file is of another plan."""
+        before = files.read_json(path) if path.is_file() else {"plan": plan, "values": {}}
+        if changed := files.differences(before["plan"], plan):
+            raise UsageError(
+                f"{path} is of another search: {'; '.join(changed[:4])}", "remove it, or name another file with --out"
+            )
+        self.path, self.plan, self.values = path, plan, before["values"]
+        if self.values:
+            progress.say(f"{len(self.values)} candidates are there from before, in {path}")
+
+    def score(self, options: SamplingConfig, measure: Callable[[SamplingConfig], float | None]) -> float | None:
+        """From the file, or measured and written to it."""
+        key = options.model_dump_json()
+        if key not in self.values:
+            self.values[key] = measure(options)
+            files.write_json(self.path, {"plan": self.plan, "values": self.values})
+        value: float | None = self.values[key]
+        return value
+
+    def done(self) -> None:
+        """The search has ended, and its result is written."""
+        self.path.unlink(missing_ok=True)
+
+
 def differing(options: SamplingConfig, start: SamplingConfig) -> str:
     """`cfg=1.5 tau=1.2`: what differs from the start."""
     before = start.model_dump()
@@ -96,7 +124,7 @@ def tune_sampling(
     """Search for the options of the smallest Fréchet distance, and write a checkpoint that has them as its defaults.
 
     All candidates draw the same samples' noise, so that differences are those of the options. Same weights, config and
-    digest; the search is noted in the new file's provenance.
+    digest; the search is noted in the new file's provenance. Finished candidates are kept beside it until it is there.
     """
     out = out or ckpt.with_name(f"{ckpt.stem}-tuned.pt")
     if out.exists():
@@ -108,22 +136,26 @@ def tune_sampling(
 
     loaded, content = model.load(ckpt), modelfile.load(ckpt, model.KIND)
     chosen = pick_device(device)
-    metric, score = _ruler(loaded.to(chosen), ckpt, samples, seed, ref, extractor, weights, chosen)
-    trunk = loaded.generator.network.get_submodule("trunk")
-    assert isinstance(trunk, transformer.Transformer)
-    with transformer.remembering(trunk), progress.Bar("tune", budget, "candidates") as bar:
+    metric, notes, score = _ruler(loaded.to(chosen), ckpt, samples, seed, ref, extractor, weights, chosen)
+    plan = {**metric, "n": samples, "seed": seed, "checkpoint": loaded.digest}
+    tried = Tried(out.with_name(f"{out.name}.tried.json"), {**plan, "start": loaded.sampling.model_dump(mode="json")})
+    with (
+        transformer.remembering(transformer.trunk_of(loaded.generator.network)),
+        progress.Bar("tune", budget, "candidates") as bar,
+    ):
 
         def watched(options: SamplingConfig) -> float | None:
-            value = score(options)
+            value = tried.score(options, score)
             if value is not None:
                 bar.advance(1, f"{differing(options, loaded.sampling)}: {value:.4g}")
             return value
 
         search = Search(watched, budget)
         best = search.run(loaded.sampling)
-    facts = {**metric, "n": samples, "seed": seed, "note": NOTE, "tried": search.found}
+    facts = {**metric, "n": samples, "seed": seed, "notes": [NOTE, *notes], "tried": search.found}
     provenance = {**content["provenance"], "tuned": {**facts, **versions()}}
     modelfile.save(out, {**content, "sampling": best.model_dump(mode="json"), "provenance": provenance})
+    tried.done()
     ordered = dict(sorted(search.found.items(), key=lambda row: row[1]))
     values = {"generator": str(out), "digest": loaded.digest, **facts, "tried": ordered}
     values |= {"best": differing(best, loaded.sampling), "value": search.value, "before": search.found["as recorded"]}
@@ -142,9 +174,9 @@ def _ruler(
     extractor: Path | None,
     weights: Path | None,
     device: torch.device,
-) -> tuple[dict[str, Any], Callable[[SamplingConfig], float | None]]:
-    """What is measured, and the measurement of options. Features of the reference are computed once."""
-    from rdpm_cli.evaluation import features, metrics, reference
+) -> tuple[dict[str, Any], list[str], Callable[[SamplingConfig], float | None]]:
+    """What is measured, notes on it, and the measurement of options. Features of the reference are computed once."""
+    from rdpm_cli.evaluation import features, metrics, reference, scores
     from rdpm_cli.generator.contract import SampleOptions
 
     eye = features.make_extractor(extractor, weights, device)
@@ -171,4 +203,4 @@ def _ruler(
         "extractor": {"name": eye.name, "sha256": eye.sha256},
         "reference": against_images.name,
     }
-    return told, score
+    return told, scores.rank_notes(samples, len(against.mean_D), "features"), score

@@ -79,8 +79,11 @@ class Generator(Protocol):
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this family or its tokenizer cannot use."""
 
-    def passes(self, options: SampleOptions) -> int:
-        """Rows that go through the network for one sample: two at a guided step, one at another, none at a skipped."""
+    def passes(self, options: SampleOptions, first: int = 1) -> int:
+        """Rows that go through the network for one sample: two at a guided step, one at another, none at a skipped.
+
+        first: the codes of depths before it are given.
+        """
 
     def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """codes (B, T, h, w) int64. Row i depends on (options, labels_B[i], indices_B[i]) alone."""

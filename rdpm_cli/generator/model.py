@@ -88,8 +88,7 @@ def find_kernel(cfg: GeneratorConfig, device: str) -> Kernel:
 
 def prepare(generator: Generator, cfg: GeneratorConfig, kernel: Kernel) -> None:
     """How it is trained: with which attention, and whether the blocks' activations are kept."""
-    trunk = generator.network.get_submodule("trunk")
-    assert isinstance(trunk, transformer.Transformer)
+    trunk = transformer.trunk_of(generator.network)
     trunk.use(kernel)
     trunk.recompute = cfg.recompute
 

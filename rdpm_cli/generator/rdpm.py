@@ -238,10 +238,11 @@ class RDPM:
             steps = f"{how.cfg_first} to {how.cfg_last or T}"
             raise UsageError(f"--cfg-first, --cfg-last: steps {steps} of {T}", f"this checkpoint has T = {T}")
 
-    def passes(self, options: SampleOptions) -> int:
-        """Rows through the network for one sample."""
+    def passes(self, options: SampleOptions, first: int = 1) -> int:
+        """Rows through the network for one sample; none at a step whose codes are all given."""
         how = rdpm_sampling(options)
-        return sum(1 + (self._lambda(t, how) > 0) for t in range(how.skip_steps + 1, self.quantizer.steps + 1))
+        drawn = range(max(how.skip_steps + 1, first), self.quantizer.steps + 1)
+        return sum(1 + (self._lambda(t, how) > 0) for t in drawn)
 
     def sample(self, labels_B: Tensor, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t drawn from tau · logits, noise addressed by index."""

@@ -221,8 +221,8 @@ class ResGen:
                 "each step reveals at least one token; give fewer",
             )
 
-    def passes(self, options: SampleOptions) -> int:
-        """Rows through the network for one sample, whatever the depth."""
+    def passes(self, options: SampleOptions, first: int = 1) -> int:
+        """Rows through the network for one sample, whatever the depth, and how much of it is given."""
         how = sampling_of(options)
         return sum(1 + (resgen_sampling.lambda_at(t, how) > 0) for t in range(1, how.steps + 1))
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,14 @@ class Job:
         self.generator, self.tokenizer, self.options = generator, tokenizer, options
         self.micro_batch, self.given = micro_batch, given
         self.device = next(generator.network.parameters()).device
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What a sample depends on beside its options: the kind of device, the precision there, images a pass."""
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else self.device.type
+        precision = self.options.sampling.precision if cuda else "fp32"
+        return {"device": name, "precision": precision, "micro_batch": self.micro_batch}
 
     def draw(self, indices: Sequence[int], labels: Sequence[int]) -> Samples:
         """The samples of noise indices, a micro-batch at a time; the last one is padded: all passes have one shape.
@@ -103,6 +112,7 @@ class Job:
 
     def _halve(self) -> None:
         self.micro_batch //= 2
+        transformer.trunk_of(self.generator.network).forget()
         torch.cuda.empty_cache()
         progress.warn(f"out of memory: going on with micro-batches of {self.micro_batch} images, under the same noise")
 
@@ -139,9 +149,7 @@ def job(
     form = torch.channels_last if options.sampling.channels_last else torch.contiguous_format
     for part in (tokenizer.post_quant_conv, tokenizer.decoder):
         part.to(memory_format=form)
-    trunk = generator.network.get_submodule("trunk")
-    assert isinstance(trunk, transformer.Transformer)
-    with transformer.remembering(trunk):
+    with transformer.remembering(transformer.trunk_of(generator.network)):
         yield Job(generator, tokenizer, options, micro_batch, given)
 
 

@@ -276,6 +276,11 @@ class Transformer(nn.Module):
             torch.cat([v for v in tokens if v is not None]) if self.class_tokens is not None else None,
         )
 
+    def forget(self) -> None:
+        """Drop what is remembered and keep no more: its memory is needed."""
+        if self.memory is not None:
+            self.memory = Memory(0)
+
     def _row(self, t: int, label: int) -> tuple[Tensor, Tensor]:
         """Modulations of one (t, class): (1, depth, 6 D) of the blocks, (1, 2 D) of the output."""
         if self.memory is not None and (t, label) in self.memory.rows:
@@ -296,6 +301,13 @@ class Transformer(nn.Module):
         if self.memory is not None and self.memory.take(*found):
             self.memory.classes[label] = found
         return found
+
+
+def trunk_of(network: nn.Module) -> Transformer:
+    """The transformer of a family's network."""
+    trunk = network.get_submodule("trunk")
+    assert isinstance(trunk, Transformer)
+    return trunk
 
 
 @contextlib.contextmanager
