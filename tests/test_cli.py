@@ -437,6 +437,14 @@ def test_names_may_have_commas(text: str, classes: list[int]) -> None:
     assert engine.parse_classes(text, ["tench", "goldfish, Carassius auratus", "goldfish"]) == classes
 
 
+def test_classes_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("2\nname:goldfish, Carassius auratus\n\n0-1\n")
+    names = ["tench", "goldfish, Carassius auratus", "goldfish"]
+    assert engine.parse_classes(f"@{tmp_path / 'few.txt'}", names) == [2, 1, 0]
+    with pytest.raises(UsageError, match=r"@none\.txt"):
+        engine.parse_classes("@none.txt", names)
+
+
 @pytest.mark.parametrize(
     "text", ["", "1,", "cat", "2-1", "-1", "1-", "0-3", "3", "name:", "name:dog", "1.5", "a-b", "²"]
 )

@@ -77,7 +77,9 @@ SeedOrNone = Annotated[int | None, _SEED]
 _CKPT = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")
 Ckpt = Annotated[Path, _CKPT]
 CkptOrNone = Annotated[Path | None, _CKPT]
-Classes = Annotated[str | None, typer.Option("--classes", help="1,2,3 or 0-9 or name:goldfish or all, the default")]
+Classes = Annotated[
+    str | None, typer.Option("--classes", help="1,2,3 or 0-9 or name:goldfish or @FILE of them or all, the default")
+]
 PerClass = Annotated[int | None, typer.Option("--per-class", min=1, help="samples a class; default 8")]
 Preset = Annotated[str | None, typer.Option("--preset", help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")]
 Ref = Annotated[

@@ -35,7 +35,7 @@ Every command, argument, option and default. Written by `{REGENERATE}`; a test c
   names. Neither it nor `--help`, `--version`, `--print-config` or a usage error imports torch.
 - **An option means the same wherever it stands.** Two names serve for two kinds of value: `--out` is a folder or a file
   as its command says, and `--keep` is what a store keeps (`tokenize`) or how many checkpoints a run keeps.
-- Not there: `--log-format json` (`metrics.jsonl` in the run folder is the log for scripts) and `--classes @file`.
+- Not there: `--log-format json` (`metrics.jsonl` in the run folder is the log for scripts).
 
 | variable | for |
 |---|---|

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import recipe_files
@@ -43,10 +44,12 @@ def ask_reject(text: str | None, judge: str | None) -> Reject | None:
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """`1,2,3`, `0-9`, `all`, `name:goldfish`, and mixtures, in order, each once. Raises UsageError.
+    """`1,2,3`, `0-9`, `all`, `name:goldfish`, and mixtures, in order, each once; or `@FILE` of such lines.
 
-    A name may have commas: after `name:` stands the longest one that is a class's.
+    A name may have commas: after `name:` stands the longest one that is a class's. Raises UsageError.
     """
+    if text.startswith("@"):
+        text = ",".join(_lines(Path(text[1:])))
     chosen: list[int] = []
     for part in _parts(text, class_names):
         low, dash, high = part.partition("-")
@@ -63,6 +66,15 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     if outside := [c for c in chosen if c >= len(class_names)]:
         raise UsageError(f"--classes: there is no class {outside[0]}", f"this checkpoint has 0..{len(class_names) - 1}")
     return list(dict.fromkeys(chosen))
+
+
+def _lines(path: Path) -> list[str]:
+    """Those that are not empty."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--classes @{path}: {error}", "name a text file of classes, one a line") from error
+    return [line for line in lines if line]
 
 
 def _parts(text: str, class_names: Sequence[str]) -> Iterator[str]:
