@@ -73,7 +73,8 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--classes @{path}: {error}", "name a text file of classes, one a line") from error
+        why = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UsageError(f"--classes @{path}: {why}", "name a text file of classes, one a line") from error
     return [line for line in lines if line]
 
 
