@@ -54,8 +54,8 @@ def test_samples_are_those_of_one_process(
 def test_losses_are_those_of_one_process(training: str, digits_codes: Path, tmp_path: Path, rows: Rows) -> None:
     """100 steps: what differs is the order of sums.
 
-    A tokenizer's nearest code is no continuous function: after the first image whose code flips, single losses part, and
-    curves stay together.
+    A tokenizer's nearest code is no continuous function: after the first one that flips (steps 5 and 16 when this was
+    measured), single losses part, and curves stay together.
     """
     found = {}
     for processes in (1, 2, 4):
@@ -68,9 +68,9 @@ def test_losses_are_those_of_one_process(training: str, digits_codes: Path, tmp_
         assert run_all(args, processes) == [0] * processes
         found[processes] = np.array([row["loss"] for row in metrics(out) if "loss" in row])
     assert len(found[1]) == 100
-    same = 100 if training == "generator" else 10
+    same = 100 if training == "generator" else 3
     for processes in (2, 4):
-        with rows.count(f"losses of 1 and {processes} processes within 1e-3 over 100 steps; tokenizer: over 10"):
+        with rows.count(f"losses of 1 and {processes} processes within 1e-3 over 100 steps; tokenizer: over 3"):
             apart = np.abs(found[processes] - found[1])
             last = abs(float((found[processes] - found[1])[-20:].mean()))
             rows.note(
