@@ -159,7 +159,7 @@ def test_the_table_of_generators_has_the_gap_to_the_baseline(tmp_path: Path) -> 
         "steps",
     ]
     assert rows[0] == head
-    assert rows[2] == ["paper", "1", "0.5000", "5", "1.5000", "0.3000", "0.5000", "100"]
+    assert rows[2] == ["paper", "1", "0.5000", "5", "1.5000", "0.3000", "0.5000", "80"]
     assert len(rows) == 2 + 12
     before = len(calls(tmp_path, "train-gen"))
     assert ablate(tmp_path, "paper-vs-plus", SEEDS="0").returncode == 0
@@ -235,12 +235,17 @@ def test_a_schedule_has_a_tokenizer_and_a_generator_of_its_own(
 
 
 def test_resgen_and_rdpm_are_trained_on_their_own_codes_and_sampled_in_many_ways(tmp_path: Path) -> None:
-    done = ablate(tmp_path, "resgen", SEEDS="0", TIME="50")
+    everything = {"SEEDS": "0", "TIME": "50", "PARTS": "families steps switches schedules"}
+    done = ablate(tmp_path, "resgen", **everything)
     assert done.returncode == 0, done.stderr
     assert len(calls(tmp_path, "demo")) == 1
     assert len(calls(tmp_path, "train-tokenizer")) == len(calls(tmp_path, "tokenize")) == 3  # a depth each
-    runs = calls(tmp_path, "train-gen")[1::2]
-    assert len(runs) == 5 + 2 + 4 + 5
+    trained = calls(tmp_path, "train-gen")
+    by_time, by_steps = trained[1 : 2 * 5 : 2], trained[2 * 5 :]  # by time: each after a probe of its rate
+    assert all("train.steps=200" in call for call in by_time)
+    assert all("train.steps=700" in call for call in by_steps)
+    assert len(by_steps) == 7 + 5
+    runs = [*by_time, *by_steps]
     for call in runs:
         recipe = call[call.index("--recipe") + 1]
         load = recipe_files.load_recipe(recipe, [word for word in call if "=" in word], "generator")
@@ -250,19 +255,20 @@ def test_resgen_and_rdpm_are_trained_on_their_own_codes_and_sampled_in_many_ways
         recipe_files.load_recipe("resgen-digits", [word for word in call if "=" in word], "tokenizer")
     sampled = calls(tmp_path, "sample")
     assert sum("--steps" in call for call in sampled) == 3 * 5
-    assert sum("--schedule" in call for call in sampled) == 5 * 5
+    assert sum("--schedule" in call for call in sampled) == 5 * 4  # and each with square, as the recipe says
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 16 + 15 + 25
+    assert len(rows) == 2 + 5 + 15 + 7 + 25
     assert (tmp_path / "out" / "steps.png").exists()
     before = len(calls(tmp_path, "sample"))
-    assert ablate(tmp_path, "resgen", SEEDS="0").returncode == 0
+    assert ablate(tmp_path, "resgen", **everything).returncode == 0
     assert len(calls(tmp_path, "sample")) == before
 
 
-def test_a_part_of_the_resgen_script_can_be_run(tmp_path: Path) -> None:
-    assert ablate(tmp_path, "resgen", SEEDS="0", PARTS="steps").returncode == 0
-    assert len(calls(tmp_path, "train-gen")) == 2 * 3
-    assert len(calls(tmp_path, "sample")) == 3 + 15
+@pytest.mark.parametrize(("parts", "runs", "samples"), [("", 2 * 5, 5), ("steps", 2 * 3, 3 + 15), ("switches", 7, 7)])
+def test_a_part_of_the_resgen_script_can_be_run(parts: str, runs: int, samples: int, tmp_path: Path) -> None:
+    assert ablate(tmp_path, "resgen", SEEDS="0", PARTS=parts).returncode == 0
+    assert len(calls(tmp_path, "train-gen")) == runs
+    assert len(calls(tmp_path, "sample")) == samples
 
 
 def test_the_gap_of_a_resgen_run_is_that_of_its_likelihood(tmp_path: Path) -> None:

@@ -1,22 +1,30 @@
 #!/bin/sh
-# ResGen against RDPM at equal parameters and equal wall time, and ResGen's own switches.
+# ResGen against RDPM at equal parameters and equal wall time, and ResGen's own switches at equal steps.
 #
-#   recipes/ablations/resgen.sh                        digits, 3 seeds, 25 s a generator
-#   SEEDS=0 TIME=20 PARTS="families steps" recipes/ablations/resgen.sh      a part of it
-#   SCALE=cifar10 CIFAR10=cifar10-train.zip TIME=180 DEPTHS=8 PARTS=families recipes/ablations/resgen.sh
+#   recipes/ablations/resgen.sh                        families on digits, 3 seeds, 20 s a generator
+#   SEEDS=0 PARTS="steps switches" recipes/ablations/resgen.sh      other parts of it
+#   SCALE=cifar10 CIFAR10=cifar10-train.zip TIME=180 DEPTHS=8 recipes/ablations/resgen.sh
 #
-#   PARTS   families (RDPM paper and plus, ResGen at depth 4, 8, 16), steps (sampled in 2..32 steps), switches (direct
-#           tokens, random depths, 1..1024 components), schedules (trained with each, sampled with each)
+#   PARTS   families (RDPM paper and plus, ResGen at depth 4, 8, 16), steps (the same, sampled in 2..32 steps), switches
+#           (direct tokens, random depths, 1..1024 components), schedules (trained with each, sampled with each);
+#           default families
 #   DEPTHS  of ResGen's codes, default "4 8 16"; what does not vary the depth has 8
+#   TIME    of a generator of families and steps, in seconds
+#   STEPS   of a generator of switches and schedules; default by scale
 #
 # RDPM takes the demo's codes (at the other scales those of a tokenizer of its own), ResGen those of a tokenizer a depth;
 # the judge is the same. A finished cell is not run again. Ends with table.md, table.csv, plot.png, and steps.png.
 SCALE=${SCALE:-digits}
 . "$(dirname "$0")/lib.sh"
-TIME=${TIME:-25}
-PARTS=${PARTS:-families steps switches schedules}
+TIME=${TIME:-20}
+PARTS=${PARTS:-families}
 DEPTHS=${DEPTHS:-4 8 16}
 DEPTH=8
+case $SCALE in
+digits) equal="train.steps=${STEPS:-700} train.eval_every=0" ;;
+cifar10) equal="train.steps=${STEPS:-2000} train.eval_every=0" ;;
+imagenet256) equal="${STEPS:+train.steps=$STEPS}" ;;
+esac
 judge_and_store
 
 rdpm_cell() {
@@ -25,11 +33,12 @@ rdpm_cell() {
     generator_cell "$name" "$TIME" "$STORE" "$JUDGE" "$GENERATOR_RECIPE" "$@"
 }
 
+# resgen_cell NAME SECONDS DEPTH key=value...
 resgen_cell() {
-    name=$1 depth=$2
-    shift 2
+    name=$1 budget=$2 depth=$3
+    shift 3
     rvq_store "$depth"
-    generator_cell "$name" "$TIME" "$RVQ" "$JUDGE" "$RESGEN" "$@"
+    generator_cell "$name" "$budget" "$RVQ" "$JUDGE" "$RESGEN" "$@"
 }
 
 part() {
@@ -44,7 +53,7 @@ if part families; then
 fi
 if part families || part steps; then
     for depth in $DEPTHS; do
-        resgen_cell "resgen-depth-$depth" "$depth"
+        resgen_cell "resgen-depth-$depth" "$TIME" "$depth"
     done
 fi
 if part steps; then
@@ -54,24 +63,26 @@ if part steps; then
         done
     done
 fi
+# shellcheck disable=SC2086
 if part switches; then
-    resgen_cell resgen-depth-$DEPTH $DEPTH
-    resgen_cell direct-tokens $DEPTH network.target=direct
-    resgen_cell random-depths $DEPTH objective.order=random
+    resgen_cell default recipe $DEPTH $equal
+    resgen_cell direct-tokens recipe $DEPTH $equal network.target=direct
+    resgen_cell random-depths recipe $DEPTH $equal objective.order=random
     for mixtures in 1 16 256 1024; do
-        resgen_cell "components-$mixtures" $DEPTH network.mixtures="$mixtures"
+        resgen_cell "components-$mixtures" recipe $DEPTH $equal network.mixtures="$mixtures"
     done
 fi
+# shellcheck disable=SC2086
 if part schedules; then
     for trained in square cosine circle exp linear; do
-        resgen_cell "trained-$trained" $DEPTH objective.schedule="$trained"
-        for sampled in square cosine circle exp linear; do
+        resgen_cell "trained-$trained" recipe $DEPTH $equal objective.schedule="$trained"
+        for sampled in cosine circle exp linear; do # the cell itself is sampled with square
             sample_cell "trained-$trained-sampled-$sampled" "$OUT/trained-$trained.%s/generator.pt" "$JUDGE" \
                 --schedule "$sampled"
         done
     done
 fi
 
-python "$here/table.py" "$OUT" --title "ResGen and RDPM after $TIME s, $SCALE" \
+python "$here/table.py" "$OUT" --title "ResGen and RDPM, $SCALE" \
     --columns class_accuracy fid/frechet_distance parameters passes seconds_an_image steps
 if part steps; then python "$here/steps.py" "$OUT"; fi

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The tokenizer's ablation, after Table 2 of the paper: T, weight, bias and schedule, one factor at a time.
 #
-#   SCALE=digits recipes/ablations/table2.sh           about 40 CPU minutes (36 tokenizers of 400 steps)
+#   SCALE=digits recipes/ablations/table2.sh           about 30 CPU minutes (36 tokenizers of 300 steps)
 #   SCALE=cifar10 CIFAR10=cifar10.zip recipes/ablations/table2.sh      about 25 CPU minutes (12 tokenizers of 400 steps)
 #   SCALE=imagenet256 IMAGENET=train IMAGENET_VAL=val recipes/ablations/table2.sh     not yet run
 #
@@ -13,7 +13,7 @@
 default="schedule.kind=pow schedule.base=0.75 quantizer.steps=10 loss.weight=true quantizer.bias=blend"
 small="autoencoder.channels=32 autoencoder.width=16 train.batch=32 train.save_every=1000 train.eval_every=0 $default"
 case $SCALE in
-digits) BUDGET="train.steps=400 $small" ;;
+digits) BUDGET="train.steps=300 $small" ;;
 cifar10) BUDGET="train.steps=400 $small" ;;
 imagenet256) BUDGET="$default" ;;
 esac
