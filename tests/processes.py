@@ -76,7 +76,8 @@ def children(pid: int) -> list[int]:
 
 
 def without_network(target: Callable[..., None], *args: Any) -> None:
-    """Do that in this process, which has no network either."""
+    """Do that in this process, which has no network either, and whose own children start as they do elsewhere."""
+    multiprocessing.set_start_method(None, force=True)  # else every data worker imports torch anew, from a forkserver
     offline.block()
     target(*args)
 
