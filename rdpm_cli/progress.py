@@ -1,5 +1,6 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, plain lines elsewhere. A plain helper."""
+"""All that is said on stderr: a bar with rate and time left on a terminal, plain lines elsewhere, or lines of JSON."""
 
+import json
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ SILENCE = 20.0  # seconds after which a line comes though nothing was finished: 
 TICK = 5.0  # seconds between looks at the silence
 
 quiet = False
+as_json = False  # a document a line, `--log-format json`, and no bar
 clock = time.monotonic
 
 
@@ -27,7 +29,7 @@ class Bar:
         self._first = 0
         if quiet:
             return self
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not as_json:
             self._open_rich()
         else:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -76,9 +78,14 @@ class Bar:
             if now - self._last < silence:
                 return
             self._last, rate = now, self._rate(now)
-        left = f"{(self.total - self.done) / rate:.0f} s left" if rate > 0 else "no rate yet"
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {now - self._start:.0f} s, {left}"
-        print(f"{text}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+        left = (self.total - self.done) / rate if rate > 0 else None
+        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {now - self._start:.0f} s, "
+        text += "no rate yet" if left is None else f"{left:.0f} s left"
+        seconds = {"seconds": now - self._start, "seconds_left": left}
+        _write("progress", f"{text}  {self.note}".rstrip(), **self._counts(), rate=rate, **seconds, note=self.note)
+
+    def _counts(self) -> dict[str, Any]:
+        return {"job": self.label, "done": self.done, "total": self.total, "unit": self.unit}
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._over.set()
@@ -89,15 +96,30 @@ class Bar:
             before = f" ({self._first} were there)" if self._first else ""
             rate = f", {count / max(seconds, 1e-9):.1f}/s" if count else ""
             text = f"{self.label}: {self.done} {self.unit}{before} in {seconds:.1f} s{rate}"
-            print(text, file=sys.stderr, flush=True)
+            _write("finished", text, **self._counts(), seconds=seconds)
+
+
+def _write(kind: str, text: str, **values: Any) -> None:
+    """One line; as JSON with the time (seconds since 1970), its kind and these values."""
+    line = {"time": time.time(), "kind": kind, "message": text, **values}
+    print(json.dumps(line, allow_nan=False) if as_json else text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """One line that --quiet does not silence."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    _write("warning", text if as_json else f"warning: {text}")
 
 
 def say(text: str) -> None:
     """One line for the person watching."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        _write("info", text)
+
+
+def error(message: str, hint: str, exit_code: int, trace: str = "") -> None:
+    """The two lines every error makes, below its traceback if it has one; as JSON one line, traceback included."""
+    if as_json:
+        _write("error", message, hint=hint, exit_code=exit_code, trace=trace)
+        return
+    told = [f"rdpm: error: {message}"] * bool(message) + [f"hint: {hint}"] * bool(hint)
+    print(trace + "".join(f"{line}\n" for line in told), end="", file=sys.stderr, flush=True)

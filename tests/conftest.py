@@ -82,10 +82,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def speaking() -> Iterator[None]:
-    """What one test runs with --quiet leaves the next one's lines alone."""
-    progress.quiet = False
+    """What one test runs with --quiet or --log-format leaves the next one's lines alone."""
+    progress.quiet = progress.as_json = False
     yield
-    progress.quiet = False
+    progress.quiet = progress.as_json = False
 
 
 @pytest.fixture(scope="session")

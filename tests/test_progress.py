@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import re
 import sys
 
@@ -86,6 +87,27 @@ def test_the_watch_ticks_while_a_piece_takes_long(
     with progress.Bar("tokenize", 10, "images"):
         time.sleep(0.3)
     assert len(lines(capsys)) >= 3
+
+
+def test_lines_of_json_have_the_same_numbers(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "as_json", True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a terminal that is asked for them gets them
+    with progress.Bar("tokenize", 1000, "images") as bar:
+        clock.now += 25
+        bar.tick()
+        clock.now += 15
+        bar.advance(100, "a note")
+    progress.warn("a warning")
+    waiting, line, last, warning = map(json.loads, lines(capsys))
+    assert waiting["seconds_left"] is None
+    counts = {"job": "tokenize", "done": 100, "total": 1000, "unit": "images"}
+    assert {name: line[name] for name in counts} == counts
+    assert (line["kind"], line["rate"], line["seconds"], line["seconds_left"]) == ("progress", 2.5, 40, 360)
+    assert line["note"] == "a note"
+    assert last == {**last, **counts, "kind": "finished", "seconds": 40}
+    assert (warning["kind"], warning["message"]) == ("warning", "a warning")
 
 
 def test_quiet_says_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,6 +138,25 @@ def test_a_redirected_run_has_no_carriage_return_and_no_escape(words: str, walk:
     assert not re.search(r"[\r\x1b\x08]", walk[words].out + walk[words].err)
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "kinds"),
+    [
+        ("train-gen " + WALK["train-gen"], 0, ["info"]),  # finished already
+        ("tokenize images codes-again --tokenizer runs/tok/tokenizer.pt", 0, ["finished"]),
+        ("verify nowhere", 2, ["error"]),
+        ("verify --colour", 2, ["error"]),
+        ("eval", 2, ["info"]),  # its help
+    ],
+)
+def test_json_lines_are_all_of_stderr(command: str, code: int, kinds: list[str], walk: dict[str, Shown]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err, one_thread():
+        assert run(["--log-format", "json", *command.split()]) == code
+    said = [json.loads(line, parse_constant=refuse) for line in err.getvalue().splitlines()]
+    assert [line["kind"] for line in said] == kinds
+    assert all(line["message"] and line["time"] > 0 for line in said)
+    assert all(line["exit_code"] == code and line["hint"] for line in said if line["kind"] == "error")
+
+
 def test_the_same_command_again_says_that_it_is_finished(walk: dict[str, Shown]) -> None:
     before = Path("runs/gen/generator.pt").stat().st_mtime_ns
     again = shown_by("train-gen")

@@ -4,11 +4,11 @@ import errno
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from rdpm_cli import __version__, team
+from rdpm_cli import __version__, progress, team
 from rdpm_cli.cli import options
 from rdpm_cli.errors import EXIT_FAILED, EXIT_INTERRUPT, EXIT_USAGE, LostProcessError, RdpmError
 
@@ -34,22 +34,22 @@ def _version(asked: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option("--log-format", help="of what goes to stderr; json: a document a line")
+    ] = "text",
 ) -> None:
     """Options that stand before the subcommand."""
+    progress.as_json = log_format == "json"
 
 
 def fail(code: int, message: str = "", hint: str = "", trace: str = "", lost: bool = False) -> int:
-    """The two lines every error makes, or a bug's traceback, or both. -> the exit code, which is `code`.
+    """Say what went wrong, as every error does: two lines, or a bug's traceback, or both. -> the exit code, `code`.
 
     In a process that `--gpus` started the launcher shows them. lost: only because another process has gone.
     """
     if team.leave(team.Failure(code, message, hint, trace, lost)):
         return code
-    print(trace, end="", file=sys.stderr)
-    if message:
-        print(f"rdpm: error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    progress.error(message, hint, code, trace)
     return code
 
 
@@ -87,7 +87,7 @@ def run(args: list[str] | None = None) -> int:
         return fail(error.exit_code, error.message, error.hint, trace, isinstance(error, LostProcessError))
     except typer.TyperException as error:
         if error.format_message().startswith("Usage:"):  # a command group without a command: its help
-            print(error.format_message(), file=sys.stderr)
+            progress.say(error.format_message())
             return EXIT_USAGE
         return fail(EXIT_USAGE, error.format_message(), "see `rdpm --help`, or `rdpm COMMAND --help`")
     except (KeyboardInterrupt, typer.Abort):

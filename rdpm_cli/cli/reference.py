@@ -23,7 +23,9 @@ Every command, argument, option and default. Written by `{REGENERATE}`; a test c
 - **The same command again resumes**, and says from where; a finished one returns at once. A folder that was begun with
   other settings is refused, with what differs. There is no `--fresh`: name another `--out`.
 - **Progress** is a bar on a terminal, elsewhere a plain line at least every 30 s and at most every 5 s, without
-  carriage returns or colours.
+  carriage returns or colours. `rdpm --log-format json COMMAND` makes each line of stderr a JSON document: `time`
+  (seconds since 1970), `kind` (`progress`, `finished`, `info`, `warning`, `error`), `message`, and by kind `job`,
+  `done`, `total`, `unit`, `rate`, `seconds`, `seconds_left`, `note`, or `hint`, `exit_code`, `trace`.
 - **Recipes**: `KEY=VALUE` sets any field, a short key in the section of the command (`train.steps=100`); an unknown key
   is refused with the nearest one, and so is a key written twice in a file. `--print-config` prints the resolved recipe
   and runs nothing; fed back as `--recipe FILE.yaml` it has the same digest and the same default folder.
@@ -35,7 +37,6 @@ Every command, argument, option and default. Written by `{REGENERATE}`; a test c
   names. Neither it nor `--help`, `--version`, `--print-config` or a usage error imports torch.
 - **An option means the same wherever it stands.** Two names serve for two kinds of value: `--out` is a folder or a file
   as its command says, and `--keep` is what a store keeps (`tokenize`) or how many checkpoints a run keeps.
-- Not there: `--log-format json` (`metrics.jsonl` in the run folder is the log for scripts).
 
 | variable | for |
 |---|---|
