@@ -7,7 +7,7 @@ import torch
 from generators import save_generator
 
 from rdpm_cli import engine, modelfile
-from rdpm_cli.config import RDPMSampling, SamplingConfig
+from rdpm_cli.config import RDPMSampling, ResGenSampling, SamplingConfig
 from rdpm_cli.engine.tuning import Search, Tried, differing
 from rdpm_cli.errors import UsageError
 from rdpm_cli.evaluation import judge as judge_file
@@ -56,6 +56,17 @@ def test_schedules_are_not_tried_without_guidance() -> None:
     score = Bowl()
     Search(lambda options: (score(options) or 0.0) + 9 * options.cfg, 100).run(RDPMSampling())
     assert {options.cfg_schedule for options in score.asked} == {"linear"}
+
+
+def test_resgen_is_searched_over_what_its_mixtures_have() -> None:
+    def bowl(options: SamplingConfig) -> float:
+        assert isinstance(options, ResGenSampling)
+        return options.cfg + abs(options.top_p - 0.8) + abs(options.z_temp - 0.9) + abs(options.conf_temp - 2)
+
+    search = Search(bowl, 100)
+    best = search.run(ResGenSampling())
+    assert differing(best, ResGenSampling()) == "top_p=0.8 z_temp=0.9 conf_temp=2.0"
+    assert search.value == 0
 
 
 def test_what_differs_is_named() -> None:

@@ -1,7 +1,7 @@
 """The ResGen family (arXiv 2412.10208): network, objective, sampling."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -53,6 +53,12 @@ class ResGenSampling(SamplingConfig):
     effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {
         "conf_temp": ("conf", ("logp", "comp")),
         "conf_anneal": ("conf", ("logp", "comp")),
+    }
+    search: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **SamplingConfig.search,
+        "top_p": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "z_temp": (0.6, 0.8, 0.9, 1.0),
+        "conf_temp": (0.5, 1.0, 2.0),
     }
 
     steps: int = Field(8, ge=1, description="S, forward passes, whatever the depth T")
