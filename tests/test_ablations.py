@@ -235,7 +235,7 @@ def test_a_schedule_has_a_tokenizer_and_a_generator_of_its_own(
 
 
 def test_resgen_and_rdpm_are_trained_on_their_own_codes_and_sampled_in_many_ways(tmp_path: Path) -> None:
-    everything = {"SEEDS": "0", "TIME": "50", "PARTS": "families steps switches schedules"}
+    everything = {"SEEDS": "0", "TIME": "50", "PARTS": "families steps switches nucleus schedules"}
     done = ablate(tmp_path, "resgen", **everything)
     assert done.returncode == 0, done.stderr
     assert len(calls(tmp_path, "demo")) == 1
@@ -256,15 +256,18 @@ def test_resgen_and_rdpm_are_trained_on_their_own_codes_and_sampled_in_many_ways
     sampled = calls(tmp_path, "sample")
     assert sum("--steps" in call for call in sampled) == 3 * 5
     assert sum("--schedule" in call for call in sampled) == 5 * 4  # and each with square, as the recipe says
+    assert sum("--top-p" in call for call in sampled) == 2 * 4
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 5 + 15 + 7 + 25
+    assert len(rows) == 2 + 5 + 15 + 7 + 8 + 25
     assert (tmp_path / "out" / "steps.png").exists()
     before = len(calls(tmp_path, "sample"))
     assert ablate(tmp_path, "resgen", **everything).returncode == 0
     assert len(calls(tmp_path, "sample")) == before
 
 
-@pytest.mark.parametrize(("parts", "runs", "samples"), [("", 2 * 5, 5), ("steps", 2 * 3, 3 + 15), ("switches", 7, 7)])
+@pytest.mark.parametrize(
+    ("parts", "runs", "samples"), [("", 2 * 5, 5), ("steps", 2 * 3, 3 + 15), ("switches", 7, 7), ("nucleus", 2, 10)]
+)
 def test_a_part_of_the_resgen_script_can_be_run(parts: str, runs: int, samples: int, tmp_path: Path) -> None:
     assert ablate(tmp_path, "resgen", SEEDS="0", PARTS=parts).returncode == 0
     assert len(calls(tmp_path, "train-gen")) == runs

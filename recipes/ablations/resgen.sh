@@ -6,11 +6,11 @@
 #   SCALE=cifar10 CIFAR10=cifar10-train.zip TIME=180 DEPTHS=8 recipes/ablations/resgen.sh
 #
 #   PARTS   families (RDPM paper and plus, ResGen at depth 4, 8, 16), steps (the same, sampled in 2..32 steps), switches
-#           (direct tokens, random depths, 1..1024 components), schedules (trained with each, sampled with each);
-#           default families
+#           (direct tokens, random depths, 1..1024 components), nucleus (switches' default and random depths, sampled
+#           with top_p 0.5..1), schedules (trained with each, sampled with each); default families
 #   DEPTHS  of ResGen's codes, default "4 8 16"; what does not vary the depth has 8
 #   TIME    of a generator of families and steps, in seconds
-#   STEPS   of a generator of switches and schedules; default by scale
+#   STEPS   of a generator of switches, nucleus and schedules; default by scale
 #
 # RDPM takes the demo's codes (at the other scales those of a tokenizer of its own), ResGen those of a tokenizer a depth;
 # the judge is the same. A finished cell is not run again. Ends with table.md, table.csv, plot.png, and steps.png.
@@ -21,8 +21,8 @@ PARTS=${PARTS:-families}
 DEPTHS=${DEPTHS:-4 8 16}
 DEPTH=8
 case $SCALE in
-digits) equal="train.steps=${STEPS:-700} train.eval_every=0" ;;
-cifar10) equal="train.steps=${STEPS:-2000} train.eval_every=0" ;;
+digits) equal="train.steps=${STEPS:-700} train.eval_every=0 sampling.top_p=1" ;; # the whole distribution shows
+cifar10) equal="train.steps=${STEPS:-2000} train.eval_every=0 sampling.top_p=1" ;;
 imagenet256) equal="${STEPS:+train.steps=$STEPS}" ;;
 esac
 judge_and_store
@@ -64,10 +64,20 @@ if part steps; then
     done
 fi
 # shellcheck disable=SC2086
-if part switches; then
+if part switches || part nucleus; then
     resgen_cell default recipe $DEPTH $equal
-    resgen_cell direct-tokens recipe $DEPTH $equal network.target=direct
     resgen_cell random-depths recipe $DEPTH $equal objective.order=random
+fi
+if part nucleus; then
+    for top_p in 0.9 0.8 0.7 0.5; do # the cells themselves are sampled with 1
+        for order in default random-depths; do
+            sample_cell "$order-top-p-$top_p" "$OUT/$order.%s/generator.pt" "$JUDGE" --top-p "$top_p"
+        done
+    done
+fi
+# shellcheck disable=SC2086
+if part switches; then
+    resgen_cell direct-tokens recipe $DEPTH $equal network.target=direct
     for mixtures in 1 16 256 1024; do
         resgen_cell "components-$mixtures" recipe $DEPTH $equal network.mixtures="$mixtures"
     done
@@ -84,5 +94,5 @@ if part schedules; then
 fi
 
 python "$here/table.py" "$OUT" --title "ResGen and RDPM, $SCALE" \
-    --columns class_accuracy fid/frechet_distance parameters passes seconds_an_image steps
+    --columns class_accuracy fid/frechet_distance precision recall parameters passes seconds_an_image steps
 if part steps; then python "$here/steps.py" "$OUT"; fi
