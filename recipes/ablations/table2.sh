@@ -1,7 +1,7 @@
 #!/bin/sh
 # The tokenizer's ablation, after Table 2 of the paper: T, weight, bias and schedule, one factor at a time.
 #
-#   SCALE=digits recipes/ablations/table2.sh           about 30 CPU minutes (36 tokenizers of 300 steps)
+#   SCALE=digits recipes/ablations/table2.sh           23 CPU minutes (36 tokenizers of 300 steps)
 #   SCALE=cifar10 CIFAR10=cifar10.zip recipes/ablations/table2.sh      about 25 CPU minutes (12 tokenizers of 400 steps)
 #   SCALE=imagenet256 IMAGENET=train IMAGENET_VAL=val recipes/ablations/table2.sh     not yet run
 #
