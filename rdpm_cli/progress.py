@@ -96,7 +96,7 @@ class Bar:
             before = f" ({self._first} were there)" if self._first else ""
             rate = f", {count / max(seconds, 1e-9):.1f}/s" if count else ""
             text = f"{self.label}: {self.done} {self.unit}{before} in {seconds:.1f} s{rate}"
-            _write("finished", text, **self._counts(), seconds=seconds)
+            _write("finished", text, **self._counts(), before=self._first, seconds=seconds)
 
 
 def _write(kind: str, text: str, **values: Any) -> None:

@@ -23,9 +23,10 @@ from rdpm_cli.config import RDPMSampling, ResGenSampling
 from rdpm_cli.threads import one_thread
 
 ROOT = Path(rdpm_cli.__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELLS = {"sh", "bash", "console"}
-MARKS = {"run", "slow", "install", "data", "gpu"}
+ABLATIONS = ROOT / "recipes" / "ablations"
+MARKS = {"run", "slow", "install", "ablation", "data", "gpu"}
 SECTIONS = {"train-tokenizer": "tokenizer", "train-gen": "generator", "judge": "judge", "demo": ""}
 OTHERS = {"pip", "uv", "python", "pytest", "ruff", "mypy", "export", "cd"}  # programs that a page may show
 SAMPLING = {*RDPMSampling.model_fields, *ResGenSampling.model_fields}
@@ -92,6 +93,17 @@ def rdpm_words(words: list[str]) -> list[str] | None:
     return None if script is None else words[script + 1 :]
 
 
+def check_script(words: list[str], marks: set[str]) -> None:
+    """Raises where `NAME=value ... recipes/ablations/SCRIPT.sh` names no script or sets what none reads."""
+    *given, script = words
+    assert (ROOT / script).is_file(), f"{script} does not exist"
+    assert marks & {"ablation", "data", "gpu"}, "a block of an ablation script says who runs it"
+    read = (ROOT / script).read_text() + (ABLATIONS / "lib.sh").read_text()
+    for word in given:
+        name = word.partition("=")[0]
+        assert re.search(rf"\${{?{name}\b", read), f"{script} does not read {name}"
+
+
 def check(args: list[str]) -> None:
     """Raises where the real command line would: unknown command, option, value, recipe, key or sampling field."""
     command: Any = typer.main.get_command(app)
@@ -121,6 +133,9 @@ def test_every_command_shown_is_one(block: Block) -> None:
         if args is not None:
             check(args)
             assert block.marks, "a block of rdpm commands says who runs it: see CONTRIBUTING, Documentation is run"
+            continue
+        if words[-1].startswith("recipes/ablations/"):
+            check_script(words, block.marks)
             continue
         assert words[0] in OTHERS, f"{words[0]} is no program that the pages show"
         for word in words:

@@ -106,7 +106,7 @@ def test_lines_of_json_have_the_same_numbers(
     assert {name: line[name] for name in counts} == counts
     assert (line["kind"], line["rate"], line["seconds"], line["seconds_left"]) == ("progress", 2.5, 40, 360)
     assert line["note"] == "a note"
-    assert last == {**last, **counts, "kind": "finished", "seconds": 40}
+    assert last == {**last, **counts, "kind": "finished", "before": 0, "seconds": 40}
     assert (warning["kind"], warning["message"]) == ("warning", "a warning")
 
 

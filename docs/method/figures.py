@@ -30,8 +30,8 @@ def save(figure: Figure, path: Path) -> None:
     print(path)
 
 
-def panels(count: int, height: float = 2.8) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(3.6 * count, height), layout="constrained")
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.2 * count, 3.0), dpi=144, layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.25)
@@ -48,8 +48,8 @@ def schedules(path: Path) -> None:
         values = alphas(ScheduleConfig.model_validate({"kind": kind}), 10)
         left.plot(steps, values, marker=".", label=kind)
         right.plot(steps, [beta(a) ** 2 for a in values], marker=".", label=kind)
-    left.set(title="alpha_t: how much of the residual is seen", xlabel="t")
-    right.set(title="beta_t²: how much of v_t's power is noise", xlabel="t")
+    left.set(title="share of the residual, alpha_t", xlabel="t")
+    right.set(title="share of noise in v_t's power, beta_t²", xlabel="t")
     left.legend(frameon=False)
     save(figure, path)
 
@@ -100,7 +100,8 @@ def parts(tokenizer: Tokenizer, found: Encoded, path: Path) -> None:
     first.plot(steps, [beta(a) for a in quantizer.alphas], marker=".", label="beta_t |eps_t|: known")
     first.plot(steps, left, "--", color="grey", label="|z - z'_{t-1}|")
     first.set(title="root mean square of v_t's parts", xlabel="t")
-    first.legend(frameon=False, fontsize=8)
+    first.set_ylim(0, 1.5)
+    first.legend(frameon=False, fontsize=8, loc="upper right")
     second.plot(steps, same, marker=".", color="tab:green")
     second.set(title="codes that two noise draws share", xlabel="t", ylim=(0, 1))
     save(figure, path)

@@ -25,7 +25,8 @@ Every command, argument, option and default. Written by `{REGENERATE}`; a test c
 - **Progress** is a bar on a terminal, elsewhere a plain line at least every 30 s and at most every 5 s, without
   carriage returns or colours. `rdpm --log-format json COMMAND` makes each line of stderr a JSON document: `time`
   (seconds since 1970), `kind` (`progress`, `finished`, `info`, `warning`, `error`), `message`, and by kind `job`,
-  `done`, `total`, `unit`, `rate`, `seconds`, `seconds_left`, `note`, or `hint`, `exit_code`, `trace`.
+  `done`, `total`, `unit`, `rate`, `seconds`, `seconds_left`, `note`, `before` (done by an earlier call), or `hint`,
+  `exit_code`, `trace`.
 - **Recipes**: `KEY=VALUE` sets any field, a short key in the section of the command (`train.steps=100`); an unknown key
   is refused with the nearest one, and so is a key written twice in a file. `--print-config` prints the resolved recipe
   and runs nothing; fed back as `--recipe FILE.yaml` it has the same digest and the same default folder.

@@ -1,11 +1,12 @@
 """What a cell's score file lacks: its generator's size, its gap to the model-free baseline, passes, seconds.
 
-And of a run's log: how many steps fit into some seconds.
+Also how many steps of a run fit into some seconds, and whether weights are there.
 """
 
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,14 @@ def gap(run: Path) -> dict[str, Any]:
     return {"steps": log[-1]["step"], "heldout_ce": ce, "accuracy_gap": statistics.mean(gaps), "gap_at_T": gaps[-1]}
 
 
-def drawn(said: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Of what `rdpm sample --json` said after so many seconds."""
-    return {"passes": said["passes"], "seconds_an_image": seconds / said["samples"]}
+def drawn(said: dict[str, Any], log: list[str]) -> dict[str, Any]:
+    """Of what `rdpm --log-format json sample --json` said: network passes, and seconds an image without the start.
+
+    The seconds are those of the last call that drew any; none where the log has no such call.
+    """
+    told = [line for line in map(json.loads, log) if line["kind"] == "finished" and line["job"] == "sample"]
+    rates = [line["seconds"] / (line["done"] - line["before"]) for line in told if line["done"] > line["before"]]
+    return {"passes": said["passes"], "seconds_an_image": rates[-1] if rates else None}
 
 
 def main() -> None:
@@ -53,10 +59,13 @@ def main() -> None:
     parser.add_argument("--steps-in", type=float, metavar="SECONDS", help="print how many of the run's steps fit")
     parser.add_argument("--into", type=Path, metavar="JSON", help="add what is found to this file")
     parser.add_argument("--trained", type=Path, metavar="JSON", help="what train-gen said")
-    parser.add_argument("--drawn", type=Path, metavar="JSON", help="what sample said, after --seconds")
-    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--drawn", type=Path, metavar="JSON", help="what sample said")
+    parser.add_argument("--log", type=Path, metavar="JSONL", help="and its log")
+    parser.add_argument("--weights", metavar="NAME", help="exit 0 if what doctor said, on stdin, has found them")
     parser.add_argument("--recon", type=Path, metavar="JSON", help="scores of reconstructions")
     options = parser.parse_args()
+    if options.weights:
+        sys.exit(json.load(sys.stdin)["weights"][options.weights]["state"] != "found")
     if options.steps_in is not None:
         print(steps_in(options.run, options.steps_in))
     if options.into is None:
@@ -65,7 +74,7 @@ def main() -> None:
     if options.trained:
         found |= {"parameters": json.loads(options.trained.read_text())["parameters"]}
     if options.drawn:
-        found |= drawn(json.loads(options.drawn.read_text()), options.seconds)
+        found |= drawn(json.loads(options.drawn.read_text()), options.log.read_text().splitlines())
     if options.recon:
         recon = json.loads(options.recon.read_text())
         found |= {f"recon_{name}": recon[name] for name in ("mse", "psnr", "ssim", "rfid")}

@@ -1,22 +1,21 @@
 #!/bin/sh
-# ResGen against RDPM at equal parameters and equal wall time, and ResGen's own switches at equal steps.
+# ResGen against RDPM at equal time and, at the small scales, equal parameters; ResGen's own switches at equal steps.
 #
-#   recipes/ablations/resgen.sh                        families on digits, 3 seeds, 20 s a generator
-#   SEEDS=0 PARTS="steps switches" recipes/ablations/resgen.sh      other parts of it
-#   SCALE=cifar10 CIFAR10=cifar10-train.zip TIME=180 DEPTHS=8 recipes/ablations/resgen.sh
+#   recipes/ablations/resgen.sh                        families on digits, 3 seeds, 20 s a generator: 30 CPU minutes
+#   PARTS="switches nucleus" recipes/ablations/resgen.sh      other parts of it; each of them takes less than families
+#   SCALE=cifar10 CIFAR10=cifar10-train.zip DEPTHS=8 recipes/ablations/resgen.sh      180 s a generator
+#   SCALE=imagenet256 IMAGENET=train IMAGENET_VAL=val DEPTHS=8 recipes/ablations/resgen.sh      as long as recipes say
 #
 #   PARTS   families (RDPM paper and plus, ResGen at depth 4, 8, 16), steps (the same, sampled in 2..32 steps), switches
 #           (direct tokens, random depths, 1..1024 components), nucleus (switches' default and random depths, sampled
 #           with top_p 0.5..1), schedules (trained with each, sampled with each); default families
 #   DEPTHS  of ResGen's codes, default "4 8 16"; what does not vary the depth has 8
-#   TIME    of a generator of families and steps, in seconds
+#   TIME    of a generator of families and steps, in seconds, or `recipe`; default by scale
 #   STEPS   of a generator of switches, nucleus and schedules; default by scale
 #
 # RDPM takes the demo's codes (at the other scales those of a tokenizer of its own), ResGen those of a tokenizer a depth;
-# the judge is the same. A finished cell is not run again. Ends with table.md, table.csv, plot.png, and steps.png.
-SCALE=${SCALE:-digits}
+# the judge is the same. Ends with $OUT/table.md, table.csv, plot.png, and steps.png.
 . "$(dirname "$0")/lib.sh"
-TIME=${TIME:-20}
 PARTS=${PARTS:-families}
 DEPTHS=${DEPTHS:-4 8 16}
 DEPTH=8
@@ -27,12 +26,6 @@ imagenet256) equal="${STEPS:+train.steps=$STEPS}" ;;
 esac
 judge_and_store
 
-rdpm_cell() {
-    name=$1
-    shift
-    generator_cell "$name" "$TIME" "$STORE" "$JUDGE" "$GENERATOR_RECIPE" "$@"
-}
-
 # resgen_cell NAME SECONDS DEPTH key=value...
 resgen_cell() {
     name=$1 budget=$2 depth=$3
@@ -41,15 +34,10 @@ resgen_cell() {
     generator_cell "$name" "$budget" "$RVQ" "$JUDGE" "$RESGEN" "$@"
 }
 
-part() {
-    case " $PARTS " in *" $1 "*) return 0 ;; esac
-    return 1
-}
-
 if part families; then
-    rdpm_cell rdpm-paper network.positions=rope network.class_latents=false network.head=linear \
-        objective.t_weights=uniform objective.perturb=0
-    rdpm_cell rdpm-plus
+    generator_cell rdpm-paper "$TIME" "$STORE" "$JUDGE" "$GENERATOR_RECIPE" network.positions=rope \
+        network.class_latents=false network.head=linear objective.t_weights=uniform objective.perturb=0
+    generator_cell rdpm-plus "$TIME" "$STORE" "$JUDGE" "$PLUS_RECIPE"
 fi
 if part families || part steps; then
     for depth in $DEPTHS; do
@@ -93,6 +81,6 @@ if part schedules; then
     done
 fi
 
-python "$here/table.py" "$OUT" --title "ResGen and RDPM, $SCALE" \
-    --columns class_accuracy fid/frechet_distance precision recall parameters passes seconds_an_image steps
-if part steps; then python "$here/steps.py" "$OUT"; fi
+table "ResGen and RDPM" class_accuracy fid/frechet_distance precision recall parameters passes seconds_an_image steps
+# shellcheck disable=SC2086
+if part steps; then python "$here/steps.py" "$OUT" --cells $made --seeds $SEEDS; fi

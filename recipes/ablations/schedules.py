@@ -1,4 +1,4 @@
-"""alpha_t of every tokenizer that a folder of cells holds, and each cell's score over its base -> schedules.png."""
+"""alpha_t of every cell's tokenizer, and each cell's score over its base -> schedules.png."""
 
 import argparse
 import json
@@ -7,41 +7,36 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from table import read_cells, value_of
 
 from rdpm_cli.config import ScheduleConfig
 from rdpm_cli.tokenizer.schedule import alphas
 
 
-def tokenizers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Cell -> its tokenizer's recipe section, of the first seed."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.tokenizer/run.json")):
-        name = path.parent.name.removesuffix(".tokenizer").rsplit(".", 1)[0]
-        found.setdefault(name, json.loads(path.read_text())["settings"]["recipe"]["tokenizer"])
-    return found
-
-
-def scores(folder: Path, name: str) -> list[float]:
-    """Fréchet distances of a cell, a seed each."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.*.json"))]
-    return [score.get("fid", score.get("frechet_distance")) for score in found]
+def tokenizer(folder: Path, name: str, seed: int) -> dict[str, Any]:
+    """Its recipe's section."""
+    run: dict[str, Any] = json.loads((folder / f"{name}.{seed}.tokenizer" / "run.json").read_text())
+    return dict(run["settings"]["recipe"]["tokenizer"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    parser.add_argument("--cells", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    options = parser.parse_args()
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, recipe in tokenizers(folder).items():
+    for name, scores in read_cells(options.folder, options.cells, options.seeds).items():
+        recipe = tokenizer(options.folder, name, options.seeds[0])
         schedule, steps = ScheduleConfig(**recipe["schedule"]), recipe["quantizer"]["steps"]
-        line = left.plot(range(1, steps + 1), alphas(schedule, steps), marker=".", label=name)[0]
-        for value in scores(folder, name):
-            right.plot(schedule.base, value, "o", color=line.get_color())
+        line = left.plot(range(1, steps + 1), alphas(schedule, steps), marker=".", label=f"{schedule.base}")[0]
+        for score in scores.values():
+            right.plot(schedule.base, value_of(score, "fid/frechet_distance"), "o", color=line.get_color())
     left.set(xlabel="t", ylabel="alpha_t", title="schedule")
-    left.legend(fontsize=8)
+    left.legend(title="base", fontsize=8, loc="upper left")
     right.set(xlabel="base", ylabel="Fréchet distance", title="samples, a point a seed")
-    FigureCanvasAgg(figure).print_png(str(folder / "schedules.png"))
+    FigureCanvasAgg(figure).print_png(str(options.folder / "schedules.png"))
 
 
 if __name__ == "__main__":

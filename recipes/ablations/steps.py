@@ -1,4 +1,4 @@
-"""Scores of cells named depth-D-in-S over S, a line a depth -> steps.png: mean and spread over seeds."""
+"""Scores of cells named depth-D-in-S over S, a line a depth -> steps.png: mean and standard deviation over seeds."""
 
 import argparse
 import re
@@ -14,13 +14,15 @@ SCORES = (("class_accuracy", "class accuracy"), ("fid/frechet_distance", "Fréch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--cells", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    options = parser.parse_args()
     lines: dict[int, dict[int, str]] = {}
-    cells = read_cells(folder)
+    cells = read_cells(options.folder, options.cells, options.seeds)
     for name in cells:
         if found := re.fullmatch(r"depth-(\d+)-in-(\d+)", name):
             lines.setdefault(int(found[1]), {})[int(found[2])] = name
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
     for axis, (column, title) in zip(figure.subplots(1, 2), SCORES, strict=True):
         for depth, by_steps in sorted(lines.items()):
             told = {steps: summary(cells[name], column) for steps, name in sorted(by_steps.items())}
@@ -32,7 +34,7 @@ def main() -> None:
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set(xlabel="sampling steps", title=title)
     figure.axes[0].legend(fontsize=8)
-    FigureCanvasAgg(figure).print_png(str(folder / "steps.png"))
+    FigureCanvasAgg(figure).print_png(str(options.folder / "steps.png"))
 
 
 if __name__ == "__main__":
