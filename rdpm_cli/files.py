@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rdpm_cli.errors import DataError, RunError, UsageError
+from rdpm_cli.errors import CheckpointError, DataError, RunError, UsageError
 
 SPARE_FILES = 512  # open files of a process for anything else
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -112,6 +112,27 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} cannot be read as JSON: {error}", "make it again; it may be half of a copy") from error
 
 
+def refuse_second_writer(folder: Path) -> None:
+    """Raise RunError where another process writes the folder: a look before slow imports, the lock itself comes later.
+
+    One of several processes that write together does not look: another one of them may have begun.
+    """
+    from filelock import FileLock, Timeout
+
+    if "RANK" in os.environ or not (folder / ".lock.owner").is_file():
+        return
+    try:
+        FileLock(folder / ".lock").acquire(timeout=0).lock.release()
+    except Timeout as error:
+        raise _written_by_another(folder) from error
+
+
+def _written_by_another(folder: Path) -> RunError:
+    owner = folder / ".lock.owner"
+    who = owner.read_text().strip() if owner.exists() else "another process"
+    return RunError(f"{folder} is being written by {who}", "wait for it, or stop it")
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold `folder` for writing. A second writer gets a RunError that names the first one's pid and host."""
@@ -122,8 +143,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        who = owner.read_text().strip() if owner.exists() else "another process"
-        raise RunError(f"{folder} is being written by {who}", "wait for it, or stop it") from error
+        raise _written_by_another(folder) from error
     try:
         owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
         yield
@@ -168,6 +188,16 @@ def _no_space(root: Path, need: int, have: int) -> RunError:
     return RunError(f"disk full: {root} needs {_size(need)} more, {_size(have)} are free", FREE)
 
 
+def full(error: OSError) -> tuple[str, str]:
+    """Message and hint of the system's 'no space left', where nobody knows what is still to be written."""
+    if error.filename is None:
+        return f"disk full: {error.strerror}", FREE
+    return (
+        f"disk full: {error.filename} cannot be written, {_size(free_bytes(Path(error.filename).parent))} are free",
+        FREE,
+    )
+
+
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
@@ -203,6 +233,13 @@ def allow_open(count: int) -> None:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def refuse_absent(path: Path, name: str, hint: str) -> None:
+    """Raise CheckpointError, before slow imports, where there is no file. name: what a run's folder calls it."""
+    if not path.is_file():
+        inside = path / name
+        raise CheckpointError(no_file(path), f"give {inside}" if inside.is_file() else hint)
 
 
 def no_file(path: Path) -> str:

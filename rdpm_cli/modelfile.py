@@ -17,7 +17,9 @@ from rdpm_cli.recipe_files import S, validate
 
 VERSION = 1
 FORMATS = {"rdpm-tokenizer": "tokenizer", "rdpm-generator": "generator", "rdpm-judge": "judge"}
+KINDS = "name a tokenizer.pt, generator.pt or judge.pt"
 MAKERS = {
+    "": KINDS,
     "rdpm-tokenizer": "make one with `rdpm train-tokenizer IMAGES --recipe NAME`",
     "rdpm-generator": "make one with `rdpm train-gen CODES --recipe NAME`",
     "rdpm-judge": "make one with `rdpm eval judge IMAGES OUT`",
@@ -54,13 +56,14 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path, kind: str = "") -> dict[str, Any]:
     """The dict of a model file of the given kind. Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(files.no_file(path), MAKERS.get(kind, ""))
+        raise CheckpointError(files.no_file(path), MAKERS[kind])
     try:
         content = tensorfile.read(path)
     except tensorfile.Unreadable as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: it is none, or is truncated", MAKERS.get(kind, "")
-        ) from error
+        why = f"it is none, or is truncated, at {path.stat().st_size:,} bytes"
+        if tensorfile.unknown(error):
+            why = tensorfile.reason(error)
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {why}", MAKERS[kind]) from error
     check(content, str(path), kind)
     return dict(content)
 
@@ -69,14 +72,15 @@ def check(content: Any, where: str, kind: str = "") -> None:
     """Raise CheckpointError unless content is one of our files, of the kind asked for, with an intact digest."""
     found = content.get("format") if isinstance(content, dict) else None
     if not isinstance(found, str) or found not in FORMATS:
-        raise CheckpointError(f"{where} is not an rdpm checkpoint", MAKERS.get(kind, ""))
+        raise CheckpointError(f"{where} is not an rdpm checkpoint", MAKERS[kind])
     needed = {"version", "config", "weights", "digest", "class_names", "provenance"}
     if lacking := needed - set(content):
         raise CheckpointError(f"{where} is damaged: it lacks {', '.join(sorted(lacking))}", "copy or make it again")
     if kind and found != kind:
         raise CheckpointError(f"{where} is a {FORMATS[found]}, not a {FORMATS[kind]}", MAKERS[kind])
     if content["version"] != VERSION:
-        raise CheckpointError(f"{where} has format version {content['version']}; this rdpm reads {VERSION}")
+        said = f"{where} has format version {content['version']}; this rdpm reads {VERSION}"
+        raise CheckpointError(said, "use the rdpm that made it, or make it again")
     if content["digest"] != model_digest(content["weights"], content["config"]):
         raise CheckpointError(f"{where} is damaged: its weights do not match its digest", "copy or make it again")
 

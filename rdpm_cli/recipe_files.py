@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -16,7 +17,15 @@ S = TypeVar("S", bound=Section)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice; PyYAML keeps the last one silently."""
+    """Safe YAML that refuses a key written twice, and takes `no` and `12:30` for what they look like.
+
+    PyYAML keeps the last of two keys silently, and reads those two as False and 750, as YAML 1.1 has it.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's own name, by first character
+        first: [(tag, pattern) for tag, pattern in found if not (tag.endswith((":bool", ":int", ":float")))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -26,6 +35,16 @@ def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, 
     return loader.construct_mapping(node, deep=True)
 
 
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):  # of YAML 1.2's core schema
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
@@ -35,11 +54,18 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not valid YAML: {error}") from error
+        raise RecipeError(f"{where} is not valid YAML: {_of_yaml(error)}", "mend it there") from error
     except RecipeError as error:
-        raise RecipeError(f"{where}: {error.message}") from error
+        raise RecipeError(f"{where}: {error.message}", "keep one of them") from error
     finally:
         loader.dispose()
+
+
+def _of_yaml(error: yaml.YAMLError) -> str:
+    """PyYAML's own words in one line, with the place."""
+    place = getattr(error, "problem_mark", None)
+    said = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{said}, line {place.line + 1}, column {place.column + 1}" if place else said
 
 
 def recipe_folder() -> Path:
@@ -136,11 +162,11 @@ def _parent(path: Path, name_or_file: str) -> Path:
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The recipe's plain dict, after the recipe it extends."""
     if path in seen:
-        raise RecipeError(f"{path} extends itself")
+        raise RecipeError(f"{path} extends itself", "name another recipe in its `extends`, or leave it out")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
+        raise RecipeError(f"{path} cannot be read: {error}", "a recipe is a text file of YAML in UTF-8") from error
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds no keys", "start from a shipped recipe")
@@ -152,10 +178,13 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(base, raw)
 
 
-def _override(raw: dict[str, Any], text: str, section: str) -> None:
+def _override(raw: dict[str, Any], text: str, section: str) -> str:
+    """Set what an override says. -> its whole key."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise RecipeError(f"override '{text}' is not key=value", "write it as train.steps=100")
+        raise RecipeError(
+            f"override '{text}' is not key=value", f"write it as {'' if section else 'generator.'}train.steps=100"
+        )
     family = _family(raw)
     known = set(leaf_keys(family=family))
     full = next((k for k in (key, f"{section}.{key}") if k in known), None)
@@ -170,6 +199,7 @@ def _override(raw: dict[str, Any], text: str, section: str) -> None:
         if not isinstance(here, dict):
             raise RecipeError(f"override '{text}': {parent} is not a section", "mend the recipe file")
     _set(here, ".".join(parents), leaf, parse_yaml(value, f"override '{text}'") if value else "")
+    return full
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str = "") -> Recipe:
@@ -181,12 +211,11 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str =
     raw = _read(path)
     raw.setdefault("name", path.stem)
     lacks = section != "" and section not in raw
-    for text in overrides:
-        _override(raw, text, section)
-    recipe = validate(Recipe, raw, str(path), section)
-    if lacks or (section and getattr(recipe, section) is None):
+    given = {_override(raw, text, section): f"override '{text}'" for text in overrides}
+    recipe = None if lacks else validate(Recipe, raw, str(path), section, given)
+    if recipe is None or (section and getattr(recipe, section) is None):
         able = [name for name in recipe_names() if section in _read(recipe_folder() / f"{name}.yaml")]
-        raise RecipeError(f"recipe '{recipe.name}' has no {section} section", f"recipes that do: {', '.join(able)}")
+        raise RecipeError(f"recipe '{raw['name']}' has no {section} section", f"recipes that do: {', '.join(able)}")
     return recipe
 
 
@@ -196,8 +225,11 @@ def to_yaml(recipe: Recipe) -> str:
     return f"# digest {recipe.digest()}\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)}"
 
 
-def validate(section: type[S], raw: Any, where: str, prefix: str = "") -> S:
-    """raw as a section. Raises RecipeError naming `where`, the key, and the nearest key if it is unknown."""
+def validate(section: type[S], raw: Any, where: str, prefix: str = "", places: Mapping[str, str] | None = None) -> S:
+    """raw as a section. Raises RecipeError naming `where`, the key, and the nearest key if it is unknown.
+
+    places: where keys come from that are not from `where`.
+    """
     try:
         return section.model_validate(raw)
     except ValidationError as error:
@@ -206,5 +238,6 @@ def validate(section: type[S], raw: Any, where: str, prefix: str = "") -> S:
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: unknown recipe key '{key}'", _nearest(key, prefix, _family(raw))) from error
         what = first["msg"].removeprefix("Value error, ")
+        where = (places or {}).get(key, where)
         got = "" if isinstance(first["input"], dict) else f"got {first['input']!r}"[:200]  # several fields: named above
         raise RecipeError(f"{where}: {f'{key}: ' if key else ''}{what}", got) from error

@@ -1,6 +1,6 @@
 """Files of tensors: the one place that calls torch.load, and the seal by which a file of ours is known to be whole.
 
-The seal is the zip's comment, `sha256:` and the hex digest of all bytes of the file before it. A plain helper.
+The seal is the zip's comment: `sha256:`, and the hex digest of all bytes of the file before its digits. A plain helper.
 
 `python -m rdpm_cli.tensorfile FILE COPY` copies the tensors of a file that holds more. Nothing in FILE is run.
 """
@@ -9,6 +9,7 @@ import hashlib
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,7 +39,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
     Whatever torch's unpickler meets in a file that is none, KeyError and IndexError among it, says the same thing.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of old formats is for who called torch.load
+            return torch.load(path, map_location=device, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -100,8 +103,11 @@ def write(file: BinaryIO, content: Any) -> None:
     sealing.close()
 
 
-def check_whole(path: Path) -> None:
-    """Compare a file with its seal; one without, of an older rdpm, by the CRC of its members. Raises Unreadable."""
+def check_whole(path: Path) -> bool:
+    """Compare a file with its seal; one without, of an older rdpm, by the CRC of its members. -> has it a seal?
+
+    Raises Unreadable.
+    """
     length = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, length - ZIP_END_BYTES - len(SEAL) - DIGITS))
@@ -109,7 +115,7 @@ def check_whole(path: Path) -> None:
         last = end[-ZIP_END_BYTES:]
         if last[:4] == ZIP_END and last[-2:] == bytes(2):
             check_members(path)
-            return
+            return False
         comment = (len(SEAL) + DIGITS).to_bytes(2, "little") + SEAL
         if end[:4] != ZIP_END or end[ZIP_END_BYTES - 2 : -DIGITS] != comment:
             raise Unreadable(f"its end is missing or damaged, after {length:,} bytes")
@@ -120,12 +126,25 @@ def check_whole(path: Path) -> None:
             left -= len(data)
     if total.hexdigest().encode() != end[-DIGITS:]:
         raise Unreadable("it differs from its checksum")
+    return True
 
 
 def unknown(error: Unreadable) -> str | None:
     """The first class or function that a file names beside tensors, as `module.name`; None where it is no such file."""
     found = _UNKNOWN.search(str(error)) if isinstance(error.__cause__, pickle.UnpicklingError) else None
     return (found[1] or found[2]).rstrip(".") if found else None
+
+
+def is_refused(error: Unreadable) -> bool:
+    """Does a file name what torch runs under no circumstances, as posix.system, so that no part of it can be had?"""
+    return "is blocked" in str(error)
+
+
+def reason(error: Unreadable) -> str:
+    """One line on why, without torch's advice to load the file without its guard."""
+    if what := unknown(error):
+        return f"it names {what} beside tensors, and no code of a file is run"
+    return str(error).partition("Re-running")[0].strip().splitlines()[0][:200].rstrip(" .")
 
 
 class _Inert:
@@ -187,7 +206,8 @@ def copy_tensors(source: Path, copy: Path) -> None:
     try:
         tensors = read_tensors_alone(source)
     except Unreadable as error:
-        raise CheckpointError(f"{source} cannot be read as weights: {error}", "fetch it again") from error
+        hint = "get these weights from another place" if is_refused(error) else "fetch it again"
+        raise CheckpointError(f"{source} cannot be read as weights: {reason(error)}", hint) from error
     with files.space_is_told(copy.parent, lambda: size(tensors)):
         files.write_atomic(copy, lambda file: write(file, tensors))
 

@@ -103,13 +103,13 @@ def read(path: Path, what: str, hint: str) -> dict[str, Tensor]:
     try:
         content = tensorfile.read(path)
     except tensorfile.Unreadable as error:
-        raise misfit(path, what, hint, error) from error
+        raise misfit(path, what, hint, tensorfile.reason(error)) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} does not hold {what} weights: it is no dict of tensors", hint)
     return content
 
 
-def misfit(path: Path, what: str, hint: str, error: Exception) -> CheckpointError:
+def misfit(path: Path, what: str, hint: str, error: Exception | str) -> CheckpointError:
     """The error of a file that cannot be read, or does not fit, in one line."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return CheckpointError(f"{path} does not hold {what} weights: {first}", hint)

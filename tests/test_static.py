@@ -13,13 +13,16 @@ import rdpm_cli
 PACKAGE = Path(rdpm_cli.__file__).parent
 
 KEYWORDS = {"weights_only": True, "allow_pickle": False, "shell": False, "strict": True}  # the one value of each
-NEEDED = {"torch.load": "weights_only", "numpy.load": "allow_pickle"}  # that stand in every call
-CALLS = {
+NEEDED = {"torch.load": "weights_only", "torch.serialization.load": "weights_only", "numpy.load": "allow_pickle"}
+FORBIDDEN = {  # called, or handed on under another name
     "eval", "exec", "compile", "__import__",
     "builtins.eval", "builtins.exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
     "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open", "joblib.load",
     "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all",
-    "torch.hub.load", "torch.hub.load_state_dict_from_url", "numpy.fromfile",
+    "yaml.Loader", "yaml.FullLoader", "yaml.UnsafeLoader", "yaml.CLoader", "yaml.CFullLoader", "yaml.CUnsafeLoader",
+    "dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads",
+    "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.serialization.add_safe_globals",
+    "numpy.fromfile", "numpy.lib.format.read_array",
 }  # fmt: skip
 
 
@@ -34,9 +37,9 @@ def names(tree: ast.Module) -> dict[str, str]:
     return found
 
 
-def called(node: ast.Call, known: dict[str, str]) -> str:
-    """The function by its full name, as far as the text says."""
-    first, dot, rest = ast.unparse(node.func).partition(".")
+def full(node: ast.expr, known: dict[str, str]) -> str:
+    """What an expression names, as far as the text says."""
+    first, dot, rest = ast.unparse(node).partition(".")
     return known.get(first, first) + dot + rest
 
 
@@ -44,13 +47,23 @@ def wrongs(text: str) -> Iterator[str]:
     """What a module writes and may not."""
     tree = ast.parse(text)
     known = names(tree)
-    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        name = called(node, known)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    functions = {id(node.func) for node in calls}
+    for named in (node for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name)):
+        name, is_called = full(named, known), id(named) in functions
+        if (name in FORBIDDEN and ("." in name or is_called)) or (name in NEEDED and not is_called):
+            yield f"{named.lineno}: {name}"
+    for node in calls:
+        name = full(node.func, known)
         given = {k.arg: k.value for k in node.keywords if k.arg}
-        if name in CALLS:
-            yield f"{node.lineno}: {name}"
         if name in NEEDED and NEEDED[name] not in given:
             yield f"{node.lineno}: {name} without {NEEDED[name]}"
+        if (name in NEEDED or name.startswith("subprocess.")) and len(given) < len(node.keywords):
+            yield f"{node.lineno}: {name} with keywords that stand elsewhere"
+        if name.startswith("subprocess.") and len(node.args) > 1:
+            yield f"{node.lineno}: {name} with options by place"
+        if name.endswith(".extractall"):
+            yield f"{node.lineno}: {name}"
         if name.endswith(".load_state_dict") and len(node.args) > 1:
             yield f"{node.lineno}: load_state_dict with strict by place"
         for keyword, value in given.items():
@@ -71,6 +84,12 @@ def test_no_module_runs_what_it_reads_or_forgives_what_does_not_fit(path: Path) 
         "import yaml as y\ny.load(f)", "from yaml import unsafe_load as load\nload(f)", "torch.hub.load('a', 'b')",
         "subprocess.run(c, shell=True)", "import os\nos.system(c)", "m.load_state_dict(s, strict=False)",
         "m.load_state_dict(s, False)", "eval(text)", "exec(text)", "import pickle\npickle.load(f)",
+        "import yaml\nyaml.Loader(f)", "import yaml\nyaml.UnsafeLoader(f).get_single_data()",
+        "from torch.serialization import load; load(f)", "g = torch.load; g(f)",
+        "torch.load(f, weights_only=True, **more)", "subprocess.call(c, **{'shell': True})",
+        "subprocess.Popen(c, -1, None, None, None, None, None, True, True)", "import dill\ndill.load(f)",
+        "tarfile.open(f).extractall(path)", "numpy.lib.format.read_array(f, True)",
+        "torch.serialization.add_safe_globals([C])",
     ],
 )  # fmt: skip
 def test_what_is_forbidden_is_seen(text: str) -> None:

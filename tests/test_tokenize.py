@@ -335,7 +335,7 @@ def test_a_dry_run_says_what_comes_and_writes_nothing(
     assert 0 < told["seconds_per_micro_batch"] < 5
     turns = 4 // min(2, crew.cores())  # four shards of a micro-batch each
     assert told["seconds"] == pytest.approx(turns * told["seconds_per_micro_batch"], abs=0.06)
-    arrays = told["bytes"]
+    arrays = told["bytes_of_shards"]
     made = answer([*command, *more], capsys)
     assert arrays == made["bytes"] - 16 * 128  # the heads of 16 .npy files
     root = tmp_path / "codes"
@@ -343,8 +343,8 @@ def test_a_dry_run_says_what_comes_and_writes_nothing(
     before = {path: path.stat().st_mtime_ns for path in root.iterdir()}
     again = answer([*command, *more, "--dry-run"], capsys)
     assert (again["images_missing"], again["shards_missing"]) == (6, 1)
-    assert told["bytes_missing"] - again["bytes_missing"] == told["bytes"] * 5 // 6
-    assert told["bytes_missing"] - told["bytes"] == 4 * writing.MANIFEST_BYTES + sum(
+    assert told["bytes_missing"] - again["bytes_missing"] == told["bytes_of_shards"] * 5 // 6
+    assert told["bytes_missing"] - told["bytes_of_shards"] == 4 * writing.MANIFEST_BYTES + sum(
         (root / name).stat().st_size for name in ("tokenizer.pt", "names.jsonl")
     )
     assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == before

@@ -49,7 +49,7 @@ def schedules(path: Path) -> None:
         left.plot(steps, values, marker=".", label=kind)
         right.plot(steps, [beta(a) ** 2 for a in values], marker=".", label=kind)
     left.set(title="share of the residual, alpha_t", xlabel="t")
-    right.set(title="share of noise in v_t's power, beta_t²", xlabel="t")
+    right.set(title="noise's share of v_t's power at the start, beta_t²", xlabel="t")
     left.legend(frameon=False)
     save(figure, path)
 
@@ -89,21 +89,21 @@ def rms(x: Tensor) -> float:
 
 
 def parts(tokenizer: Tokenizer, found: Encoded, path: Path) -> None:
-    """What v_t is made of, and what is left of z after it."""
+    """What v_t is made of, and how often two draws of the noise give one position the same code."""
     quantizer, T = tokenizer.quantizer, tokenizer.quantizer.steps
-    steps = range(1, T + 1)
-    left = [rms(found.z - found.sums[t - 1]) for t in steps]
-    signal = [a * r for a, r in zip(quantizer.alphas, left, strict=True)]
+    steps, alpha = range(1, T + 1), quantizer.alphas
+    unknown = [a * rms(found.z) for a in alpha]
+    known = [rms(beta(a) * found.eps[0][:, t - 1] - a * found.sums[t - 1]) for t, a in zip(steps, alpha, strict=True)]
+    lacking = [rms(found.z - found.sums[t - 1]) for t in steps]
     same = [float((found.codes[0][:, t - 1] == found.codes[1][:, t - 1]).float().mean()) for t in steps]
     figure, (first, second) = panels(2)
-    first.plot(steps, signal, marker=".", label="alpha_t |z - z'_{t-1}|: unknown")
-    first.plot(steps, [beta(a) for a in quantizer.alphas], marker=".", label="beta_t |eps_t|: known")
-    first.plot(steps, left, "--", color="grey", label="|z - z'_{t-1}|")
-    first.set(title="root mean square of v_t's parts", xlabel="t")
-    first.set_ylim(0, 1.5)
-    first.legend(frameon=False, fontsize=8, loc="upper right")
+    first.plot(steps, unknown, marker=".", label="alpha_t |z|: unknown")
+    first.plot(steps, known, marker=".", label="|beta_t eps_t - alpha_t z'_{t-1}|: known")
+    first.plot(steps, lacking, "--", color="grey", label="|z - z'_{t-1}|: not yet said")
+    first.set(title="root mean square of v_t's parts", xlabel="t", ylim=(0, 1.9))
+    first.legend(frameon=False, fontsize=8, loc="upper left")
     second.plot(steps, same, marker=".", color="tab:green")
-    second.set(title="codes that two noise draws share", xlabel="t", ylim=(0, 1))
+    second.set(title="codes that two draws of noise have in common", xlabel="t", ylim=(0, 0.2))
     save(figure, path)
 
 

@@ -1,14 +1,14 @@
 """The app, its one map from errors to exit codes, and `main`."""
 
-import errno
 import os
 import sys
 import traceback
+import warnings
 from typing import Annotated, Literal
 
 import typer
 
-from rdpm_cli import __version__, progress, team
+from rdpm_cli import __version__, files, progress, team
 from rdpm_cli.cli import options
 from rdpm_cli.errors import EXIT_FAILED, EXIT_INTERRUPT, EXIT_USAGE, LostProcessError, RdpmError
 
@@ -49,6 +49,8 @@ def fail(code: int, message: str = "", hint: str = "", trace: str = "", lost: bo
     """
     if team.leave(team.Failure(code, message, hint, trace, lost)):
         return code
+    if code == EXIT_USAGE and os.environ.get("RANK", "0") != "0":  # under torchrun every process finds the same
+        return code
     progress.error(message, hint, code, trace)
     return code
 
@@ -57,6 +59,10 @@ def main() -> None:
     """Run a command and leave with its exit code. A bug keeps its traceback."""
     from rdpm_cli.threads import tune_allocator
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     tune_allocator()
     team.begin()
     code = run()
@@ -89,10 +95,11 @@ def run(args: list[str] | None = None) -> int:
         if error.format_message().startswith("Usage:"):  # a command group without a command: its help
             progress.say(error.format_message())
             return EXIT_USAGE
-        return fail(EXIT_USAGE, error.format_message(), "see `rdpm --help`, or `rdpm COMMAND --help`")
+        context = getattr(error, "ctx", None)
+        return fail(EXIT_USAGE, error.format_message(), f"see `{context.command_path if context else 'rdpm'} --help`")
     except (KeyboardInterrupt, typer.Abort):
         return fail(EXIT_INTERRUPT, "interrupted", "run the same command again; finished work is kept")
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # typer makes the second of the first, and of nothing else here
         _stop_printing()
         return 0
     except (OSError, MemoryError, RuntimeError) as error:
@@ -106,8 +113,8 @@ def run(args: list[str] | None = None) -> int:
 
 def _known(error: BaseException) -> tuple[str, str] | None:
     """Message and hint for failures of the machine; None for a bug."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"disk full: {error.filename or error}", "free some space and run the same command again"
+    if isinstance(error, OSError) and error.errno in files.FULL:
+        return files.full(error)
     if isinstance(error, PermissionError):
         return f"not allowed: {error.filename or error}", "choose another folder, or mend its permissions"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

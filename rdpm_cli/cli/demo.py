@@ -11,7 +11,7 @@ from rdpm_cli.cli.app import app
 
 @app.command()
 def demo(
-    overrides: options.Overrides = None,
+    overrides: options.DemoOverrides = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder of pictures, checkpoints, codes and samples")] = Path(
         "demo"
     ),

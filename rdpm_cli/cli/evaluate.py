@@ -157,6 +157,7 @@ def judge(
     overrides: options.Overrides = None,
     heldout: Annotated[str | None, typer.Option(metavar="IMAGES", help="default: a tenth of the images")] = None,
     recipe: options.Recipe = "judge",
+    seed: options.SeedOrNone = None,
     resolution: options.Resolution = None,
     print_config: options.PrintConfig = False,
     gpus: options.Gpus = None,
@@ -174,11 +175,12 @@ def judge(
     report.begin(quiet)
     from rdpm_cli import engine
 
+    changes = options.changes(overrides, seed)
     if print_config:
-        result = engine.resolve(recipe, overrides or [], "judge")
+        result = engine.resolve(recipe, changes, "judge")
     else:
         result = engine.eval_judge(
-            images, out, recipe, overrides or [], heldout=heldout, resolution=resolution, device=device,
+            images, out, recipe, changes, heldout=heldout, resolution=resolution, device=device,
             team=options.several(gpus),
         )  # fmt: skip
     report.show(result, json)

@@ -11,7 +11,12 @@ from rdpm_cli.cli.app import app
 @app.command()
 def inspect(
     target: Annotated[
-        str, typer.Argument(metavar="PATH|RECIPE", help="checkpoint, run, store, samples, images, recipe")
+        str,
+        typer.Argument(
+            metavar="PATH|RECIPE",
+            help="checkpoint, run, store, samples, images, recipe",
+            autocompletion=options.recipe_names,
+        ),
     ],
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -1,6 +1,7 @@
 """Option types that every command shares, so that a name means the same everywhere."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,7 +22,8 @@ Images = Annotated[
 ]
 
 
-def _recipe_names(incomplete: str) -> list[str]:
+def recipe_names(incomplete: str) -> list[str]:
+    """Completion: the shipped recipes."""
     from rdpm_cli import engine
 
     return [name for name in engine.recipe_names() if name.startswith(incomplete)]
@@ -33,12 +35,33 @@ def _gpu_names(incomplete: str) -> list[str]:
     return [gpu.name for gpu in engine.GPUS if gpu.name.startswith(incomplete)]
 
 
+PRESETS = ("raw", "cfg", "cfg-linear", "gumbel")
+CFG_SCHEDULES = ("constant", "linear", "cosine", "power", "interval")
+DRAWS = ("gumbel", "inverse", "argmax")
+DEVICES = ("auto", "cpu", "cuda", "cuda:0")
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """A completion of these names; others may be valid too."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+def _device(value: str) -> str:
+    """Refuse what is no device anywhere, before torch is asked. Raises UsageError."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
+        raise UsageError(f"--device {value} is none", "give auto, cpu, cuda or cuda:N")
+    return value
+
+
 Recipe = Annotated[
     str,
-    typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or a YAML file", autocompletion=_recipe_names),
+    typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or a YAML file", autocompletion=recipe_names),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides, e.g. train.steps=100")
+]
+DemoOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides, e.g. generator.train.steps=100")
 ]
 RunFolder = Annotated[Path | None, typer.Option("--out", metavar="RUN", help="run folder; default runs/<recipe>-...")]
 FromWeights = Annotated[
@@ -71,7 +94,7 @@ PrintConfig = Annotated[
     bool,
     typer.Option("--print-config", help="print the resolved recipe, as a FILE for --recipe; run and write nothing"),
 ]
-_SEED = typer.Option("--seed", min=0, max=2**63 - 1, help="of the noise")
+_SEED = typer.Option("--seed", min=0, max=2**63 - 1, help="of all that is drawn at random")
 Seed = Annotated[int, _SEED]
 SeedOrNone = Annotated[int | None, _SEED]
 _CKPT = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")
@@ -81,7 +104,10 @@ Classes = Annotated[
     str | None, typer.Option("--classes", help="1,2,3 or 0-9 or name:goldfish or @FILE of them or all, the default")
 ]
 PerClass = Annotated[int | None, typer.Option("--per-class", min=1, help="samples a class; default 8")]
-Preset = Annotated[str | None, typer.Option("--preset", help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")]
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", help="raw, cfg, cfg-linear, gumbel: the paper's Table 3", autocompletion=one_of(PRESETS)),
+]
 Ref = Annotated[
     str | None,
     typer.Option("--ref", help="images, or an .npz of statistics; default: recorded in the samples or checkpoint"),
@@ -99,7 +125,10 @@ Resolution = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="only N images, evenly spaced")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:N", callback=_device, autocompletion=one_of(DEVICES)),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, only errors")]
 
@@ -123,9 +152,10 @@ def hardware(dry_run: bool, gpu: str | None, gpus: int | None, utilisation: floa
     return None
 
 
-def with_keep(overrides: Sequence[str] | None, keep: int | None) -> list[str]:
-    """The recipe overrides, with --keep as the last of them."""
-    return [*(overrides or []), *([] if keep is None else [f"train.keep={keep}"])]
+def changes(overrides: Sequence[str] | None, seed: int | None, keep: int | None = None) -> list[str]:
+    """The recipe overrides, with --seed and --keep as the last of them."""
+    named = {"seed": seed, "train.keep": keep}
+    return [*(overrides or []), *(f"{name}={value}" for name, value in named.items() if value is not None)]
 
 
 def one_target(args: Sequence[str], ckpt: Path | None, drawing: dict[str, bool]) -> str:
@@ -137,6 +167,8 @@ def one_target(args: Sequence[str], ckpt: Path | None, drawing: dict[str, bool])
         return ""
     if given := [name for name, is_given in drawing.items() if is_given]:
         raise UsageError(f"{given[0]} belongs to --ckpt", "give --ckpt FILE, or leave it out")
+    if pairs := [word for word in args if "=" in word and not Path(word).exists()]:
+        raise UsageError(f"{pairs[0]} belongs to --ckpt", "give --ckpt FILE, or leave it out")
     if len(args) != 1:
         found = "none is given" if not args else f"{len(args)} are given: {' '.join(args)}"
         raise UsageError(f"one TARGET is wanted, and {found}", "give samples, images or an .npz, or --ckpt FILE")

@@ -23,12 +23,21 @@ def sample(
     preset: options.Preset = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="guidance lambda; 0 = off")] = None,
     cfg_schedule: Annotated[
-        str | None, typer.Option(help="constant, linear (0 at t = 1, lambda at t = T), cosine, power, interval")
+        str | None,
+        typer.Option(
+            help="constant, linear (0 at t = 1, lambda at t = T), cosine, power, interval",
+            autocompletion=options.one_of(options.CFG_SCHEDULES),
+        ),
     ] = None,
     cfg_power: Annotated[float | None, typer.Option(help="exponent of the power schedule")] = None,
     cfg_first: Annotated[int | None, typer.Option(min=1, help="first step of the interval schedule")] = None,
     cfg_last: Annotated[int | None, typer.Option(min=1, help="last step of the interval schedule")] = None,
-    draw: Annotated[str | None, typer.Option(help="gumbel, inverse (the same, faster on a GPU), argmax")] = None,
+    draw: Annotated[
+        str | None,
+        typer.Option(
+            help="gumbel, inverse (the same, faster on a GPU), argmax", autocompletion=options.one_of(options.DRAWS)
+        ),
+    ] = None,
     tau: Annotated[
         float | None, typer.Option(help="inverse temperature; 1 samples exactly, larger is greedier")
     ] = None,

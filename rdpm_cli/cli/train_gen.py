@@ -15,6 +15,7 @@ def train_gen(
     overrides: options.Overrides = None,
     recipe: options.Recipe = "imagenet256-d16",
     out: options.RunFolder = None,
+    seed: options.SeedOrNone = None,
     keep: options.Keep = None,
     gpus: options.Gpus = None,
     track: options.Track = None,
@@ -33,11 +34,11 @@ def train_gen(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    changes = options.with_keep(overrides, keep)
+    changes = options.changes(overrides, seed, keep)
     if print_config:
         result = engine.resolve(recipe, changes, "generator")
     elif hardware := options.hardware(dry_run, gpu, gpus, utilisation):
-        result = engine.plan_generator(codes, recipe, changes, hardware)
+        result = engine.plan_generator(codes, out, recipe, changes, hardware)
     else:
         processes = options.several(gpus)
         result = engine.train_gen(codes, out, recipe, changes, device, processes, track)

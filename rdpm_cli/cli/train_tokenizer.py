@@ -11,6 +11,7 @@ def train_tokenizer(
     recipe: options.Recipe = "imagenet256-tokenizer",
     out: options.RunFolder = None,
     from_weights: options.FromWeights = None,
+    seed: options.SeedOrNone = None,
     keep: options.Keep = None,
     gpus: options.Gpus = None,
     track: options.Track = None,
@@ -29,11 +30,11 @@ def train_tokenizer(
     report.begin(quiet)
     from rdpm_cli import engine
 
-    changes = options.with_keep(overrides, keep)
+    changes = options.changes(overrides, seed, keep)
     if print_config:
         result = engine.resolve(recipe, changes, "tokenizer")
     elif hardware := options.hardware(dry_run, gpu, gpus, utilisation):
-        result = engine.plan_tokenizer(images, recipe, changes, hardware)
+        result = engine.plan_tokenizer(images, out, recipe, changes, hardware, from_weights)
     else:
         processes = options.several(gpus)
         result = engine.train_tokenizer(images, out, recipe, changes, device, from_weights, processes, track)

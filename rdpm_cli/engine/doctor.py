@@ -19,13 +19,22 @@ from rdpm_cli.errors import AbsentWeightsError, CheckpointError, UsageError
 
 ABSENT = "absent"
 DRIVER = Path("/proc/driver/nvidia/version")
-NEEDED = {  # distribution: module
+NEEDED = {  # distribution: module; all that rdpm depends on
     "torch": "torch",
     "torchvision": "torchvision",
     "torch-fidelity": "torch_fidelity",
     "lpips": "lpips",
     "numpy": "numpy",
     "pillow": "PIL",
+    "torchmetrics": "torchmetrics",
+    "scikit-learn": "sklearn",
+    "matplotlib": "matplotlib",
+    "tensorboard": "tensorboard",
+    "pyyaml": "yaml",
+    "pydantic": "pydantic",
+    "typer": "typer",
+    "rich": "rich",
+    "filelock": "filelock",
 }
 EXTRAS = {  # extra: distribution, module, how to install it
     "flash": ("flash-attn", "flash_attn", "uv pip install 'rdpm[flash]' --no-build-isolation"),

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import progress, recipe_files
-from rdpm_cli.engine import flops, pictures
+from rdpm_cli import files, progress, recipe_files
+from rdpm_cli.engine import flops, pictures, runs
 from rdpm_cli.engine.runs import (
     Result,
     Training,
@@ -42,7 +42,8 @@ def train_gen(
     cfg = recipe.generator
     assert cfg is not None
     tracking.check(track)
-    out = out or Path("runs") / f"{recipe.name}-generator"
+    out = out or runs.default_folder(recipe, "generator")
+    files.refuse_second_writer(out)
     from rdpm_cli.codes.manifest import Manifest
     from rdpm_cli.codes.store import CodeStore
     from rdpm_cli.engine import proxy
@@ -59,9 +60,10 @@ def train_gen(
     if cfg.proxy.samples:
         proxy.check(cfg.proxy, m, codes)
 
+    if first_process() and not team and not (out / "generator.pt").exists():
+        store.verify()  # before the folder is begun
+
     def make(training: Training) -> dict[str, Any]:
-        if first_process():
-            store.verify()
         generator = model.build(cfg, tokenizer.to(training.device), len(m.class_names))
         generator.network.to(training.device).train()
         model.prepare(generator, cfg, kernel)
@@ -76,8 +78,8 @@ def train_gen(
         }
         return model.pack(generator, cfg, tokenizer_content, list(m.class_names), provenance=provenance)
 
-    final, chosen = out / "generator.pt", {"seed": recipe.seed, "generator": cfg.model_dump(mode="json")}
-    settings = {"command": "train-gen", "recipe": chosen, "store": m.digest()}
+    final = out / "generator.pt"
+    settings = {"command": "train-gen", "recipe": runs.chosen(recipe, "generator"), "store": m.digest()}
     train_once(final, recipe.seed, settings, device, make, team, track)
     return _answer(final)
 

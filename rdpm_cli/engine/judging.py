@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import progress, recipe_files
 from rdpm_cli.config import Recipe
+from rdpm_cli.engine import runs
 from rdpm_cli.engine.runs import Result, Training, check_team, last_metrics, train_once, versions
 from rdpm_cli.errors import DataError, UsageError
 
@@ -74,7 +75,7 @@ def train_judge(
         provenance |= {"heldout_images": len(unseen), "recipe": cfg.model_dump(mode="json"), "digest": data["digest"]}
         return judge.pack(kept, source.class_names, provenance={**provenance, **versions()})
 
-    final, chosen = out / "judge.pt", {"seed": recipe.seed, "judge": cfg.model_dump(mode="json")}
+    final, chosen = out / "judge.pt", runs.chosen(recipe, "judge")
     train_once(final, recipe.seed, {"command": "train-judge", "recipe": chosen, "data": data}, device, make, team)
     _, content = judge.load(final)
     values = {"judge": str(final), "digest": content["digest"], "resolution": size, "images": len(source)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import config, noise, recipe_files
-from rdpm_cli.engine import flops, gpus
+from rdpm_cli.engine import flops, gpus, runs, warming
 from rdpm_cli.engine.flops import Latent
 from rdpm_cli.engine.gpus import GIB, Gpu
 from rdpm_cli.engine.runs import Result
@@ -141,8 +141,10 @@ def memory(make: Make, cfg: config.TrainConfig, hardware: Hardware, frozen: int,
 # ---- train-gen -----------------------------------------------------------------------------------------------------
 
 
-def plan_generator(codes: Path, recipe_name: str, overrides: Sequence[str], hardware: Hardware) -> Result:
-    """What `train-gen CODES` would take. A store that does not exist is taken to be ImageNet's."""
+def plan_generator(
+    codes: Path, out: Path | None, recipe_name: str, overrides: Sequence[str], hardware: Hardware
+) -> Result:
+    """What `train-gen CODES --out OUT` would take. A store that does not exist is taken to be ImageNet's."""
     recipe = recipe_files.load_recipe(recipe_name, overrides, "generator")
     cfg = recipe.generator
     assert cfg is not None
@@ -150,6 +152,8 @@ def plan_generator(codes: Path, recipe_name: str, overrides: Sequence[str], hard
     from rdpm_cli.generator import model
     from rdpm_cli.tokenizer import model as tokenizer_file
 
+    out = out or runs.default_folder(recipe, "generator")
+    folder = runs.check_plan(out, "train-gen", "generator.pt", runs.chosen(recipe, "generator"))
     m = Manifest.load(codes) if codes.exists() else None
     architecture = recipe.tokenizer or config.TokenizerArchitecture()
     if m:
@@ -176,6 +180,7 @@ def plan_generator(codes: Path, recipe_name: str, overrides: Sequence[str], hard
         **timing(work, hardware),
         **memory(make, cfg.train, hardware, frozen),
         "store_gb": store_bytes(latent, m, cfg.uses_latents) / 1e9,
+        **folder,
     }
     return Result(TITLE, values)
 
@@ -222,13 +227,23 @@ def generator_maker(cfg: config.GeneratorConfig, codes: config.TokenizerArchitec
 # ---- train-tokenizer -----------------------------------------------------------------------------------------------
 
 
-def plan_tokenizer(images: str, recipe_name: str, overrides: Sequence[str], hardware: Hardware) -> Result:
-    """What `train-tokenizer IMAGES` would take. Images that are not there are taken to be ImageNet's."""
+def plan_tokenizer(
+    images: str,
+    out: Path | None,
+    recipe_name: str,
+    overrides: Sequence[str],
+    hardware: Hardware,
+    from_weights: Path | None = None,
+) -> Result:
+    """What `train-tokenizer IMAGES --out OUT` would take. Images that are not there are taken to be ImageNet's."""
     recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
     cfg = recipe.tokenizer
     assert cfg is not None
     from rdpm_cli.images.sources import is_there, open_source
 
+    out = out or runs.default_folder(recipe, "tokenizer")
+    folder = runs.check_plan(out, "train-tokenizer", "tokenizer.pt", runs.chosen(recipe, "tokenizer"))
+    warming.identity(from_weights)
     count = len(open_source(images)) if is_there(images) else None
     work = Work(
         recipe=recipe.name,
@@ -246,6 +261,7 @@ def plan_tokenizer(images: str, recipe_name: str, overrides: Sequence[str], hard
         "parameters": _parameters(make),
         **timing(work, hardware),
         **memory(make, cfg.train, hardware, frozen, step=cfg.discriminator.start),
+        **folder,
     }
     return Result(TITLE, values)
 

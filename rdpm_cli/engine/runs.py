@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from rdpm_cli.training.loop import Batches, Observer, Player
 
 
+ANOTHER = "choose another folder for the run"
+
+
 @dataclass
 class Result:
     """The answer of a command. values: what `--json` prints; next: the command that follows from here.
@@ -130,7 +133,7 @@ def train_once(
                 progress.say(f"{final} is finished already")
             return
         torch.manual_seed(seed)
-        stop = stack.enter_context(stop_on_signal(interrupt=processes() > 1))
+        stop = stack.enter_context(stop_on_signal(interrupt=True))
         content = make(Training(final.parent, seed, chosen, stop, settings, track))
         if first_process():
             modelfile.save(final, content)
@@ -170,12 +173,38 @@ def _check_run(out: Path, settings: dict[str, Any], finished: bool) -> tuple[dic
     if note.exists():
         before = files.read_json(note)
         begun = before.get("settings", {})
+        if begun.get("command") != settings["command"]:
+            raise UsageError(f"{out} is no run of {settings['command']}", ANOTHER)
         if changed := files.differences(config.binding(begun, finished), config.binding(settings, finished)):
-            raise UsageError(f"{out} was begun with other settings: {'; '.join(changed[:6])}", "choose another --out")
+            raise UsageError(f"{out} was begun with other settings: {'; '.join(changed[:6])}", ANOTHER)
         return before, files.differences(begun, settings)
     if foreign := [p.name for p in out.glob("*") if not p.name.startswith(".")]:
-        raise UsageError(f"{out} is not empty ({foreign[0]}, ...) and not a run", "choose another --out")
+        raise UsageError(f"{out} is not empty ({foreign[0]}, ...) and not a run", ANOTHER)
     return {}, []
+
+
+def default_folder(recipe: config.Recipe, section: str) -> Path:
+    """Where a run goes that no --out names."""
+    return Path("runs") / f"{recipe.name}-{section}"
+
+
+def chosen(recipe: config.Recipe, section: str) -> dict[str, Any]:
+    """What a run is tied to of its recipe. Of weights of other networks the sha256 counts, not their place."""
+    places = {"loss": {"perceptual_weights"}} if section == "tokenizer" else None
+    return {"seed": recipe.seed, section: getattr(recipe, section).model_dump(mode="json", exclude=places)}
+
+
+def check_plan(out: Path, command: str, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What --dry-run says of a run's folder. recipe: as in its settings. Raises UsageError as the run would.
+
+    The data are not compared: they may be on another machine.
+    """
+    files.check_folder(out)
+    finished = (out / name).exists()
+    begun = files.read_json(out / "run.json").get("settings", {}) if (out / "run.json").is_file() else {}
+    _check_run(out, {**begun, "command": command, "recipe": recipe}, finished)
+    state = "finished: nothing would be done" if finished else "begun: it would be resumed" if begun else "new"
+    return {"out": str(out), "out_is": state, "free_gb": files.free_bytes(out) / 1e9}
 
 
 def _claim_run(out: Path, settings: dict[str, Any], finished: bool) -> None:

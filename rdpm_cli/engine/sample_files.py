@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import files
-from rdpm_cli.errors import RunError, UsageError
+from rdpm_cli.errors import DataError, RunError, UsageError
 
 if TYPE_CHECKING:
     from rdpm_cli.images.transform import Pixels
@@ -27,6 +27,7 @@ CHUNKS, NPZ, PARTS = "chunks", "samples.npz", ".parts"
 PIECE = 64  # images of a piece, where a micro-batch has fewer: 13 MB at 256×256
 SHARE = 64  # pieces of a job at least, where its micro-batches allow: what processes share
 LOOK_AGAIN = 0.2  # seconds between looks at what other processes have finished
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last bytes of a whole one
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Files:
         return self.png and not self.has_pngs(piece)
 
     def has_pngs(self, piece: range) -> bool:
-        """Is every PNG there? The last one is looked for first: it was written last."""
-        return all(self.image(index).is_file() for index in reversed(piece))
+        """Is every PNG there, to its end? The last one is looked for first: it was written last."""
+        return all(is_whole(self.image(index)) for index in reversed(piece))
 
     def read(self, piece: range) -> Pixels | None:
         """The images of a piece, or of a part of one, from what is there; None where that is not all of them."""
@@ -93,7 +94,7 @@ class Files:
         """One sample from what is there."""
         import numpy as np
 
-        if self.image(index).is_file():
+        if is_whole(self.image(index)):
             return read_png(self.image(index))
         piece = next(piece for piece in self.pieces if index in piece)
         if self.chunk(piece).is_file():
@@ -105,7 +106,7 @@ class Files:
         from rdpm_cli.images import writers
 
         for index, pixels in zip(part, pixels_BHWC, strict=True):
-            if self.png and not self.image(index).is_file():
+            if self.png and not is_whole(self.image(index)):
                 writers.save_png(self.image(index), pixels)
 
     def write_chunk(self, piece: range, pixels_BHWC: Pixels) -> None:
@@ -157,13 +158,27 @@ def name_of(index: int) -> str:
     return f"{index:06d}.png"
 
 
+def is_whole(path: Path) -> bool:
+    """Is a PNG there, with its last bytes? One that was cut or emptied is drawn again."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # absent, or shorter
+        return False
+
+
 def read_png(path: Path) -> Pixels:
-    """A PNG that a job has written."""
+    """A PNG that a job has written. Raises DataError."""
     import numpy as np
     from PIL import Image
 
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        hint = "delete it, and the same command draws it again"
+        raise DataError(f"{path} cannot be read as an image: {error}", hint) from error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import progress
+from rdpm_cli import files, progress
 from rdpm_cli.engine import editing, pictures, sample_files
 from rdpm_cli.engine.editing import Edit
 from rdpm_cli.engine.runs import Result
@@ -93,12 +93,13 @@ def sample(
     sampling: fields of the family's section. shard: as --shard. team: as --gpus.
     dry_run: say what would be done, write nothing.
     """
+    files.refuse_absent(ckpt, "generator.pt", "make one with `rdpm train-gen CODES --recipe NAME`")
     from rdpm_cli.generator import model
     from rdpm_cli.training import distributed
 
     outputs, part = outputs or Outputs(), sample_files.part_of(shard)
     outputs.check()
-    if team:
+    if team and not dry_run:
         from rdpm_cli.training import launch
 
         launch.check(team, device)

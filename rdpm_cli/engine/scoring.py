@@ -71,6 +71,7 @@ def eval_images(
     team: Team | None = None,
 ) -> Result:
     """fid, sfid, is, pr, kid or all of them, of images, or of what a checkpoint draws. team: as --gpus."""
+    _need_there(target)
     from rdpm_cli.evaluation import scores
 
     ruler = ruler or Ruler()
@@ -92,6 +93,17 @@ def eval_images(
         values |= {"options": images.origin.get("options"), "versions": {**versions(), **_more_versions(extractor)}}
         values |= {"checkpoint": images.origin.get("made_from", {}).get("checkpoint"), "resolution": images.resolution}
     return answer("score", values)
+
+
+def _need_there(target: str | Drawn) -> None:
+    """Raise where nothing is, before slow imports and before weights are looked for."""
+    if isinstance(target, Drawn):
+        files.refuse_absent(target.ckpt, "generator.pt", "make one with `rdpm train-gen CODES --recipe NAME`")
+        return
+    from rdpm_cli.images.sources import is_there
+
+    if not is_there(target) and not Path(target).exists():
+        raise UsageError(f"{target} does not exist", "name a folder of samples or images, an .npz, or give --ckpt FILE")
 
 
 def eval_reference(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import progress, recipe_files
-from rdpm_cli.engine import flops, warming
+from rdpm_cli import files, progress, recipe_files
+from rdpm_cli.engine import flops, runs, warming
 from rdpm_cli.engine.runs import (
     Result,
     Training,
@@ -45,13 +45,14 @@ def train_tokenizer(
     recipe = recipe_files.load_recipe(recipe_name, overrides, "tokenizer")
     cfg = recipe.tokenizer
     assert cfg is not None
+    out = out or runs.default_folder(recipe, "tokenizer")
+    files.refuse_second_writer(out)
     from rdpm_cli.images.sources import open_source
 
     tracking.check(track)
     given = warming.identity(from_weights)
     source = open_source(images)
     check_team(team, device, cfg.train.batch)
-    out = out or Path("runs") / f"{recipe.name}-tokenizer"
     perceptual = _perceptual(cfg)
     warm = warming.prepare(cfg, recipe.seed, out, from_weights)  # before the run folder is claimed for these settings
     from rdpm_cli.tokenizer import model
@@ -68,8 +69,7 @@ def train_tokenizer(
         provenance |= {"parameters": model.parameters(tokenizer), "parameters_of": model.parameter_table(tokenizer)}
         return model.pack(kept, class_names=source.class_names, provenance={**provenance, **versions()})
 
-    resolved = cfg.model_dump(mode="json", exclude={"loss": {"perceptual_weights"}})  # its sha256 counts, not its place
-    final, chosen = out / "tokenizer.pt", {"seed": recipe.seed, "tokenizer": resolved}
+    final, chosen = out / "tokenizer.pt", runs.chosen(recipe, "tokenizer")
     settings = {"command": "train-tokenizer", "recipe": chosen, "data": data, "perceptual": backbone, **given}
     train_once(final, recipe.seed, settings, device, make, team, track)
     tokenizer, content = model.load(final)

@@ -70,6 +70,8 @@ def tokenize(
     workers: processes, default one a core. dry_run: say what would be done, write nothing. team: as --gpus.
     """
     path = find_tokenizer(tokenizer)
+    if not dry_run:
+        files.refuse_second_writer(out)
     from rdpm_cli.images.sources import open_source
 
     source = open_source(images)
@@ -188,7 +190,7 @@ def _forecast(
         "images_missing": images,
         "shards": plan.shard_count,
         "shards_missing": len(todo),
-        "bytes": plan.image_bytes() * len(source),
+        "bytes_of_shards": plan.image_bytes() * len(source),
         "bytes_missing": 0 if finished else writing.bytes_missing(plan, todo) + beside,
         "bytes_free": files.free_bytes(out),
         "workers": work.workers,

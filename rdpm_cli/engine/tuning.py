@@ -126,6 +126,7 @@ def tune_sampling(
     All candidates draw the same samples' noise, so that differences are those of the options. Same weights, config and
     digest; the search is noted in the new file's provenance. Finished candidates are kept beside it until it is there.
     """
+    files.refuse_absent(ckpt, "generator.pt", "make one with `rdpm train-gen CODES --recipe NAME`")
     out = out or ckpt.with_name(f"{ckpt.stem}-tuned.pt")
     if out.exists():
         raise UsageError(f"{out} is there already", "name another file with --out, or remove it")

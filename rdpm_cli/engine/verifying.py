@@ -22,6 +22,8 @@ def verify(target: Path, decode: int = 0, device: str = "auto") -> Result:
     if not target.exists():
         raise UsageError(f"{target} does not exist", HINT)
     if target.is_dir():
+        if not any((target / name).is_file() for name in ("manifest.json", "run.json")):
+            raise DataError(f"{target} is a folder without manifest.json, so no code store", HINT)
         return Result("the code store is whole", _store(target, decode, device))
     if decode:
         raise UsageError(f"--decode is for code stores, and {target} is a file", "leave it out")
@@ -81,17 +83,20 @@ def _decoded(root: Path, m: Manifest, count: int, device: str) -> dict[str, Any]
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    """The seal of a file, then what loading it checks, the digests above all; of a state of training its seal alone."""
+    """The seal of a file, then what loading it checks, the digests above all."""
     from rdpm_cli import modelfile, tensorfile
     from rdpm_cli.training import checkpoint
 
+    step = checkpoint.NAME.fullmatch(path.name)
     try:
-        tensorfile.check_whole(path)
+        sealed = checkpoint.check(path) if step else tensorfile.check_whole(path)
     except tensorfile.Unreadable as error:
-        raise CheckpointError(f"{path} is damaged, or no checkpoint: {error}", "copy or make it again") from error
-    about = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
-    if step := checkpoint.NAME.fullmatch(path.name):
-        return {"file": str(path), "kind": "state of training", "step": int(step.group(1)), **about}
+        said = f"{path} is damaged, or no checkpoint: {tensorfile.reason(error)}"
+        raise CheckpointError(said, "copy or make it again") from error
+    seal = {} if sealed else {"seal": "absent: members compared with their CRC"}
+    about = {**seal, "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    if step:
+        return {"file": str(path), "kind": "state of training", "step": int(step[1]), **about}
     content = modelfile.load(path)
     kind = modelfile.FORMATS[content["format"]]
     if kind == "generator":

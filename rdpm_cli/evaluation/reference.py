@@ -105,7 +105,8 @@ def _read_samples(paths: list[Path], resolution: int, pieces: Iterable[range]) -
                 with Image.open(path) as image:
                     images.append(np.asarray(image.convert("RGB")))
             except (OSError, SyntaxError) as error:
-                raise DataError(f"{path} cannot be read as an image: {error}", "sample again") from error
+                hint = "delete it, and the `rdpm sample` that drew it draws it again"
+                raise DataError(f"{path} cannot be read as an image: {error}", hint) from error
             if images[-1].shape != (resolution, resolution, 3):
                 raise DataError(f"{path} is {images[-1].shape}, not {resolution}×{resolution}", "sample again")
         yield np.stack(images)

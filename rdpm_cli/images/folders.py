@@ -35,7 +35,7 @@ class FolderSource(ImageSource):
         if empty := sorted(folders - set(self.class_names)):
             raise DataError(
                 f"{self.root / wrapper / empty[0]} is a class folder without images",
-                f"remove it, or list the classes in {CLASSES}, one a line",
+                f"name the folder that holds the images, or list its classes in {CLASSES}, one a line",
             )
 
     def open(self, index: int) -> Image.Image:

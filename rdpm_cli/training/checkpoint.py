@@ -13,6 +13,7 @@ from rdpm_cli import files, tensorfile
 from rdpm_cli.errors import CheckpointError, RunError
 
 NAME = re.compile(r"step-(\d{9})\.pt")
+FIELDS = {"step", "skipped", "threads", "players", "ema"}  # of a state
 
 
 def found(folder: Path) -> list[tuple[int, Path]]:
@@ -48,6 +49,15 @@ def _read_back(path: Path) -> None:
         ) from error
 
 
+def check(path: Path) -> bool:
+    """Is a file what `save` writes? -> has it a seal? Raises Unreadable, and CheckpointError for other content."""
+    sealed = tensorfile.check_whole(path)
+    state, named = tensorfile.read(path), NAME.fullmatch(path.name)
+    if not isinstance(state, dict) or set(state) != FIELDS or not named or state["step"] != int(named[1]):
+        raise CheckpointError(f"{path} is not a state of training, or not of the step in its name", "copy it again")
+    return sealed
+
+
 def load_newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
     """The newest state, or None. Raises CheckpointError when it cannot be read, or is not what was written."""
     there = found(folder)
@@ -59,5 +69,5 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
         state: dict[str, Any] = tensorfile.read(path, device)
     except tensorfile.Unreadable as error:
         hint = "delete this file to go on from the one before it"
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint) from error
+        raise CheckpointError(f"{path} cannot be read: {tensorfile.reason(error)}", hint) from error
     return state

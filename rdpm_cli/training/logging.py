@@ -1,6 +1,7 @@
 """metrics.jsonl, TensorBoard and trackers: one line, or one point, a logged step."""
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,32 @@ class MetricsLog:
         text = "".join(json.dumps(row) + "\n" for row in kept)
         files.write_atomic(self.path, lambda file: file.write(text.encode()))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+        self._hook, threading.excepthook = threading.excepthook, self._in_a_thread
+
+    def _in_a_thread(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's own thread meets a full disk: its next call raises the same here, and that one is told."""
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in files.FULL):
+            self._hook(args)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line; numbers also go to TensorBoard and the mirrors, those of a list, one a t, by t."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        numbers = scalars(values)
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, step)
+        """Append one line; numbers also go to TensorBoard and the mirrors, those of a list, one a t, by t.
+
+        Raises RunError where the disk is full.
+        """
+        line, numbers = json.dumps({"step": step, **values}) + "\n", scalars(values)
+        with files.space_is_told(self.path.parent, lambda: len(line) + 1):
+            with self.path.open("a") as file:
+                file.write(line)
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
         for mirror in self.mirrors:
             mirror.write(step, numbers)
 
     def close(self) -> None:
-        """Flush."""
-        self.board.close()
+        """Flush. Raises RunError where the disk is full."""
+        with files.space_is_told(self.path.parent, lambda: 1):
+            self.board.close()
+        threading.excepthook = self._hook
 
 
 def scalars(values: dict[str, Any]) -> dict[str, float]:

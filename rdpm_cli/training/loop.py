@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from rdpm_cli import noise, progress
 from rdpm_cli.config import TrainConfig
 from rdpm_cli.errors import RunError
-from rdpm_cli.signals import StopRequest, leave_signals_to_parent
+from rdpm_cli.signals import StopRequest, serve_parent
 from rdpm_cli.step import TrainStep, world
 from rdpm_cli.training import checkpoint, distributed
 from rdpm_cli.training.averaging import AveragedLoss
@@ -190,7 +190,7 @@ def _data(batches: Batches, cfg: TrainConfig, run: Run, parts: list[range]) -> I
         sampler=range(run.step, run.steps),
         num_workers=cfg.workers,
         prefetch_factor=4,
-        worker_init_fn=leave_signals_to_parent,  # launchers signal whole groups, and the step needs its batch
+        worker_init_fn=serve_parent,  # launchers signal whole groups, and the step needs its batch
     )
     return iter(loader)
 

@@ -54,6 +54,8 @@ def _load(path: Path) -> Any:
         what = tensorfile.unknown(error)
         if what is None:
             raise CheckpointError(f"{path} cannot be read as weights: it holds none, or is truncated", KNOWN) from error
+        if tensorfile.is_refused(error):
+            raise CheckpointError(f"{path} is refused: {tensorfile.reason(error)}", KNOWN) from error
         raise CheckpointError(
             f"{path} holds more than tensors ({what}), which could run code", convert(path)
         ) from error
