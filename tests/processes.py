@@ -153,7 +153,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float = 20) -> None:
+def wait_until_gone(pids: list[int], seconds: float = 5) -> None:
     """Until none of the processes runs."""
     deadline = time.monotonic() + seconds
     while any(alive(pid) for pid in pids):

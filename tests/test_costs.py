@@ -13,10 +13,10 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from rdpm_cli import recipe_files
+from rdpm_cli import files, recipe_files
 from rdpm_cli.cli.app import run
 from rdpm_cli.config import GeneratorConfig, RDPMConfig, TokenizerArchitecture, TokenizerConfig, TrainConfig
-from rdpm_cli.engine import flops, gpus, memory, planning
+from rdpm_cli.engine import flops, gpus, memory, planning, runs
 from rdpm_cli.engine.flops import Latent
 from rdpm_cli.engine.memory import Make
 from rdpm_cli.engine.planning import Hardware, Work
@@ -373,3 +373,45 @@ def test_hardware_has_defaults() -> None:
     assert Hardware.of() == Hardware(gpus.called("h200"), 1, 0.4)
     with pytest.raises(UsageError, match="not in the table"):
         Hardware.of("abacus")
+
+
+@pytest.mark.parametrize(
+    ("folder", "code", "says"),
+    [
+        ("new", 0, "new"),
+        ("begun", 0, "begun: it would be resumed"),
+        ("finished", 0, "finished: nothing would be done"),
+        ("other", 2, "was begun with other settings: recipe.generator.train.batch"),
+        ("judge", 2, "is no run of train-gen"),
+        ("file", 2, "file is a file"),
+        ("full", 2, "is not empty"),
+    ],
+)
+def test_a_dry_run_looks_at_the_folder_of_the_run(
+    folder: str, code: int, says: str, digits_codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    recipe = runs.chosen(recipe_files.load_recipe("digits", [], "generator"), "generator")
+    other = json.loads(json.dumps(recipe))
+    other["generator"]["train"]["batch"] = 48
+    kinds = {"begun": recipe, "finished": recipe, "other": other, "judge": recipe}
+    for name, chosen in kinds.items():
+        settings = {"command": "train-judge" if name == "judge" else "train-gen", "recipe": chosen, "store": "x"}
+        files.write_json(tmp_path / name / "run.json", {"settings": settings})
+    (tmp_path / "finished" / "generator.pt").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    args = [
+        "train-gen",
+        str(digits_codes),
+        "--recipe",
+        "digits",
+        "--out",
+        str(tmp_path / folder),
+        "--dry-run",
+        "--json",
+    ]
+    assert run(args) == code
+    shown = capsys.readouterr()
+    assert says in (json.loads(shown.out)["out_is"] if code == 0 else shown.err)
+    assert not (tmp_path / "new").exists()

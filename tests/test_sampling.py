@@ -183,6 +183,33 @@ def test_a_finished_job_draws_nothing_again(generator: Path, tmp_path: Path, mon
     assert content(tmp_path / "s") == before
 
 
+def test_a_sample_that_was_cut_or_emptied_is_drawn_again(generator: Path, tmp_path: Path) -> None:
+    draw(generator, tmp_path / "s")
+    before = content(tmp_path / "s")
+    first, second = tmp_path / "s" / "000001.png", tmp_path / "s" / "000004.png"
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:-7])
+    draw(generator, tmp_path / "s")
+    assert content(tmp_path / "s") == before
+
+
+def test_a_sample_that_is_damaged_inside_is_named_and_can_be_deleted(
+    generator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(generator, tmp_path / "s")
+    before, one = content(tmp_path / "s"), tmp_path / "s" / "000003.png"
+    one.write_bytes(b"no image" + one.read_bytes()[8:])
+    (tmp_path / "s" / "previews" / "grid.png").unlink()
+    fixed = ["sample", "--ckpt", str(generator), "--out", str(tmp_path / "s"), "--per-class", str(PER_CLASS)]
+    assert run_cli([*fixed, "--device", "cpu"]) == 3
+    said = capsys.readouterr().err
+    assert "000003.png cannot be read as an image" in said
+    assert "hint: delete it" in said
+    one.unlink()
+    draw(generator, tmp_path / "s")
+    assert content(tmp_path / "s") == before
+
+
 def test_an_npz_asked_for_later_is_made_of_the_pngs(
     generator: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A file of tensors comes back; anything else is Unreadable, whatever the unpickler stumbles over, and runs nothing."""
 
+import os
 import pickle
 import random
 import subprocess
@@ -42,6 +43,23 @@ def test_a_truncated_file_is_unreadable(tmp_path: Path) -> None:
         (tmp_path / "part.pt").write_bytes(content[:size])
         with pytest.raises(tensorfile.Unreadable):
             tensorfile.read(tmp_path / "part.pt")
+
+
+def test_what_is_said_of_code_in_a_file_is_no_advice_to_run_it(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("true",)
+
+    torch.save({"a": Runs()}, tmp_path / "a.pt")
+    with pytest.raises(tensorfile.Unreadable) as caught:
+        tensorfile.read(tmp_path / "a.pt")
+    assert tensorfile.is_refused(caught.value)
+    assert tensorfile.reason(caught.value) == "it names posix.system beside tensors, and no code of a file is run"
+    (tmp_path / "b.pt").write_bytes(b"text")
+    with pytest.raises(tensorfile.Unreadable) as caught:
+        tensorfile.read(tmp_path / "b.pt")
+    assert "weights_only" not in tensorfile.reason(caught.value)
+    assert not tensorfile.is_refused(caught.value)
 
 
 class Trap:

@@ -14,6 +14,7 @@ import pytest
 from helpers import assert_same, metrics, newest_state
 from processes import (
     alive,
+    children,
     command_line,
     environments,
     exit_code,
@@ -104,7 +105,8 @@ def stuck_in_saving(note: Path, args: list[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path, rows: Rows) -> None:
-    args = tokenizer_command(tmp_path / "run", "train.batch=16", "train.steps=1000", "train.save_every=2")
+    settings = ("train.batch=16", "train.steps=1000", "train.save_every=2", "train.workers=2", "--device", "cpu")
+    args = tokenizer_command(tmp_path / "run", *settings)
     process = spawn(stuck_in_saving, tmp_path / "note", args)
     wait_for((tmp_path / "note").exists, process)
     assert process.pid is not None
@@ -112,7 +114,19 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path,
         os.kill(process.pid, number)
         time.sleep(0.5)
         assert alive(process.pid)
+        workers = children(process.pid)
+        assert len(workers) >= 2
         started = time.monotonic()
         os.kill(process.pid, number)
         assert exit_code(process, 20) == -number
         assert time.monotonic() - started < 2
+        wait_until_gone(workers)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(digits_codes: Path, tmp_path: Path, rows: Rows) -> None:
+    args = command("generator", digits_codes, tmp_path / "run", 6)
+    with rows.count("Ctrl-C saves"):
+        process = spawn(signalled_after, 3, signal.SIGINT, tmp_path / "note", args, {})
+        assert exit_code(process) == 130
+        assert newest_state(tmp_path / "run")["step"] == 3
+        assert run_all(args) == [0]

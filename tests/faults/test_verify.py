@@ -223,11 +223,15 @@ def complaint(path: Path) -> str:
     return caught.value.message
 
 
+def _state(step: int, players: Any) -> dict[str, Any]:
+    return {"step": step, "skipped": 0, "threads": 1, "players": players, "ema": None}
+
+
 @pytest.fixture(scope="module")
 def state_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state of training, as a run saves it."""
     tensors = {f"layer {n}": torch.randn(20, 30) for n in range(4)}
-    return checkpoint.save(tmp_path_factory.mktemp("checkpoints"), 7, {"step": 7, "players": tensors}, keep=2)
+    return checkpoint.save(tmp_path_factory.mktemp("checkpoints"), 7, _state(7, tensors), keep=2)
 
 
 @pytest.fixture(params=["tokenizer.pt", "step-000000007.pt"])
@@ -288,6 +292,35 @@ def test_a_file_without_a_seal_is_compared_by_its_members(tiny_tokenizer_file: P
         start = content.index(member)
         path.write_bytes(content[:start] + flip(member, random) + content[start + len(member) :])
         assert f"{path} is damaged" in complaint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "says"),
+    [
+        ({"players": {}}, "step-000000007.pt", "is not a state of training"),
+        (_state(8, {}), "step-000000007.pt", "not of the step in its name"),
+        ({"step": Path("x")}, "step-000000007.pt", "it names pathlib"),
+    ],
+)
+def test_a_file_is_no_state_of_training_by_its_name_alone(
+    content: Any, name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / name)  # without a seal, as an older rdpm or anybody writes it
+    assert run_cli(["verify", str(tmp_path / name)]) == 3
+    said = capsys.readouterr().err
+    assert says in said
+    assert "weights_only" not in said
+    torch.save(_state(7, {}), tmp_path / name)
+    assert str(engine.verify(tmp_path / name).values["seal"]).startswith("absent")
+
+
+@pytest.mark.parametrize("name", ["demo", "samples"])
+def test_a_folder_that_is_no_store_is_told_what_can_be_verified(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).mkdir()
+    assert run_cli(["verify", str(tmp_path / name)]) == 3
+    assert "name a code store of `rdpm tokenize`, or a tokenizer.pt" in capsys.readouterr().err
 
 
 @pytest.mark.long
