@@ -101,7 +101,7 @@ def check_script(words: list[str], marks: set[str]) -> None:
     read = (ROOT / script).read_text() + (ABLATIONS / "lib.sh").read_text()
     for word in given:
         name = word.partition("=")[0]
-        assert re.search(rf"\${{?{name}\b", read), f"{script} does not read {name}"
+        assert re.search(rf"\${{?{name}\b|\bimages {name}\b", read), f"{script} does not read {name}"
 
 
 def check(args: list[str]) -> None:

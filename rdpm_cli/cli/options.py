@@ -130,7 +130,7 @@ Device = Annotated[
     typer.Option("--device", help="auto, cpu, cuda, cuda:N", callback=_device, autocompletion=one_of(DEVICES)),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, only errors")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, only warnings and errors")]
 
 command_line: list[str] = []  # of the command that runs, without the program
 

@@ -16,26 +16,30 @@ Every command, argument, option and default. Written by `{REGENERATE}`; a test c
 - **stdout is the answer**, a table or with `--json` one JSON document without NaN; progress, warnings and errors go to
   stderr. `--quiet` leaves warnings and errors.
 - **Errors** are two lines, `rdpm: error: ...` and `hint: ...` with what to do next. `RDPM_DEBUG=1` puts the traceback
-  above them; a bug always shows it. No error is boxed, coloured or wrapped.
+  above them; a bug always shows its own, since nobody can mend it without. No error is boxed, coloured or wrapped.
 - **Exit codes**: 0 ok; 1 the run failed (disk full, out of memory, NaN, somebody else writes there); 2 usage or recipe;
-  3 data, checkpoint or weights; 75 stopped by SIGTERM or SIGUSR1 after saving, so run it again; 130 Ctrl-C. A reader
-  of stdout that goes away, as in `| head -1`, is no error.
-- **The same command again resumes**, and says from where; a finished one returns at once. A folder that was begun with
-  other settings is refused, with what differs. There is no `--fresh`: name another `--out`.
-- **Progress** is a bar on a terminal, elsewhere a plain line at least every 30 s and at most every 5 s, without
-  carriage returns or colours. `rdpm --log-format json COMMAND` makes each line of stderr a JSON document: `time`
-  (seconds since 1970), `kind` (`progress`, `finished`, `info`, `warning`, `error`), `message`, and by kind `job`,
-  `done`, `total`, `unit`, `rate`, `seconds`, `seconds_left`, `note`, `before` (done by an earlier call), or `hint`,
-  `exit_code`, `trace`.
+  3 data, checkpoint or weights; 75 stopped by SIGTERM or SIGUSR1 after saving, so run it again; 130 Ctrl-C, after
+  saving too. A second signal ends a command at once, by the signal (143 for SIGTERM). A reader of stdout that goes
+  away, as in `| head -1`, is no error. A path that is not there is 2, a checkpoint that is not there 3.
+- **The same command again resumes**, and says from where; a finished one returns at once (the trainings, `tokenize`,
+  `sample`, `demo`; a `tune-sampling` that was stopped goes on). A folder that was begun with other settings is refused,
+  with what differs. There is no `--fresh`: name another `--out`. `reconstruct` and `eval` are short, and are done anew.
+- **Progress** is a bar on a terminal, elsewhere a plain line every 10 to 25 s, without carriage returns or colours.
+  `rdpm --log-format json COMMAND` makes each line of stderr a JSON document: `time` (seconds since 1970), `kind`
+  (`progress`, `finished`, `info`, `warning`, `error`), `message`, and by kind `job`, `done`, `total`, `unit`, `rate`,
+  `seconds`, `seconds_left`, `note`, `before` (done by an earlier call), or `hint`, `exit_code`, `trace`.
 - **Recipes**: `KEY=VALUE` sets any field, a short key in the section of the command (`train.steps=100`); an unknown key
   is refused with the nearest one, and so is a key written twice in a file. `--print-config` prints the resolved recipe
-  and runs nothing; fed back as `--recipe FILE.yaml` it has the same digest and the same default folder.
-- **`--dry-run`** stands where work is long: `train-tokenizer`, `tokenize`, `train-gen`, `sample`. `eval` has none: what
-  it needs (weights, reference, samples) is checked before the first image is read, it writes nothing but a cache, and
-  its length is on its progress line. What images and stores are not there, the training commands take to be ImageNet's.
+  and runs nothing; fed back as `--recipe FILE.yaml` it has the same digest and the same default folder. `yes`, `no`
+  and `12:30` are words, not YAML 1.1's True, False and 750. `--seed N` is `seed=N`.
+- **`--dry-run`** stands where work is long: `train-tokenizer`, `tokenize`, `train-gen`, `sample`, also on a machine
+  without the GPUs. The training commands take images and stores that are not there to be ImageNet's, and say so.
+  `eval` has none: what it needs (weights, reference, samples) is checked before the first image is read, and its length
+  is on its progress line. Nor have `demo`, `eval judge` and `tune-sampling`, which take minutes.
 - **Several GPUs**: `--gpus N`, or torchrun with `-m rdpm_cli` and the same arguments. One process speaks.
-- **Completion**: `rdpm --install-completion` for bash, zsh, fish and PowerShell: commands, options, recipe and GPU
-  names. Neither it nor `--help`, `--version`, `--print-config` or a usage error imports torch.
+- **Completion**: `rdpm --install-completion` for bash, zsh, fish and PowerShell: commands, options, names of recipes,
+  GPUs, presets, schedules and devices. Neither it nor `--help`, `--version`, `--print-config` or an error in the
+  command line itself imports torch; what only a checkpoint or a GPU can refuse is found after the import.
 - **An option means the same wherever it stands.** Two names serve for two kinds of value: `--out` is a folder or a file
   as its command says, and `--keep` is what a store keeps (`tokenize`) or how many checkpoints a run keeps.
 

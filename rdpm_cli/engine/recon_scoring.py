@@ -58,7 +58,8 @@ def eval_recon(
         values = recon.score(source, loaded.to(chosen), rulers, every, chosen, limit)
     if values is not None:
         values = {"metric": "reconstruction", **values}
-        values |= {"target": {"name": source.spec, "sha256": source.digest()}, "tokenizer": content["digest"]}
+        values |= {"target": {"name": source.spec, "count": count, "digest": source.digest()}}
+        values |= {"tokenizer": content["digest"]}
         values |= {"options": {"resolution": size, "limit": limit}, "versions": {**versions(), **_metric_versions()}}
     return answer("score", values)
 

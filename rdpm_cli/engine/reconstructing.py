@@ -72,6 +72,7 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
     """The first view of every image in a store, decoded."""
     import numpy as np
 
+    from rdpm_cli.codes.manifest import NAMES, read_lines
     from rdpm_cli.codes.store import CodeStore
     from rdpm_cli.images.sources import spread
     from rdpm_cli.tokenizer import model
@@ -81,6 +82,7 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
     store = CodeStore(root, content["digest"])
     m = store.manifest
     rows = np.array(spread(m.images, limit)) * m.views
+    names = [line["name"] for line in read_lines(root / NAMES)]
     record = pictures.picture_record(
         "rdpm-reconstructions",
         {"tokenizer": content["digest"], "store": m.digest()},
@@ -88,7 +90,7 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
         resolution=m.resolution,
         class_names=list(m.class_names),
         reference=pictures.store_reference(root, m),
-        rows=[_row(int(store.index[r]), "", int(store.labels[r])) for r in rows],
+        rows=[_row(int(store.index[r]), names[int(store.index[r])], int(store.labels[r])) for r in rows],
     )
     with process_group(device) as chosen:
         source = source_of(m)

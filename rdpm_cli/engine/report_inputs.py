@@ -294,7 +294,7 @@ def _score_claims(record: Mapping[str, Any]) -> tuple[Claim, ...]:
     found = []
     if record.get("tokenizer"):
         found.append(Claim(stages=("tokenizer",), digest=str(record["tokenizer"])))
-        found += _images({"source": target.get("name"), "digest": target.get("sha256")})
+        found += _images({"source": target.get("name"), "digest": target.get("digest")})
     elif options.get("checkpoint"):  # drawn as they were scored
         found.append(Claim(stages=("generator",), digest=str(options["checkpoint"])))
     elif options and target.get("sha256"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Making, MemoryImages, tiny_config, tiny_players, train
+from rows import Rows
 from torch import Tensor
 
 from rdpm_cli.codes import encode
@@ -19,6 +20,7 @@ from rdpm_cli.evaluation import features
 from rdpm_cli.evaluation.features import Activations
 from rdpm_cli.threads import one_thread
 
+OUT_OF_MEMORY = "out of memory: less at once, or a stop that names the option"
 TOO_SMALL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
@@ -39,32 +41,34 @@ class Small:
         return Activations(flat[:, :4], flat[:, 4:6])
 
 
-def test_scoring_goes_on_with_fewer_images_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
-    small = Small(20)
-    found, wanted = features.extract(small, pixels), features.extract(Small(100), pixels)
-    assert small.asked == [64, 32, 16, 16, 16, 16, 16, 16, 4]
-    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
-    assert "out of memory: small goes on with 16 images at once" in capsys.readouterr().err
-    with pytest.raises(torch.OutOfMemoryError):
-        features.extract(Small(0), pixels)
+def test_scoring_goes_on_with_fewer_images_at_once(capsys: pytest.CaptureFixture[str], rows: Rows) -> None:
+    with rows.count(OUT_OF_MEMORY):
+        pixels = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
+        small = Small(20)
+        found, wanted = features.extract(small, pixels), features.extract(Small(100), pixels)
+        assert small.asked == [64, 32, 16, 16, 16, 16, 16, 16, 4]
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+        assert "out of memory: small goes on with 16 images at once" in capsys.readouterr().err
+        with pytest.raises(torch.OutOfMemoryError):
+            features.extract(Small(0), pixels)
 
 
 def test_tokenising_stops_with_the_option_to_give(
-    tmp_path: Path, tiny_tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, rows: Rows
 ) -> None:
     """The codes of a GPU depend on the micro-batch, so it is a field of the store and never halved in its middle."""
-    making = Making(tmp_path / "codes", MemoryImages(20), tiny_tokenizer_file, micro_batch=8)
-    making.plan = making.plan.model_copy(update={"device": "cuda"})
+    with rows.count(OUT_OF_MEMORY):
+        making = Making(tmp_path / "codes", MemoryImages(20), tiny_tokenizer_file, micro_batch=8)
+        making.plan = making.plan.model_copy(update={"device": "cuda"})
 
-    def fail(*_: object) -> None:
-        raise TOO_SMALL
+        def fail(*_: object) -> None:
+            raise TOO_SMALL
 
-    monkeypatch.setattr(encode, "encode", fail)
-    with pytest.raises(RunError, match="out of memory with micro-batches of 8 images") as caught:
-        list(making.run())
-    assert (caught.value.exit_code, "--micro-batch 4" in caught.value.hint) == (1, True)
-    assert not (making.root / "manifest.json").exists()
+        monkeypatch.setattr(encode, "encode", fail)
+        with pytest.raises(RunError, match="out of memory with micro-batches of 8 images") as caught:
+            list(making.run())
+        assert (caught.value.exit_code, "--micro-batch 4" in caught.value.hint) == (1, True)
+        assert not (making.root / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -76,24 +80,25 @@ def test_tokenising_stops_with_the_option_to_give(
     ],
 )
 def test_training_stops_with_a_hint_and_never_changes_the_batch(
-    batch: int, micro: int | None, hint: str, tmp_path: Path
+    batch: int, micro: int | None, hint: str, tmp_path: Path, rows: Rows
 ) -> None:
-    cfg = tiny_config(train={"batch": batch, "micro_batch": micro, "save_every": 1})
-    players = tiny_players(cfg)
-    plain, seen = players[0].loss, list[int]()
+    with rows.count(OUT_OF_MEMORY):
+        cfg = tiny_config(train={"batch": batch, "micro_batch": micro, "save_every": 1})
+        players = tiny_players(cfg)
+        plain, seen = players[0].loss, list[int]()
 
-    def loss(images: Tensor, step: Any) -> Any:
-        seen.append(len(images))
-        if step.step == 2:
-            raise TOO_SMALL
-        return plain(images, step)
+        def loss(images: Tensor, step: Any) -> Any:
+            seen.append(len(images))
+            if step.step == 2:
+                raise TOO_SMALL
+            return plain(images, step)
 
-    setattr(players[0], "loss", loss)  # noqa: B010
-    with one_thread(), pytest.raises(RunError, match="out of memory at step 2 with micro-batches of") as caught:
-        train(players, cfg, tmp_path)
-    assert caught.value.exit_code == 1
-    assert hint in caught.value.hint
-    assert set(seen) == {micro or batch}
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
-    assert (tmp_path / "checkpoints" / "step-000000002.pt").exists()
+        setattr(players[0], "loss", loss)  # noqa: B010
+        with one_thread(), pytest.raises(RunError, match="out of memory at step 2 with micro-batches of") as caught:
+            train(players, cfg, tmp_path)
+        assert caught.value.exit_code == 1
+        assert hint in caught.value.hint
+        assert set(seen) == {micro or batch}
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+        assert (tmp_path / "checkpoints" / "step-000000002.pt").exists()
