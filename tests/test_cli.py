@@ -189,7 +189,7 @@ FAILURES: dict[str, tuple[str, int, str, str]] = {
     "missing option": ("sample", 2, "--ckpt", "rdpm sample --help"),
     "negative seed": ("sample --ckpt {generator} --seed -1", 2, "--seed", "rdpm sample --help"),
     "words for a number": ("sample --ckpt {generator} --per-class many", 2, "--per-class", "rdpm sample --help"),
-    "unknown schedule": ("sample --ckpt {generator} --cfg-schedule cosinus", 2, "'cosine'", "got 'cosinus'"),
+    "unknown schedule": ("sample --ckpt {generator} --cfg-schedule cosinus", 2, "cosinus", "rdpm sample --help"),
     "unknown preset": ("sample --ckpt {generator} --preset rawest", 2, "--preset rawest", "raw, cfg, cfg-linear"),
     "a step before the first": ("sample --ckpt {generator} --init {images}#1 --from-step 0", 2, "0 is not in 1..4", ""),
     "no such device": ("sample --ckpt {generator} --out {out}/none --device mps:9", 2, "--device mps:9", "cpu"),

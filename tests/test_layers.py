@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": HELPERS | set(ROOMS) | {"engine", "training"},
     "demo": {"engine", "recipe_files", "errors", "files", "progress"},
     # the door also starts the demo, and sets up the process before anything is imported (threads)
-    "cli": {"engine", "config", "errors", "files", "progress", "team", "threads", "demo", "cli"},
+    "cli": {"engine", "choices", "errors", "files", "progress", "team", "threads", "demo", "cli"},
     "__main__": {"cli"},
     "__init__": set(),
     **dict.fromkeys(HELPERS, HELPERS),
@@ -138,6 +138,11 @@ EXIT_CODES = {
     "eval fid": 2,
     "eval judge no/such/folder out": 2,
     "verify no/such/store": 2,
+    "sample --ckpt no/such.pt": 3,
+    "sample --ckpt x.pt --device foo": 2,
+    "tune-sampling no/such.pt": 3,
+    "eval fid --ckpt no/such.pt": 3,
+    "eval fid no/such/folder": 2,
     "train-gen no/such/store --print-config": 0,
     "eval judge no/such/folder out --print-config": 0,
 }
@@ -148,6 +153,14 @@ def test_the_cheap_answers_import_no_torch(command: str) -> None:
     args = [sys.executable, "-c", PROGRAM, *command.split()]
     done = subprocess.run(args, check=False, capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == f"exit {EXIT_CODES[command]}, imported []"
+
+
+@pytest.mark.parametrize("command", ["--help", "--version"])
+def test_help_imports_no_pydantic_either(command: str) -> None:
+    """It would double the time that help takes. (Typer itself imports it for the help of a command.)"""
+    program = PROGRAM.replace('"torch", ', '"torch", "pydantic", "numpy", ')
+    done = subprocess.run([sys.executable, "-c", program, command], check=False, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("imported []")
 
 
 def test_what_the_readme_shows_is_there_and_tracked() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdpm_cli.config import MaskSchedule
+from rdpm_cli.choices import MaskSchedule
 from rdpm_cli.generator.masking import finest, first_slots, gamma, mask_tokens, masked_count, reveal, sampling_counts
 
 SCHEDULES: tuple[MaskSchedule, ...] = get_args(MaskSchedule)

@@ -16,10 +16,10 @@ from helpers import CPU, metrics
 from torch import Tensor
 
 from rdpm_cli import engine, modelfile, recipe_files
+from rdpm_cli.choices import MaskSchedule
 from rdpm_cli.cli.app import run
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.config import (
-    MaskSchedule,
     QuantizerConfig,
     ResGenArchitecture,
     ResGenConfig,

@@ -36,8 +36,6 @@ def _gpu_names(incomplete: str) -> list[str]:
 
 
 PRESETS = ("raw", "cfg", "cfg-linear", "gumbel")
-CFG_SCHEDULES = ("constant", "linear", "cosine", "power", "interval")
-DRAWS = ("gumbel", "inverse", "argmax")
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
 
 

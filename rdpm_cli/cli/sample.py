@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from rdpm_cli.choices import CfgSchedule, Draw, MaskSchedule
 from rdpm_cli.cli import options, report
 from rdpm_cli.cli.app import app
-from rdpm_cli.config import MaskSchedule
 
 
 @app.command()
@@ -23,21 +23,12 @@ def sample(
     preset: options.Preset = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="guidance lambda; 0 = off")] = None,
     cfg_schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="constant, linear (0 at t = 1, lambda at t = T), cosine, power, interval",
-            autocompletion=options.one_of(options.CFG_SCHEDULES),
-        ),
+        CfgSchedule | None, typer.Option(help="of lambda over t; linear: 0 at t = 1, lambda at t = T")
     ] = None,
     cfg_power: Annotated[float | None, typer.Option(help="exponent of the power schedule")] = None,
     cfg_first: Annotated[int | None, typer.Option(min=1, help="first step of the interval schedule")] = None,
     cfg_last: Annotated[int | None, typer.Option(min=1, help="last step of the interval schedule")] = None,
-    draw: Annotated[
-        str | None,
-        typer.Option(
-            help="gumbel, inverse (the same, faster on a GPU), argmax", autocompletion=options.one_of(options.DRAWS)
-        ),
-    ] = None,
+    draw: Annotated[Draw | None, typer.Option(help="inverse: as gumbel, faster on a GPU")] = None,
     tau: Annotated[
         float | None, typer.Option(help="inverse temperature; 1 samples exactly, larger is greedier")
     ] = None,

@@ -22,7 +22,6 @@ from rdpm_cli.config.generator import (
     TransformerConfig,
 )
 from rdpm_cli.config.resgen import (
-    MaskSchedule,
     ResGenArchitecture,
     ResGenConfig,
     ResGenNetwork,
@@ -50,7 +49,6 @@ __all__ = [
     "GeneratorArchitecture",
     "GeneratorConfig",
     "JudgeConfig",
-    "MaskSchedule",
     "NetworkConfig",
     "ObjectiveConfig",
     "ProxyConfig",

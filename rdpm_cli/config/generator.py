@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdpm_cli.choices import CfgSchedule, Draw
 from rdpm_cli.config.base import Section
 from rdpm_cli.config.train import TrainConfig
 
@@ -127,13 +128,13 @@ class RDPMSampling(SamplingConfig):
         **dict.fromkeys(("tau", "tau_end", "top_k", "top_p"), ("draw", ("gumbel", "inverse"))),
     }
 
-    cfg_schedule: Literal["constant", "linear", "cosine", "power", "interval"] = Field(
+    cfg_schedule: CfgSchedule = Field(
         "linear", description="lambda_t over t: linear, cosine and power rise from 0 at t = 1 to lambda at t = T"
     )
     cfg_power: float = Field(2.0, gt=0, description="exponent of the power schedule; 1 is linear")
     cfg_first: int = Field(1, ge=1, description="first step with guidance, of the interval schedule")
     cfg_last: int | None = Field(None, ge=1, description="its last one; default T")
-    draw: Literal["gumbel", "inverse", "argmax"] = Field(
+    draw: Draw = Field(
         "gumbel", description="argmax of logits + Gumbel noise; the same by one uniform a position; the likeliest code"
     )
     tau: float = Field(1.0, gt=0, description="inverse temperature: 1 samples exactly, larger is greedier")

@@ -5,10 +5,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rdpm_cli.choices import MaskSchedule
 from rdpm_cli.config.base import Section
 from rdpm_cli.config.generator import GeneratorArchitecture, GeneratorConfig, SamplingConfig, TransformerConfig
 
-MaskSchedule = Literal["square", "cosine", "circle", "exp", "linear"]
 GAMMA = "gamma(r), the share masked: 1-r²; cos(pi r/2); sqrt(1-r²); 1-N^(r-1); 1-r"
 
 

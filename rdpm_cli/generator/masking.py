@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rdpm_cli.config import MaskSchedule
+from rdpm_cli.choices import MaskSchedule
 
 
 def gamma(schedule: MaskSchedule, r: float, slots: int) -> float:
