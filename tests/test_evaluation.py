@@ -356,7 +356,7 @@ def test_a_named_weight_file_that_is_absent_is_not_replaced_by_another(no_weight
 
 def test_weights_are_looked_up_before_images_are_opened(no_weights: Path) -> None:
     with pytest.raises(CheckpointError, match="are not here"):
-        engine.eval_fid(str(no_weights / "no such samples"), device="cpu")
+        engine.eval_fid(str(no_weights), device="cpu")  # a folder without images
 
 
 def test_inception_gives_2048_features_and_says_whose_weights_it_has(random_inception: Path) -> None:

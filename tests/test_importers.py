@@ -580,7 +580,7 @@ def test_a_file_that_would_run_code_does_not(where: str, new_format: bool, tmp_p
     else:
         content = trap if where == "top" else {"state_dict": taming_weights(), "callbacks": trap}
         torch.save(content, path, _use_new_zipfile_serialization=new_format)
-    with pytest.raises(CheckpointError, match="holds more than tensors"):
+    with pytest.raises(CheckpointError, match=r"is refused: it names posix\.mkdir"):
         load_weights(ours("taming-transformers"), path)
     assert not marker.exists()
 

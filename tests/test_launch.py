@@ -58,7 +58,7 @@ def test_under_torchrun_the_option_is_refused(monkeypatch: pytest.MonkeyPatch) -
         ("--keep 1", "--keep", "--help"),
         ("--gpus 2 train.stepz=3", "train.stepz", "train.steps"),
         ("--gpus 2 --recipe digitz", "digitz", "digits"),
-        ("--gpus 2 --device cpu --out {full}", "full is not empty", "--out"),
+        ("--gpus 2 --device cpu --out {full}", "full is not empty", "another folder"),
     ],
 )
 def test_what_cannot_be_started_is_said_once_and_starts_nothing(

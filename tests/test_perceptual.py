@@ -241,7 +241,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "no features": (lambda state: {"fc.weight": torch.zeros(3)}, "lacks 'features.0.bias'|foreign 'fc.weight'"),
     "no tensors": (lambda state: {"features.0.bias": 3}, "no dict of tensors"),
     "no dict": (lambda state: [torch.zeros(3)], "no dict of tensors"),
-    "code": (lambda state: {"features.0.bias": Path("x")}, "Weights only load failed"),
+    "code": (lambda state: {"features.0.bias": Path("x")}, "it names pathlib"),
 }
 
 

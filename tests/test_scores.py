@@ -497,7 +497,7 @@ def test_a_checkpoint_gives_each_process_its_own_pieces(generator_path: Path) ->
         ("fid --ckpt {ckpt} --classes 9", "there is no class 9"),
         ("is digits --subset 4", "--subset"),
         ("is digits --ref digits", "--ref"),
-        ("sfid absent --ref digits", "a judge has pooled features alone"),
+        ("sfid digits --ref digits", "a judge has pooled features alone"),
         ("fid digits --ref digits --preset raw", "--preset belongs to --ckpt"),
         ("fid --ckpt {ckpt} --preset rawest", "no such preset"),
         ("fid digits --ref digits --per-class 8", "--per-class belongs to --ckpt"),

@@ -2,7 +2,7 @@
 # ResGen against RDPM at equal time and, at the small scales, equal parameters; ResGen's own switches at equal steps.
 #
 #   recipes/ablations/resgen.sh                        families on digits, 3 seeds, 20 s a generator: 30 CPU minutes
-#   PARTS="switches nucleus" recipes/ablations/resgen.sh      other parts of it; each of them takes less than families
+#   PARTS="switches nucleus" recipes/ablations/resgen.sh      other parts, each 10 to 30 CPU minutes
 #   SCALE=cifar10 CIFAR10=cifar10-train.zip DEPTHS=8 recipes/ablations/resgen.sh      180 s a generator
 #   SCALE=imagenet256 IMAGENET=train IMAGENET_VAL=val DEPTHS=8 recipes/ablations/resgen.sh      as long as recipes say
 #

@@ -22,7 +22,7 @@ from rdpm_cli.threads import one_thread
 from rdpm_cli.training import checkpoint
 
 STEPS, KEEP = 6, 2
-SETTINGS = {"recipe": "of a test"}
+SETTINGS = {"command": "train-gen", "recipe": "of a test"}
 
 
 def state(step: int) -> dict[str, Any]:
