@@ -49,7 +49,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             continue
         elif isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name}.")
-        elif value is not None:
+        elif value is not None and value != []:
             rows.append((prefix + name, _text(value)))
     return rows
 
@@ -58,5 +58,6 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return ", ".join(_text(v) for v in value)
+        sentences = any(isinstance(v, str) and " " in v for v in value)
+        return ("; " if sentences else ", ").join(_text(v) for v in value)
     return str(value)
