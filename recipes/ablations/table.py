@@ -57,11 +57,12 @@ def plot(path: Path, cells: Cells, column: str, title: str) -> None:
     """One point a cell with its spread over seeds. Points, not bars: the axis need not start at 0."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     found = {name: value for name, scores in cells.items() if (value := summary(scores, column))}
     means, spreads = [m for m, _ in found.values()], [s for _, s in found.values()]
     seeds = max(map(len, cells.values()))
-    figure = Figure(figsize=(7, 0.32 * len(found) + 1.3), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 0.32 * len(found) + 1.5), dpi=120, layout="constrained")
     axis = figure.add_subplot()
     axis.errorbar(means, list(found), xerr=spreads, fmt="o", color="#2f5d8c", ecolor="#333333", capsize=3)
     axis.grid(axis="x", color="#dddddd")
@@ -69,9 +70,11 @@ def plot(path: Path, cells: Cells, column: str, title: str) -> None:
     axis.margins(x=0.06)
     if means and min(means) > 0 and max(means) > WIDE * min(means):
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
-    spread = f"; mean and standard deviation over {seeds} seeds" if seeds > 1 else "; one seed"
-    axis.set_xlabel(LABELS.get(column, column) + spread, fontsize=9)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    spread = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    axis.set_xlabel(f"{LABELS.get(column, column)}\n{spread}", fontsize=9)
     axis.set_title(title)
     FigureCanvasAgg(figure).print_png(str(path))
 
@@ -93,7 +96,7 @@ def main() -> None:
     parser.add_argument("--paper", nargs="*", default=[], metavar="CELL=TEXT", help="what the paper says of a cell")
     options = parser.parse_args()
     cells = read_cells(options.folder, options.cells, options.seeds)
-    paper = dict(said.split("=", 1) for said in options.paper)
+    paper = {cell: said for cell, said in (one.split("=", 1) for one in options.paper) if cell in cells}
     said = {name: [paper.get(name, "")] if paper else [] for name in cells}
     header = ["cell", "seeds", *options.columns, *(["paper"] if paper else [])]
     rows = [
