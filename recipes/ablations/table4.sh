@@ -1,8 +1,8 @@
 #!/bin/sh
 # Table 4: the noise schedules sin, linear and pow, each with a tokenizer, a store and a generator of its own.
 #
-#   recipes/ablations/table4.sh                      digits, 3 seeds, 25 CPU minutes
-#   PARTS="schedules early" recipes/ablations/table4.sh      10 more
+#   recipes/ablations/table4.sh                      digits, 3 seeds, 24 CPU minutes
+#   PARTS="schedules early" recipes/ablations/table4.sh      7 more
 #   SCALE=cifar10 CIFAR10=cifar10-train.zip recipes/ablations/table4.sh
 #   SCALE=imagenet256 IMAGENET=train IMAGENET_VAL=val recipes/ablations/table4.sh      3 tokenizers, 3 times d12
 #
