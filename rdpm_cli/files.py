@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rdpm_cli.errors import CheckpointError, DataError, RunError, UsageError
+from rdpm_cli.errors import DataError, RunError, UsageError
 
 SPARE_FILES = 512  # open files of a process for anything else
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -233,13 +233,6 @@ def allow_open(count: int) -> None:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def refuse_absent(path: Path, name: str, hint: str) -> None:
-    """Raise CheckpointError, before slow imports, where there is no file. name: what a run's folder calls it."""
-    if not path.is_file():
-        inside = path / name
-        raise CheckpointError(no_file(path), f"give {inside}" if inside.is_file() else hint)
 
 
 def no_file(path: Path) -> str:

@@ -45,9 +45,8 @@ def stop_on_signal(interrupt: bool = False, saved: str = "") -> Iterator[StopReq
     """Turn the first SIGTERM or SIGUSR1 into a request; a second one takes its usual course.
 
     interrupt: SIGINT too, for what is not safe at every moment, and for one of several processes, to which a launcher
-    passes Ctrl-C on. saved: what is safe at
-    every moment, where something is: a piece of work that goes on for PATIENCE after the request, as a read from a disk
-    that does not answer, is then left in its middle, as Ctrl-C leaves it.
+    passes Ctrl-C on. saved: what is safe at every moment, where something is: a piece of work that goes on for PATIENCE
+    after the request, as a read from a disk that does not answer, is then left in its middle, as Ctrl-C leaves it.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

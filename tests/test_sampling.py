@@ -25,7 +25,7 @@ from rdpm_cli.evaluation import judge as judge_file
 from rdpm_cli.evaluation import rejection
 from rdpm_cli.generator import model, sampler, transformer
 from rdpm_cli.generator.contract import Known
-from rdpm_cli.images import items
+from rdpm_cli.images import items, writers
 from rdpm_cli.threads import one_thread
 
 CPU = torch.device("cpu")
@@ -271,7 +271,7 @@ def test_the_record_names_every_sample_and_how_it_was_made(generator: Path, whol
         assert arrays["arr_0"].shape == (COUNT, 16, 16, 3)
         assert arrays["arr_1"].tolist() == [row["label"] for row in record["samples"]]
         for row, pixels in zip(record["samples"], arrays["arr_0"], strict=True):
-            np.testing.assert_array_equal(sample_files.read_png(whole / row["file"]), pixels)
+            np.testing.assert_array_equal(writers.read_png(whole / row["file"]), pixels)
 
 
 # ---- looking -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import __version__, config, files, progress
-from rdpm_cli.errors import Stopped, UsageError
+from rdpm_cli.errors import CheckpointError, Stopped, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -181,6 +181,14 @@ def _check_run(out: Path, settings: dict[str, Any], finished: bool) -> tuple[dic
     if foreign := [p.name for p in out.glob("*") if not p.name.startswith(".")]:
         raise UsageError(f"{out} is not empty ({foreign[0]}, ...) and not a run", ANOTHER)
     return {}, []
+
+
+def need_generator(ckpt: Path) -> None:
+    """Raise CheckpointError, before slow imports, where there is no file."""
+    if not ckpt.is_file():
+        inside = ckpt / "generator.pt"
+        hint = f"give {inside}" if inside.is_file() else "make one with `rdpm train-gen CODES --recipe NAME`"
+        raise CheckpointError(files.no_file(ckpt), hint)
 
 
 def default_folder(recipe: config.Recipe, section: str) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import files
-from rdpm_cli.errors import DataError, RunError, UsageError
+from rdpm_cli.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from rdpm_cli.images.transform import Pixels
@@ -82,20 +82,24 @@ class Files:
         """The images of a piece, or of a part of one, from what is there; None where that is not all of them."""
         import numpy as np
 
+        from rdpm_cli.images import writers
+
         if self.chunk(piece).is_file():
             pixels: Pixels = np.load(self.chunk(piece), allow_pickle=False)
             if len(pixels) == len(piece):
                 return pixels
         if self.has_pngs(piece):
-            return np.stack([read_png(self.image(index)) for index in piece])
+            return np.stack([writers.read_png(self.image(index)) for index in piece])
         return None
 
     def pixels(self, index: int) -> Pixels | None:
         """One sample from what is there."""
         import numpy as np
 
+        from rdpm_cli.images import writers
+
         if is_whole(self.image(index)):
-            return read_png(self.image(index))
+            return writers.read_png(self.image(index))
         piece = next(piece for piece in self.pieces if index in piece)
         if self.chunk(piece).is_file():
             return np.array(np.load(self.chunk(piece), mmap_mode="r", allow_pickle=False)[index - piece.start])
@@ -166,19 +170,6 @@ def is_whole(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:  # absent, or shorter
         return False
-
-
-def read_png(path: Path) -> Pixels:
-    """A PNG that a job has written. Raises DataError."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        hint = "delete it, and the same command draws it again"
-        raise DataError(f"{path} cannot be read as an image: {error}", hint) from error
 
 
 @contextlib.contextmanager

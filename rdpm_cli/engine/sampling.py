@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpm_cli import files, progress
-from rdpm_cli.engine import editing, pictures, sample_files
+from rdpm_cli import progress
+from rdpm_cli.engine import editing, pictures, runs, sample_files
 from rdpm_cli.engine.editing import Edit
 from rdpm_cli.engine.runs import Result
 from rdpm_cli.engine.sample_files import NPZ, Files, Part
@@ -93,7 +93,7 @@ def sample(
     sampling: fields of the family's section. shard: as --shard. team: as --gpus.
     dry_run: say what would be done, write nothing.
     """
-    files.refuse_absent(ckpt, "generator.pt", "make one with `rdpm train-gen CODES --recipe NAME`")
+    runs.need_generator(ckpt)
     from rdpm_cli.generator import model
     from rdpm_cli.training import distributed
 

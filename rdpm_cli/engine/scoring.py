@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import files, team
+from rdpm_cli.engine import runs
 from rdpm_cli.engine.drawing import Drawn
 from rdpm_cli.engine.runs import Result, versions
 from rdpm_cli.errors import DataError, UsageError
@@ -98,7 +99,7 @@ def eval_images(
 def _need_there(target: str | Drawn) -> None:
     """Raise where nothing is, before slow imports and before weights are looked for."""
     if isinstance(target, Drawn):
-        files.refuse_absent(target.ckpt, "generator.pt", "make one with `rdpm train-gen CODES --recipe NAME`")
+        runs.need_generator(target.ckpt)
         return
     from rdpm_cli.images.sources import is_there
 

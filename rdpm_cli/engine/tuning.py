@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpm_cli import files, progress
-from rdpm_cli.engine import drawing
+from rdpm_cli.engine import drawing, runs
 from rdpm_cli.engine.runs import Result, versions
 from rdpm_cli.errors import RecipeError, UsageError
 
@@ -126,7 +126,7 @@ def tune_sampling(
     All candidates draw the same samples' noise, so that differences are those of the options. Same weights, config and
     digest; the search is noted in the new file's provenance. Finished candidates are kept beside it until it is there.
     """
-    files.refuse_absent(ckpt, "generator.pt", "make one with `rdpm train-gen CODES --recipe NAME`")
+    runs.need_generator(ckpt)
     out = out or ckpt.with_name(f"{ckpt.stem}-tuned.pt")
     if out.exists():
         raise UsageError(f"{out} is there already", "name another file with --out, or remove it")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from rdpm_cli import files, progress
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import npz
+from rdpm_cli.images import writers
 from rdpm_cli.images.sources import ImageSource, is_builtin, is_there, open_source, spread
 from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM, Pixels
 
@@ -101,12 +101,7 @@ def _read_samples(paths: list[Path], resolution: int, pieces: Iterable[range]) -
     for piece in pieces:
         images = []
         for path in paths[piece.start : piece.stop]:
-            try:
-                with Image.open(path) as image:
-                    images.append(np.asarray(image.convert("RGB")))
-            except (OSError, SyntaxError) as error:
-                hint = "delete it, and the `rdpm sample` that drew it draws it again"
-                raise DataError(f"{path} cannot be read as an image: {error}", hint) from error
+            images.append(writers.read_png(path))
             if images[-1].shape != (resolution, resolution, 3):
                 raise DataError(f"{path} is {images[-1].shape}, not {resolution}×{resolution}", "sample again")
         yield np.stack(images)

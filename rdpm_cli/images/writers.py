@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rdpm_cli import files
+from rdpm_cli.errors import DataError
 from rdpm_cli.images.transform import Pixels
 
 INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 2
@@ -18,6 +19,16 @@ INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 2
 def save_png(path: Path, pixels_HWC: Pixels) -> None:
     """One image, written atomically."""
     files.write_atomic(path, lambda file: Image.fromarray(pixels_HWC).save(file, format="PNG"))
+
+
+def read_png(path: Path) -> Pixels:
+    """An image that save_png has written, (H, W, 3). Raises DataError."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        hint = "delete it, and the command that drew it draws it again"
+        raise DataError(f"{path} cannot be read as an image: {error}", hint) from error
 
 
 def save_npz(path: Path, shape: tuple[int, int, int, int], batches: Iterable[Pixels], labels: Sequence[int]) -> None:

@@ -68,6 +68,10 @@ python -c "import matplotlib, rdpm_cli" 2>/dev/null || stop "python is not rdpm'
 if [ "$SCALE" = imagenet256 ] && ! rdpm doctor --json | python "$here/facts.py" --weights inception; then
     stop "scores at this size need Inception's weights, and rdpm doctor does not find them: it says where to put them"
 fi
+# The paper's generator: the options beyond it off. Stays unquoted.
+# shellcheck disable=SC2034
+PAPER="network.positions=rope network.class_latents=false network.head=linear objective.t_weights=uniform"
+PAPER="$PAPER objective.perturb=0"
 gpus=${GPUS:+--gpus $GPUS} # stays unquoted: no word, or two
 mkdir -p "$OUT"
 

@@ -14,7 +14,6 @@
 . "$(dirname "$0")/lib.sh"
 judge_and_store
 
-off="network.positions=rope network.class_latents=false network.head=linear objective.t_weights=uniform objective.perturb=0"
 # At the paper's size the noise is one of the options; at the others all cells have the recipe's, cached in many views.
 cached="" fresh=""
 [ "$SCALE" != imagenet256 ] || cached=objective.noise=cached fresh=objective.noise=fresh
@@ -23,7 +22,7 @@ chosen() {
     shift
     case " ${CELLS:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     # shellcheck disable=SC2086
-    generator_cell "$name" "$TIME" "$STORE" "$JUDGE" "$PLUS_RECIPE" $off $cached "$@"
+    generator_cell "$name" "$TIME" "$STORE" "$JUDGE" "$PLUS_RECIPE" $PAPER $cached "$@"
 }
 positions="network.positions=both" latents="network.class_latents=true" head="network.head=geometric"
 weights="objective.t_weights=alpha" perturb="objective.perturb=0.3"

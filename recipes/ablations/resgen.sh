@@ -35,8 +35,8 @@ resgen_cell() {
 }
 
 if part families; then
-    generator_cell rdpm-paper "$TIME" "$STORE" "$JUDGE" "$GENERATOR_RECIPE" network.positions=rope \
-        network.class_latents=false network.head=linear objective.t_weights=uniform objective.perturb=0
+    # shellcheck disable=SC2086
+    generator_cell rdpm-paper "$TIME" "$STORE" "$JUDGE" "$GENERATOR_RECIPE" $PAPER
     generator_cell rdpm-plus "$TIME" "$STORE" "$JUDGE" "$PLUS_RECIPE"
 fi
 if part families || part steps; then

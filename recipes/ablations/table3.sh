@@ -38,8 +38,8 @@ rows() {
 if [ "$SCALE" = digits ]; then
     judge_and_store
     rows "" "${CHECKPOINT:-$DEMO.%s/generator.pt}" "$JUDGE"
-    trained weak "$GENERATOR_RECIPE" network.positions=rope network.class_latents=false network.head=linear \
-        objective.t_weights=uniform objective.perturb=0 train.steps=4000 train.eval_every=0
+    # shellcheck disable=SC2086
+    trained weak "$GENERATOR_RECIPE" $PAPER train.steps=4000 train.eval_every=0
     rows weak- "$OUT/weak.%s.run/generator.pt" "$JUDGE"
 elif [ -n "${CHECKPOINT:-}" ]; then
     make_judge

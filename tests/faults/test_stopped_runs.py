@@ -28,6 +28,7 @@ from processes import (
 )
 from rows import Rows
 
+from rdpm_cli import engine
 from rdpm_cli.errors import EXIT_STOPPED
 
 SECONDS = 20  # from the signal to the end of the process
@@ -129,4 +130,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(digits_codes: Path, tmp_path:
         process = spawn(signalled_after, 3, signal.SIGINT, tmp_path / "note", args, {})
         assert exit_code(process) == 130
         assert newest_state(tmp_path / "run")["step"] == 3
+        saved = engine.verify(tmp_path / "run" / "checkpoints" / "step-000000003.pt")
+        assert saved.values["kind"] == "state of training"
         assert run_all(args) == [0]
