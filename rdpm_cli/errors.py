@@ -1,6 +1,6 @@
-"""What can go wrong for a user: what is wrong, where, what to do next, and the exit code that says so to a script.
+"""Errors for users: what is wrong and where, what to do next, and the exit code for scripts.
 
-Anything that is not an `RdpmError` is a bug and keeps its traceback.
+Any exception that is not an `RdpmError` is a bug and keeps its traceback.
 """
 
 import functools
@@ -11,15 +11,14 @@ from typing import Any
 EXIT_FAILED = 1  # the run failed: disk full, out of memory, NaN, lock held
 EXIT_USAGE = 2  # usage or recipe
 EXIT_DATA = 3  # data, checkpoint or weights unreadable, empty, of the wrong kind, mismatched or absent
-EXIT_STOPPED = 75  # stopped by a signal after saving: run the same command to go on
+EXIT_STOPPED = 75  # stopped by a signal after saving; the same command continues
 EXIT_INTERRUPT = 130  # Ctrl-C
 
 
 class RdpmError(Exception):
-    """One clear line for the user. `message` says what and where, `hint` what to do next."""
+    """One clear line for the user. `message` says what is wrong and where, `hint` what to do next."""
 
     exit_code = EXIT_FAILED
-    trace = ""  # to be shown above it
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -28,23 +27,15 @@ class RdpmError(Exception):
 
 
 class RunError(RdpmError):
-    """The run could not go on: NaN, disk full, somebody else holds the lock."""
+    """The run could not continue: NaN, disk full, lock held by another process."""
 
 
 class LostProcessError(RunError):
-    """Another process of this run has gone, so this one cannot go on: a consequence, never the cause."""
-
-
-class ProcessError(RdpmError):
-    """A process that this one started has failed: its message, its exit code, and its traceback if it was a bug."""
-
-    def __init__(self, message: str, hint: str, exit_code: int, trace: str) -> None:
-        super().__init__(message, hint)
-        self.exit_code, self.trace = exit_code, trace
+    """Another process of this run has gone, so this one cannot continue: a consequence, never the cause."""
 
 
 class UsageError(RdpmError):
-    """A path, option or value that cannot be used as given."""
+    """A path, option or value that cannot be used."""
 
     exit_code = EXIT_USAGE
 
@@ -60,25 +51,23 @@ class DataError(RdpmError):
 
 
 class ImageError(DataError):
-    """An image that cannot be read. name: which of its source; reason: why, without the place.
-
-    A data loader's worker makes it again from its message alone, other processes from all of it.
-    """
+    """An image that cannot be read. name: of the item in its source; reason: without the place."""
 
     def __init__(self, message: str, hint: str = "", *, name: str = "", reason: str = "") -> None:
         super().__init__(message, hint)
         self.name, self.reason = name, reason
 
     def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        # Workers send it to another process; pickle by itself would pass only the message.
         return functools.partial(ImageError, name=self.name, reason=self.reason), (self.message, self.hint)
 
 
 class DamagedError(DataError):
-    """Files that are not what was written. found: a line for each, all of them shown."""
+    """Files that differ from what was written. files: one line for each, all of them shown."""
 
-    def __init__(self, place: Path, found: Sequence[str], hint: str) -> None:
-        super().__init__("\n  ".join((f"{place} is damaged:", *found)), hint)
-        self.found = list(found)
+    def __init__(self, folder: Path, files: Sequence[str], hint: str) -> None:
+        super().__init__("\n  ".join((f"{folder} is damaged:", *files)), hint)
+        self.files = list(files)
 
 
 class CheckpointError(DataError):
@@ -86,16 +75,16 @@ class CheckpointError(DataError):
 
 
 class AbsentWeightsError(CheckpointError):
-    """A published weight file that is in none of its places. reason: what a score that needs it says instead."""
+    """A published weight file that is in none of its folders. reason: what a score that needs it reports instead."""
 
-    def __init__(self, file: str, places: Sequence[Path], hint: str) -> None:
-        looked = ", ".join(map(str, places))
-        super().__init__(f"weights {file} are not here (looked at: {looked})", hint)
-        self.reason = f"weights absent: {file} (looked at: {looked})"
+    def __init__(self, file: str, candidates: Sequence[Path], hint: str) -> None:
+        searched = ", ".join(map(str, candidates))
+        super().__init__(f"weights {file} are not here (searched: {searched})", hint)
+        self.reason = f"weights absent: {file} (searched: {searched})"
 
 
 class Stopped(RdpmError):
-    """A signal asked us to stop; the state is saved and the same command goes on from it."""
+    """A signal ended the command; its state is saved and the same command continues from it."""
 
     exit_code = EXIT_STOPPED
 
@@ -103,5 +92,5 @@ class Stopped(RdpmError):
 def some_of(names: Iterable[str], most: int = 8) -> str:
     """The first few of many names: `a, b, c and 120 more`."""
     listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest

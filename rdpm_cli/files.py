@@ -1,25 +1,25 @@
-"""Files that are whole or absent: atomic writes, locks, digests. A plain helper of every room; torch-free."""
+"""Files that are whole or absent: atomic writes, locks, digests, free space. Torch-free."""
 
 import contextlib
 import errno
 import hashlib
 import json
 import os
-import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
+
 from rdpm_cli.errors import DataError, RunError, UsageError
 
-SPARE_FILES = 512  # open files of a process for anything else
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of a full disk and of a used-up quota
 FREE = "free some space and run the same command again"
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call write(file) on a temporary file beside `path`, sync it and rename it: a reader sees all of it or none."""
+    """Call write(file) on a temporary file next to `path`, sync it and rename it: readers see all of it or nothing."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -29,7 +29,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in FULL and error.filename is None:  # as the system leaves it when a write fails
+        # The system leaves the name out when a write fails, and the user needs to know which disk is full.
+        if error.errno in FULL and error.filename is None:
             error.filename = str(path)
         raise
     finally:
@@ -38,32 +39,12 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and what is above it. Raises UsageError where a file stands in the way or nothing can be made."""
+    """Make a folder and its parents. Raises UsageError if a file is in the way or it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
-        raise _no_folder(folder, str(error.strerror)) from error
-
-
-def _no_folder(folder: Path, reason: str) -> UsageError:
-    why = "is a file" if folder.is_file() else f"cannot be a folder: {reason}"
-    return UsageError(f"{folder} {why}", "name another folder")
-
-
-def check_folder(folder: Path) -> None:
-    """Raise what make_folder would, by what is above it, and PermissionError where nothing can be put into it."""
-    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-    number = 0
-    if not there.is_dir():
-        number = errno.EEXIST if there == folder else errno.ENOTDIR
-    elif there != folder and not os.statvfs(there).f_blocks:  # the system's own tree, such as /proc, holds no files
-        number = errno.ENOENT
-    elif not os.access(there, os.W_OK | os.X_OK):
-        number = errno.EACCES
-    if number == errno.EACCES and there == folder:
-        raise PermissionError(number, os.strerror(number), str(folder))
-    if number:
-        raise _no_folder(folder, os.strerror(number))
+        reason = "is a file" if folder.is_file() else f"cannot be made: {error.strerror}"
+        raise UsageError(f"{folder} {reason}", "name another folder") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -91,19 +72,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_text(value: Any) -> str:
+    """Indented JSON; NaN is refused."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, written atomically; NaN is refused."""
     text = json_text(value)
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def json_text(value: Any) -> str:
-    """What write_json writes."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises DataError when it is absent or broken."""
+    """The content of a JSON file. Raises DataError if it is absent or broken."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -112,38 +93,16 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} cannot be read as JSON: {error}", "make it again; it may be half of a copy") from error
 
 
-def refuse_second_writer(folder: Path) -> None:
-    """Raise RunError where another process writes the folder: a look before slow imports, the lock itself comes later.
-
-    One of several processes that write together does not look: another one of them may have begun.
-    """
-    from filelock import FileLock, Timeout
-
-    if "RANK" in os.environ or not (folder / ".lock.owner").is_file():
-        return
-    try:
-        FileLock(folder / ".lock").acquire(timeout=0).lock.release()
-    except Timeout as error:
-        raise _written_by_another(folder) from error
-
-
-def _written_by_another(folder: Path) -> RunError:
-    owner = folder / ".lock.owner"
-    who = owner.read_text().strip() if owner.exists() else "another process"
-    return RunError(f"{folder} is being written by {who}", "wait for it, or stop it")
-
-
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder` for writing. A second writer gets a RunError that names the first one's pid and host."""
-    from filelock import FileLock, Timeout
-
+    """Hold `folder` for writing. A second writer gets a RunError that names the pid and host of the first one."""
     make_folder(folder)
     lock, owner = FileLock(folder / ".lock"), folder / ".lock.owner"
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise _written_by_another(folder) from error
+        writer = owner.read_text().strip() if owner.exists() else "another process"
+        raise RunError(f"{folder} is being written by {writer}", "wait for it, or stop it") from error
     try:
         owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
         yield
@@ -154,70 +113,52 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """'a.b: old -> new' for every leaf that differs between two nested dicts."""
-    found = []
+    lines = []
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
-    return found
+            lines.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+    return lines
 
 
 def _short(value: Any) -> str:
-    """A value as people compare it: digests by their beginning."""
+    """A value as people compare it: digests by their first digits."""
     text = str(value)
     return text[:12] if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text
 
 
 def free_bytes(folder: Path) -> int:
     """Free space where `folder` is, or would be made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    status = os.statvfs(there)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    status = os.statvfs(existing)
     return status.f_bavail * status.f_frsize
 
 
-def need_space(root: Path, need: int) -> None:
-    """Raise RunError when the disk under `root` cannot hold so many bytes more."""
-    have = free_bytes(root)
-    if need > have:
-        raise _no_space(root, need, have)
-
-
-def _no_space(root: Path, need: int, have: int) -> RunError:
-    return RunError(f"disk full: {root} needs {_size(need)} more, {_size(have)} are free", FREE)
-
-
-def full(error: OSError) -> tuple[str, str]:
-    """Message and hint of the system's 'no space left', where nobody knows what is still to be written."""
-    if error.filename is None:
-        return f"disk full: {error.strerror}", FREE
-    return (
-        f"disk full: {error.filename} cannot be written, {_size(free_bytes(Path(error.filename).parent))} are free",
-        FREE,
-    )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+def need_space(folder: Path, need: int) -> None:
+    """Raise RunError if the disk under `folder` cannot hold this many bytes more."""
+    free = free_bytes(folder)
+    if need > free:
+        raise RunError(f"disk full: {folder} needs {_size(need)} more, {_size(free)} are free", FREE)
 
 
 @contextlib.contextmanager
-def space_is_told(root: Path, missing: Callable[[], int]) -> Iterator[None]:
-    """Turn the system's 'no space left' into a RunError: what is needed and there, or else the system's own text.
-
-    missing: bytes that are still to be written.
-    """
+def report_full_disk(folder: Path, missing: Callable[[], int]) -> Iterator[None]:
+    """Turn the system's 'no space left' into a RunError. missing: returns the bytes that are still to be written."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        need, have = missing(), free_bytes(root)
-        if need > have:
-            raise _no_space(root, need, have) from error
+        need_space(folder, missing())
+        free = _size(free_bytes(folder))
         hint = f"a quota, or the number of files, may be used up; {FREE}"
-        raise RunError(f"{root} cannot be written: {error.strerror}, though {_size(have)} are free", hint) from error
+        raise RunError(f"{folder} cannot be written: {error.strerror}, though {free} are free", hint) from error
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def memory_bytes() -> int:
@@ -225,16 +166,6 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def allow_open(count: int) -> None:
-    """Let this process hold so many files open beside what it has, as far as the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + SPARE_FILES
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def no_file(path: Path) -> str:
-    """What to say of a path where a file should be and none is."""
+def describe_missing(path: Path) -> str:
+    """The message for a path that should be a file and is not."""
     return f"{path} is a folder, not a file" if path.is_dir() else f"{path} does not exist"

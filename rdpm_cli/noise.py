@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+# Stores, samples and checkpoints depend on these numbers: never renumber, only add.
 PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "labels": 6, "intervals": 9, "uniform": 10}
-PURPOSES |= {"mask": 7, "component": 8}  # of ResGen: held-out masks; a sample's components
-# of training: rows of an epoch, small draws of a batch, seeds of the device's generators, draws all processes share
+PURPOSES |= {"mask": 7, "component": 8}  # ResGen: held-out masks; the components of a sample
+# Training: rows of an epoch, small draws of a batch, seeds of the device's generators, draws that all processes share.
 PURPOSES |= {"epoch": 16, "batch": 17, "device": 18, "shared": 19, "torch": 20}
 BLOCK = 16  # rows of the global batch that share one training stream
 
@@ -36,6 +37,7 @@ def normal(purpose: str, seed: int, index: int, view: int, t: int, shape: Sequen
 def gumbel(seed: int, index: int, t: int, shape: Sequence[int]) -> Floats:
     """Standard Gumbel values -log(E), E ~ Exp(1), for sample `index` at step t, float32."""
     exponential = stream("gumbel", seed, index, 0, t).standard_exponential(tuple(shape), dtype=np.float32)
+    # An exponential of exactly 0 would give infinity, and infinity minus infinity where logits are masked.
     return -np.log(np.maximum(exponential, np.finfo(np.float32).tiny))
 
 
@@ -72,7 +74,7 @@ def normal_steps(
 
 
 def fingerprint(seed: int) -> list[float]:
-    """16 values of the encode stream. A store keeps them, so that a numpy that draws other numbers is refused."""
+    """16 values of the encode stream. A store keeps them, to refuse a numpy that draws other numbers."""
     return [float(v) for v in normal("encode", seed, 0, 0, 1, (16,))]
 
 
@@ -86,21 +88,21 @@ def _permutation(seed: int, epoch: int, count: int) -> Ints:
 
 def epoch_rows(seed: int, step: int, batch: int, count: int) -> Ints:
     """Rows of the global batch of a step: every row once an epoch, in an order of (seed, epoch). (batch,) int64."""
-    places = np.arange(step * batch, (step + 1) * batch)
+    positions = np.arange(step * batch, (step + 1) * batch)
     rows = [
-        _permutation(seed, int(epoch), count)[places[places // count == epoch] % count]
-        for epoch in np.unique(places // count)
+        _permutation(seed, int(epoch), count)[positions[positions // count == epoch] % count]
+        for epoch in np.unique(positions // count)
     ]
     return np.concatenate(rows)
 
 
 def block_uniform(seed: int, step: int, rows: range, columns: int) -> Floats:
     """Uniform values in [0, 1) for `rows` of the global batch (whole blocks): (len(rows), columns)."""
-    parts = []
+    blocks = []
     for start in range(rows.start, rows.stop, BLOCK):
         count = min(BLOCK, rows.stop - start)
-        parts.append(stream("batch", seed, step, start // BLOCK).random((count, columns), dtype=np.float32))
-    return np.concatenate(parts)
+        blocks.append(stream("batch", seed, step, start // BLOCK).random((count, columns), dtype=np.float32))
+    return np.concatenate(blocks)
 
 
 def seed_of(purpose: str, seed: int, step: int, block: int) -> int:

@@ -1,4 +1,4 @@
-"""All that is said on stderr: a bar with rate and time left on a terminal, plain lines elsewhere, or lines of JSON."""
+"""All output on stderr: a bar on a terminal, plain lines elsewhere, or a JSON document a line."""
 
 import json
 import sys
@@ -6,12 +6,15 @@ import threading
 import time
 from typing import Any
 
-LINE_EVERY = 10.0  # seconds between plain lines while work is finished: rarer than 5
-SILENCE = 20.0  # seconds after which a line comes though nothing was finished: with TICK, more often than 30
-TICK = 5.0  # seconds between looks at the silence
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY = 10.0  # seconds between plain lines while work is being finished
+SILENCE = 20.0  # seconds after which a line comes though nothing was finished
+TICK = 5.0  # seconds between checks of the silence
 
 quiet = False
-as_json = False  # a document a line, `--log-format json`, and no bar
+as_json = False  # --log-format json
 clock = time.monotonic
 
 
@@ -21,12 +24,13 @@ class Bar:
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done, self.note = 0, ""
-        self._rich: Any = None
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self._rich: Progress | None = None
+        # A thread writes lines too, so that a job whose single step takes minutes is not silent.
+        self._lock, self._finished = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "Bar":
         self._start = self._last = clock()
-        self._first = 0
+        self._resumed = 0
         if quiet:
             return self
         if sys.stderr.isatty() and not as_json:
@@ -36,27 +40,24 @@ class Bar:
         return self
 
     def _open_rich(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns: list[Any] = ["{task.description}", BarColumn(), "{task.completed:.0f}/{task.total:.0f}", self.unit]
         self._rich = Progress(
-            *columns, TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            "{task.description}", BarColumn(), "{task.completed:.0f}/{task.total:.0f}", self.unit,
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), "left", TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"), console=Console(stderr=True),
         )  # fmt: skip
         self._task = self._rich.add_task(self.label, total=self.total, note="", rate="")
         self._rich.start()
 
     def _watch(self) -> None:
-        while not self._over.wait(TICK):
+        while not self._finished.wait(TICK):
             self.tick()
 
     def tick(self) -> None:
-        """Say where the job is if nothing was said for long, as while one piece of work takes long."""
+        """Write a line if there was none for long."""
         self._line_after(SILENCE)
 
     def advance(self, amount: int, note: str = "") -> None:
-        """So many more are done. note: shown behind."""
+        """Count `amount` more as done. note: shown at the end of the line."""
         self.done += amount
         self.note = note or self.note
         if self._rich:
@@ -65,14 +66,14 @@ class Bar:
             self._line_after(LINE_EVERY)
 
     def resume_at(self, done: int) -> None:
-        """So many were done before this process: they do not count for the rate."""
-        self.done = self._first = done
+        """Begin at `done`: the work of an earlier process does not count for the rate."""
+        self.done = self._resumed = done
 
     def _rate(self, now: float) -> float:
-        return (self.done - self._first) / max(now - self._start, 1e-9)
+        return (self.done - self._resumed) / max(now - self._start, 1e-9)
 
     def _line_after(self, silence: float) -> None:
-        """One line, if the last one is so many seconds old."""
+        """Write a line if the last one is at least `silence` seconds old."""
         with self._lock:
             now = clock()
             if now - self._last < silence:
@@ -88,21 +89,21 @@ class Bar:
         return {"job": self.label, "done": self.done, "total": self.total, "unit": self.unit}
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._over.set()
+        self._finished.set()
         if self._rich:
             self._rich.stop()
         elif not quiet and kind is None:
-            seconds, count = clock() - self._start, self.done - self._first
-            before = f" ({self._first} were there)" if self._first else ""
+            seconds, count = clock() - self._start, self.done - self._resumed
+            resumed = f" ({self._resumed} of them earlier)" if self._resumed else ""
             rate = f", {count / max(seconds, 1e-9):.1f}/s" if count else ""
-            text = f"{self.label}: {self.done} {self.unit}{before} in {seconds:.1f} s{rate}"
-            _write("finished", text, **self._counts(), before=self._first, seconds=seconds)
+            text = f"{self.label}: {self.done} {self.unit}{resumed} in {seconds:.1f} s{rate}"
+            _write("finished", text, **self._counts(), before=self._resumed, seconds=seconds)
 
 
 def _write(kind: str, text: str, **values: Any) -> None:
     """One line; as JSON with the time (seconds since 1970), its kind and these values."""
-    line = {"time": time.time(), "kind": kind, "message": text, **values}
-    print(json.dumps(line, allow_nan=False) if as_json else text, file=sys.stderr, flush=True)
+    document = {"time": time.time(), "kind": kind, "message": text, **values}
+    print(json.dumps(document, allow_nan=False) if as_json else text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -111,15 +112,15 @@ def warn(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """One line for the person watching."""
+    """One line of information."""
     if not quiet:
         _write("info", text)
 
 
 def error(message: str, hint: str, exit_code: int, trace: str = "") -> None:
-    """The two lines every error makes, below its traceback if it has one; as JSON one line, traceback included."""
+    """The two lines of an error, below its traceback if it has one; as JSON one line with all of it."""
     if as_json:
         _write("error", message, hint=hint, exit_code=exit_code, trace=trace)
         return
-    told = [f"rdpm: error: {message}"] * bool(message) + [f"hint: {hint}"] * bool(hint)
-    print(trace + "".join(f"{line}\n" for line in told), end="", file=sys.stderr, flush=True)
+    lines = [f"rdpm: error: {message}"] * bool(message) + [f"hint: {hint}"] * bool(hint)
+    print(trace + "".join(f"{line}\n" for line in lines), end="", file=sys.stderr, flush=True)

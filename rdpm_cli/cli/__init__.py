@@ -1,5 +1,6 @@
-"""The front door: parse, call one engine function, print its result. No maths, no torch at import."""
+"""The command line: parse, call one engine function, print its result. No torch at import."""
 
+from rdpm_cli.cli import commands as commands  # adds the subcommands to the app
 from rdpm_cli.cli.app import main
 
-__all__ = ["main"]
+__all__ = ["commands", "main"]

@@ -1,1 +1,1 @@
-"""The seam between the stages: per-timestep codes on disk, and how images become them."""
+"""The seam between tokenizer and generator: codes of every quantisation step on disk."""

@@ -1,1 +1,1 @@
-"""Scores: features, pure metrics, references, results that say what they were computed with."""
+"""Scores of images: extractors and their features, metrics as functions of arrays, references, records of results."""

@@ -1,6 +1,10 @@
-"""The judge: a small classifier of real images, an honest extractor where Inception says little (small data sets)."""
+"""The judge: a small classifier of real images. Its features score samples where Inception says little (small data).
+
+Legend: B batch, K classes, D feature width.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,29 +12,45 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
-from rdpm_cli import modelfile, noise
+from rdpm_cli import checkpoint, noise
 from rdpm_cli.codes.store import held_out
-from rdpm_cli.config import JudgeConfig
-from rdpm_cli.errors import DataError, some_of
-from rdpm_cli.evaluation.reference import open_images
-from rdpm_cli.images.sources import ImageSource, PartOfSource
-from rdpm_cli.images.tensors import chw, to_model
-from rdpm_cli.step import TrainStep
+from rdpm_cli.data.pixels import Pixels, chw, to_model
+from rdpm_cli.data.source import Source, Subset
+from rdpm_cli.distributed import TrainStep
+from rdpm_cli.errors import CheckpointError, DataError, some_of
+from rdpm_cli.schema import Section
+from rdpm_cli.training.config import TrainConfig
 
 KIND = "rdpm-judge"
 GROUPS = 8  # of every GroupNorm
-HELD_OUT_PERCENT = 10  # of a source, where no other images are given
+HELD_OUT_PERCENT = 10  # of a source, where no held-out images are named
+BATCH = 64  # images a forward pass
+
+
+class JudgeConfig(Section):
+    """A small classifier of real images, whose features score samples where Inception says little."""
+
+    width: int = Field(32, gt=0, multiple_of=8, description="channels of the first layer")
+    blocks: int = Field(0, ge=0, description="residual blocks after each halving; 1 or 2 for photographs")
+    features: int = Field(64, gt=0, description="width of the penultimate layer")
+    flip: bool = Field(False, description="mirror training images at random; not for digits and letters")
+    train: TrainConfig
+
+
+# ---- the network ---------------------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
-    """Two convolutions beside an identity."""
+    """Two convolutions and an identity connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        layers = (_convolution(channels, channels), nn.Conv2d(channels, channels, 3, padding=1))
-        self.body = nn.Sequential(*layers[0], layers[1], nn.GroupNorm(GROUPS, channels))
+        first = _convolution(channels, channels)
+        self.body = nn.Sequential(*first, nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(GROUPS, channels))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """The same shape."""
@@ -45,29 +65,47 @@ class Judge(nn.Module):
     """Convolutions and halvings down to 8×8 or less (two at least), a feature layer, a class layer."""
 
     def __init__(self, resolution: int, width: int, features: int, classes: int, blocks: int = 0) -> None:
-        """resolution: of the images it is trained on, pixels a side. blocks: residual ones after each halving."""
+        """resolution: of its training images, pixels a side. blocks: residual blocks after each halving."""
         super().__init__()
+        self.resolution = resolution
         self.config = {
             "resolution": resolution, "width": width, "features": features, "classes": classes, "blocks": blocks,
         }  # fmt: skip
         channels = width
         layers = _convolution(3, channels)
-        for place in range(max(2, math.ceil(math.log2(resolution / 8)))):
-            inner, channels = channels, (2 if place < 2 else 4) * width
+        for number in range(max(2, math.ceil(math.log2(resolution / 8)))):
+            inner, channels = channels, (2 if number < 2 else 4) * width
             layers += [*_convolution(inner, channels, 2), *(Residual(channels) for _ in range(blocks))]
+        # Pooling to 4×4 keeps some idea of place, and takes images of any size.
         layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3)]
         self.body = nn.Sequential(*layers, nn.Linear(16 * channels, features), nn.SiLU())
         self.classes = nn.Linear(features, classes)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """x in [-1, 1] -> penultimate features (B, features), logits (B, classes)."""
-        features = self.body(x_BCHW)
-        return features, self.classes(features)
+        """x in [-1, 1] -> penultimate features (B, D), logits (B, K)."""
+        features_BD = self.body(x_BCHW)
+        return features_BD, self.classes(features_BD)
+
+
+def pack(judge: Judge, class_names: list[str], **extra: Any) -> dict[str, Any]:
+    """The content of a judge's file. extra: provenance, with the held-out accuracy."""
+    return checkpoint.pack(KIND, judge.config, judge, class_names=class_names, **extra)
+
+
+def load(path: Path) -> tuple[Judge, dict[str, Any]]:
+    """The judge of a file, frozen, and the file's content. Raises CheckpointError."""
+    content = checkpoint.load(path, KIND)
+    judge = Judge(**content["config"])
+    checkpoint.fill(judge, content, str(path))
+    return judge.eval().requires_grad_(False), content
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class LabelledImages:
-    """A batch of images with their classes."""
+    """A batch of uint8 images and their classes."""
 
     pixels_BCHW: Tensor
     labels_B: Tensor
@@ -80,26 +118,25 @@ class LabelledImages:
 class JudgeBatches:
     """batch_at(step, rows) of real images, each shifted by up to a sixteenth of its side; cfg.flip mirrors half."""
 
-    def __init__(self, source: ImageSource, cfg: JudgeConfig, resolution: int, seed: int) -> None:
+    def __init__(self, source: Source, cfg: JudgeConfig, resolution: int, seed: int) -> None:
         self.source, self.cfg, self.resolution, self.seed = source, cfg, resolution, seed
-        self.reach = max(1, resolution // 16)
+        self.reach = max(1, resolution // 16)  # pixels of the largest shift
 
     def batch_at(self, step: int, rows: range) -> LabelledImages:
         """rows: this process's rows of the global batch."""
-        own = self._indices(step, rows)
+        indices = self._indices(step, rows)
         uniform = noise.block_uniform(self.seed, step, rows, 3 if self.cfg.flip else 2)
         shifts = (uniform[:, :2] * (2 * self.reach + 1)).astype(int) - self.reach
-        mirrored = uniform[:, 2] < 0.5 if self.cfg.flip else np.zeros(len(own), dtype=bool)
+        mirrored = uniform[:, 2] < 0.5 if self.cfg.flip else np.zeros(len(indices), dtype=bool)
         images = []
-        for index, (dy, dx), mirror in zip(own, shifts, mirrored, strict=True):
-            padded = np.pad(
-                self.source.pixels(int(index), self.resolution), ((self.reach,) * 2,) * 2 + ((0, 0),), "edge"
-            )
-            y, x = self.reach + dy, self.reach + dx
-            shifted = padded[y : y + self.resolution, x : x + self.resolution]
+        for index, (dy, dx), mirror in zip(indices, shifts, mirrored, strict=True):
+            pixels = self.source.pixels(int(index), self.resolution)
+            padded = np.pad(pixels, ((self.reach,) * 2,) * 2 + ((0, 0),), "edge")
+            top, left = self.reach + dy, self.reach + dx
+            shifted = padded[top : top + self.resolution, left : left + self.resolution]
             images.append(shifted[:, ::-1] if mirror else shifted)
         labels = self.source.need_labels()
-        return LabelledImages(chw(np.stack(images)), torch.tensor([labels[int(i)] for i in own]))
+        return LabelledImages(chw(np.stack(images)), torch.tensor([labels[int(i)] for i in indices]))
 
     def describe(self, step: int, rows: range) -> str:
         """The names of those images."""
@@ -110,7 +147,7 @@ class JudgeBatches:
 
 
 class JudgeTask:
-    """Cross-entropy on real images; never sees a sample."""
+    """Cross-entropy on real images. No sample takes part in the training of a judge."""
 
     name = "judge"
     start = 0
@@ -119,46 +156,76 @@ class JudgeTask:
         self.model = judge
 
     def networks(self) -> list[nn.Module]:
-        """The whole."""
+        """The whole classifier."""
         return [self.model]
 
     def loss(self, batch: LabelledImages, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> loss and accuracy."""
-        _, logits = self.model(to_model(batch.pixels_BCHW))
-        loss = F.cross_entropy(logits, batch.labels_B)
-        return loss, {"accuracy": (logits.argmax(1) == batch.labels_B).float().mean()}
+        """-> loss, and accuracy for the log."""
+        _, logits_BK = self.model(to_model(batch.pixels_BCHW))
+        loss = F.cross_entropy(logits_BK, batch.labels_B)
+        return loss, {"accuracy": (logits_BK.argmax(1) == batch.labels_B).float().mean()}
 
     def after_step(self, step: TrainStep) -> dict[str, Tensor]:
-        """Nothing follows a step."""
+        """No work follows a step."""
         return {}
 
 
-def split(source: ImageSource) -> tuple[ImageSource, ImageSource]:
-    """(to train on, held out): about 10% of the images, by a hash of the source index. Raises DataError for too few."""
+def split(source: Source) -> tuple[Source, Source]:
+    """(training images, held-out images): about 10% are held out, by a hash of the source index.
+
+    Raises DataError for too few images.
+    """
     held = held_out(np.arange(len(source)), HELD_OUT_PERCENT)
     if held.all() or not held.any():
         raise DataError(f"{source.spec} holds {len(source)} images, too few to hold some out", "give --heldout IMAGES")
     note = f"{HELD_OUT_PERCENT}% of the images, by a hash of the index"
-    rest = PartOfSource(source, np.flatnonzero(~held).tolist(), f"without {note}")
-    return rest, PartOfSource(source, np.flatnonzero(held).tolist(), note)
+    training = Subset(source, np.flatnonzero(~held).tolist(), f"without {note}")
+    return training, Subset(source, np.flatnonzero(held).tolist(), note)
 
 
 @torch.no_grad()
-def accuracy(judge: Judge, source: ImageSource, device: torch.device) -> float:
+def accuracy(judge: Judge, source: Source, device: torch.device) -> float:
     """Share of a source's images that the judge puts into their class."""
-    batches = open_images(source, int(judge.config["resolution"])).batches
-    predicted = [judge(to_model(chw(pixels)).to(device))[1].argmax(1).cpu().numpy() for pixels in batches]
+    predicted = []
+    for start in range(0, len(source), BATCH):
+        indices = range(start, min(start + BATCH, len(source)))
+        pixels = np.stack([source.pixels(index, judge.resolution) for index in indices])
+        predicted.append(judge(to_model(chw(pixels)).to(device))[1].argmax(1).cpu().numpy())
     return float(np.mean(np.concatenate(predicted) == np.array(source.need_labels())))
 
 
-def pack(judge: Judge, class_names: list[str], **more: Any) -> dict[str, Any]:
-    """The content of a judge's file. more: provenance, with its held-out accuracy."""
-    return modelfile.pack(KIND, judge.config, judge, class_names=class_names, **more)
+# ---- best of n -----------------------------------------------------------------------------------------------------
 
 
-def load(path: Path) -> tuple[Judge, dict[str, Any]]:
-    """The judge of a file, frozen, and the file's content. Raises CheckpointError."""
-    content = modelfile.load(path, KIND)
-    judge = Judge(**content["config"])
-    modelfile.fill(judge, content, str(path))
-    return judge.eval().requires_grad_(False), content
+class ClassJudge:
+    """log p(class | image), for best-of-n sampling. name and sha256 go into the record of the samples."""
+
+    def __init__(self, path: Path, class_names: Sequence[str], device: torch.device) -> None:
+        """class_names: the generator's. Raises CheckpointError for a class that the judge does not know."""
+        self.judge, content = load(path)
+        self.judge.to(device)
+        self.device, self.name, self.sha256 = device, f"judge {path.name}", content["digest"]
+        known = list(content["class_names"])
+        if unknown := [name for name in class_names if name not in known]:
+            raise CheckpointError(
+                f"{path} does not know class '{unknown[0]}' of this checkpoint",
+                "train a judge on images of the same classes with `rdpm eval judge IMAGES OUT`",
+            )
+        # The two files may number the same classes differently, so they meet by name.
+        self.output_of_class = torch.tensor([known.index(name) for name in class_names])
+
+    @torch.no_grad()
+    def __call__(self, pixels_BHWC: Pixels, labels: list[int]) -> NDArray[np.float64]:
+        """(B, H, W, 3) uint8 and the labels they were drawn for -> log p, (B,); larger is better."""
+        scores = []
+        for start in range(0, len(labels), BATCH):
+            x = to_model(chw(pixels_BHWC[start : start + BATCH])).to(self.device)
+            log_p = self.judge(x)[1].double().log_softmax(1).cpu()
+            outputs = self.output_of_class[torch.tensor(labels[start : start + BATCH])]
+            scores.append(log_p.gather(1, outputs.view(-1, 1)).squeeze(1).numpy())
+        return np.concatenate(scores)
+
+
+def open_judge(path: str | Path, class_names: Sequence[str], device: torch.device) -> ClassJudge:
+    """The judge of `--judge FILE`. Raises CheckpointError."""
+    return ClassJudge(Path(path), class_names, device)

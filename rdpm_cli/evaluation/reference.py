@@ -1,134 +1,58 @@
-"""What is scored, and against what: sample folders, image sources, the reference recorded along the chain."""
+"""Sets of images to score, and references: images, or files of their statistics.
 
-import dataclasses
-import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+Files of statistics are .npz with `mu, sigma` of the pooled features (pytorch-fid, EDM). ADM's also have `mu_s, sigma_s`
+of the spatial features, and 10,000 images `arr_0` for precision and recall. Ours, of `rdpm eval reference`, hold
+features instead of images, and record which extractor made them.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rdpm_cli import files, progress
+from rdpm_cli import files
+from rdpm_cli.data import folder
+from rdpm_cli.data.folder import ImageSet
+from rdpm_cli.data.open import is_builtin, is_there, open_source
+from rdpm_cli.data.pictures import npz_array, npz_names
+from rdpm_cli.data.pixels import TRANSFORM, Pixels
+from rdpm_cli.data.source import Source, spread
+from rdpm_cli.distributed import gather
 from rdpm_cli.errors import DataError
-from rdpm_cli.evaluation import npz
-from rdpm_cli.images import writers
-from rdpm_cli.images.sources import ImageSource, is_builtin, is_there, open_source, spread
-from rdpm_cli.images.transform import DRAFT_TRANSFORM, TRANSFORM, Pixels
+from rdpm_cli.evaluation.features import (
+    PUBLISHED,
+    Extractor,
+    Floats,
+    identity,
+    in_order,
+    is_published_inception,
+    npz_record,
+    rank_pieces,
+    set_digest,
+    shared_pieces,
+)
+from rdpm_cli.evaluation.metrics import Moments, Statistics, moments
 
-BATCH, RECORD = 64, "samples.json"
-Reader = Callable[[Iterable[range]], Iterator[Pixels]]  # ascending places in the set -> (B, H, W, 3) uint8 of each
-
-
-@dataclass
-class ImageSet:
-    """Images to score, in order. labels: where known."""
-
-    name: str
-    count: int
-    resolution: int
-    labels: list[int] | None
-    class_names: list[str]
-    read: Reader
-    origin: dict[str, Any]  # of samples: the record in samples.json
-
-    @property
-    def batches(self) -> Iterator[Pixels]:
-        """All of them, BATCH at a time."""
-        return self.read(cut(self.count, BATCH))
-
-
-def cut(count: int, size: int) -> list[range]:
-    """0..count-1 in ranges of `size`."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def open_samples(folder: Path) -> ImageSet:
-    """A folder of `rdpm sample` or `rdpm reconstruct`: exactly the images that samples.json lists.
-
-    Files of their own, or where no row names one, the images of the record's `npz`. Raises DataError.
-    """
-    listed = _listed(folder)
-    if outside := [name for name in listed.names if Path(name).name != name]:
-        raise DataError(f"{folder / RECORD} names a file outside its folder: {outside[0]}", "sample again")
-    paths = [folder / name for name in listed.names]
-    if absent := [p for p in paths if not p.is_file()]:
-        some = "all samples" if listed.packed else f"{len(absent)} of {len(paths)} samples"
-        raise DataError(f"{folder}: {some} are missing, first {absent[0].name}", "sample again with `rdpm sample`")
-    if listed.packed:
-        read = _read_packed(paths[0], listed.count, listed.resolution)
-    else:
-        read = functools.partial(_read_samples, paths, listed.resolution)
-    return ImageSet(
-        str(folder), listed.count, listed.resolution, listed.labels, listed.class_names, read, origin=listed.record
-    )
-
-
-@dataclass
-class _Listed:
-    """What samples.json says. names: of the images' files, or where it is `packed` of the one that holds all."""
-
-    record: dict[str, Any]
-    count: int
-    resolution: int
-    packed: bool
-    names: list[str]
-    labels: list[int] | None
-    class_names: list[str]
-
-
-def _listed(folder: Path) -> _Listed:
-    record = files.read_json(folder / RECORD)
-    try:
-        rows, resolution = record["samples"], int(record["resolution"])
-        packed = bool(rows) and not any("file" in row for row in rows)
-        names, given = [record["npz"]] if packed else [row["file"] for row in rows], [row["label"] for row in rows]
-        labels = None if None in given else [int(label) for label in given]
-        return _Listed(record, len(rows), resolution, packed, names, labels, list(record["class_names"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / RECORD} lacks {error}", "sample again with `rdpm sample`") from error
-
-
-def _read_packed(path: Path, count: int, resolution: int) -> Reader:
-    images = npz.Images(path)
-    wanted = (count, resolution, resolution, 3)
-    if images.shape != wanted:
-        raise DataError(f"{path} holds images {images.shape}, not {wanted} as samples.json has it", "sample again")
-    return images.read
-
-
-def _read_samples(paths: list[Path], resolution: int, pieces: Iterable[range]) -> Iterator[Pixels]:
-    for piece in pieces:
-        images = []
-        for path in paths[piece.start : piece.stop]:
-            images.append(writers.read_png(path))
-            if images[-1].shape != (resolution, resolution, 3):
-                raise DataError(f"{path} is {images[-1].shape}, not {resolution}×{resolution}", "sample again")
-        yield np.stack(images)
+# ---- sets of images ------------------------------------------------------------------------------------------------
 
 
 def open_images(
-    source: ImageSource,
-    resolution: int,
-    *,
-    limit: int | None = None,
-    without: Collection[int] = (),
-    draft: bool = False,
+    source: Source, resolution: int, *, limit: int | None = None, without: Collection[int] = ()
 ) -> ImageSet:
-    """Images of a source after the ADM crop.
-
-    without: indices left out; limit: so many of the others, evenly spaced; draft: as `tokenize --draft` read them.
-    """
-    left_out = set(without)
-    kept = [i for i in range(len(source)) if i not in left_out]
-    indices = [kept[place] for place in spread(len(kept), limit)]
-    labels = None if source.labels is None else [int(source.labels[i]) for i in indices]
+    """Images of a source after the ADM crop. without: indices to leave out; limit: evenly spaced ones of the rest."""
+    excluded = set(without)
+    included = [index for index in range(len(source)) if index not in excluded]
+    indices = [included[number] for number in spread(len(included), limit)]
+    labels = None if source.labels is None else [int(source.labels[index]) for index in indices]
 
     def read(pieces: Iterable[range]) -> Iterator[Pixels]:
         for piece in pieces:
-            yield np.stack([source.pixels(i, resolution, draft) for i in indices[piece.start : piece.stop]])
+            yield np.stack([source.pixels(index, resolution) for index in indices[piece.start : piece.stop]])
 
-    return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, read, origin={})
+    return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, read)
 
 
 def open_target(spec: str, resolution: int | None) -> ImageSet:
@@ -136,78 +60,192 @@ def open_target(spec: str, resolution: int | None) -> ImageSet:
 
     Sources are cropped to `resolution`, else to the size of their first image's short side.
     """
-    if (found := _ready(spec)) is not None:
-        return found
+    if (images := _open_ready(spec)) is not None:
+        return images
     source = open_source(spec)
     return open_images(source, resolution or min(source.image(0).size))
 
 
-def _ready(spec: str) -> ImageSet | None:
-    """Images that are not cropped any more: a sample folder, an .npz. None where `spec` is neither."""
+def _open_ready(spec: str) -> ImageSet | None:
+    """Images that are not cropped again: a sample folder, an .npz. None for anything else."""
     if is_builtin(spec):
         return None
     path = Path(spec)
-    if (path / RECORD).is_file():
-        return open_samples(path)
+    if (path / folder.RECORD).is_file():
+        return folder.open_samples(path)
     if path.suffix == ".npz" and path.is_file():
-        return _with_record(open_npz(path), path)
-    _refuse_unfinished(spec)
+        return folder.open_npz(path)
+    if path.is_dir() and folder.is_unfinished(path):
+        raise DataError(f"{spec} is an unfinished folder of pictures", "run the command that makes it again")
     return None
 
 
-def open_npz(path: Path) -> ImageSet:
-    """The images `arr_0`, (N, H, W, 3) uint8, read in place and in flat memory; `arr_1` holds labels, if any."""
-    images = npz.Images(path)
-    labels = images.labels()
-    return ImageSet(str(path), images.count, images.shape[1], labels, [], images.read, origin={})
-
-
-def _with_record(images: ImageSet, path: Path) -> ImageSet:
-    """The images with what samples.json beside them says, where it names this file and lists what it holds."""
-    beside = path.parent / RECORD
-    record = files.read_json(beside) if beside.is_file() else None
-    if not isinstance(record, dict) or record.get("npz") != path.name:
-        return images
-    listed = _listed(path.parent)
-    labels = images.labels if listed.labels is None else listed.labels
-    theirs, ours = (listed.count, listed.resolution, labels), (images.count, images.resolution, images.labels or labels)
-    if theirs != ours:
-        progress.warn(f"{beside} lists other images than {path} holds: its options and labels are left out")
-        return images
-    return dataclasses.replace(images, labels=labels, class_names=listed.class_names, origin=record)
-
-
-def _refuse_unfinished(spec: str) -> None:
-    note = Path(spec) / "run.json"
-    if not is_builtin(spec) and note.is_file() and "pictures" in files.read_json(note):
-        raise DataError(f"{spec} is an unfinished folder of pictures", "run the command that makes it again")
-
-
 def open_reference(ref: str | None, target: ImageSet) -> ImageSet:
-    """The images named by the user, else those recorded along samples -> checkpoint -> store -> data."""
+    """The images that the user names, else those recorded along samples -> checkpoint -> store -> data."""
     if ref is None:
-        return open_recorded(target.origin.get("reference"), target.name, "give the reference with --ref IMAGES")
-    return _ready(ref) or open_images(open_source(ref), target.resolution)
+        return open_recorded(target.record.get("reference"), target.name, "give the reference with --ref IMAGES")
+    return _open_ready(ref) or open_images(open_source(ref), target.resolution)
 
 
-def open_recorded(recorded: dict[str, Any] | None, where: str, hint: str, limit: int | None = None) -> ImageSet:
-    """The images that a record names, if they are still those; limit: so many of them, evenly spaced.
+def open_recorded(record: dict[str, Any] | None, owner: str, hint: str, limit: int | None = None) -> ImageSet:
+    """The images of a reference record, if they are still the same. limit: evenly spaced ones of them.
 
-    where: whose record. hint: the way out.
-
-    Raises DataError.
+    owner: what holds the record, and hint: what else to do, for the errors (DataError).
     """
-    if not recorded:
-        raise DataError(f"{where} records no reference", hint)
-    if recorded["transform"] not in (TRANSFORM, DRAFT_TRANSFORM):
-        raise DataError(f"{where} names a reference with transform {recorded['transform']}", hint)
-    name = recorded["source"]
+    if not record:
+        raise DataError(f"{owner} records no reference", hint)
+    if record["transform"] != TRANSFORM:
+        raise DataError(f"{owner} names a reference with transform {record['transform']}", hint)
+    name = record["source"]
     if not is_there(name):
         raise DataError(f"the recorded reference {name} is not here", hint)
     source = open_source(name)
-    if source.digest() != recorded["digest"]:
+    if source.digest() != record["digest"]:
         raise DataError(f"{name} holds other images than when it was tokenised", hint)
-    draft = recorded["transform"] == DRAFT_TRANSFORM
-    return open_images(
-        source, int(recorded["resolution"]), limit=limit, without=recorded.get("left_out", ()), draft=draft
+    # Images that the store could not read took no part in the training, so they are no part of the reference.
+    return open_images(source, int(record["resolution"]), limit=limit, without=record.get("left_out", ()))
+
+
+# ---- the reference of a comparison ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """The side that images are compared with. count: of the images behind the statistics, where it is known.
+
+    features_ND: of some images, evenly spaced. absent: why there is no `spatial` or no `features`.
+    """
+
+    name: str
+    count: int | None
+    sha256: str
+    pool: Statistics
+    spatial: Statistics | None
+    features_ND: Floats | None
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def measure(extractor: Extractor, images: ImageSet, spatial: bool, rows: Sequence[int] = ()) -> Reference | None:
+    """Statistics of images by all processes -> in the first one; None in the others.
+
+    Summed piece by piece: a reference of a million images would fill 10 GB with features. spatial: also of the spatial
+    features, where the extractor has any. rows: of the images whose features are kept.
+    """
+    is_kept_N = np.zeros(images.count, dtype=bool)
+    is_kept_N[list(rows)] = True
+    sums: dict[str, Moments] = {}
+    digests_and_rows: list[tuple[list[bytes], Floats]] = []
+    for piece, part in zip(rank_pieces(images.count), shared_pieces(extractor, images, spatial), strict=True):
+        digests_and_rows.append((part.digests, part.features_ND[is_kept_N[piece.start : piece.stop]]))
+        add_moments(sums, {"pool": moments(part.features_ND)})
+        add_moments(sums, {} if part.spatial_NP is None else {"spatial": moments(part.spatial_NP)})
+    by_rank, sums_by_rank = gather(digests_and_rows), gather(sums)
+    if by_rank is None or sums_by_rank is None:
+        return None
+    for other in sums_by_rank[1:]:
+        add_moments(sums, other)
+    digests, kept = zip(*in_order(by_rank), strict=True)
+    statistics = {name: total.statistics() for name, total in sums.items()}
+    return Reference(
+        images.name,
+        images.count,
+        set_digest(digest for part in digests for digest in part),
+        statistics["pool"],
+        statistics.get("spatial"),
+        np.concatenate(kept),
     )
+
+
+def add_moments(sums: dict[str, Moments], parts: dict[str, Moments]) -> None:
+    """Add the parts to the sums of the same name, in place."""
+    for name, part in parts.items():
+        sums[name] = sums[name] + part if name in sums else part
+
+
+# ---- files of statistics -------------------------------------------------------------------------------------------
+
+STATISTICS, VERSION = "rdpm_reference", 1  # the name of our record in the .npz, and its format
+FIELDS = ("name", "sha256", "count", "resolution", "extractor")
+AGAIN = "give images, or make a reference by `rdpm eval reference IMAGES REF.npz` with the same extractor"
+
+
+class StatisticsFile:
+    """A reference of statistics, of which only the record and the names of the arrays have been read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError for a file that cannot be read."""
+        self.path, self.name, self.arrays = path, str(path), npz_names(path)
+        ours = STATISTICS in self.arrays
+        self.record = npz_record(path, STATISTICS, VERSION, FIELDS, AGAIN) if ours else None
+        self.resolution = int(self.record["resolution"]) if self.record else None
+
+    def load(self, extractor: Extractor) -> Reference:
+        """Its statistics in float64 and its features in float32.
+
+        Raises DataError for damaged arrays, and unless the extractor in use is the one that made it.
+        """
+        self._check(extractor)
+        count, absent = self.record["count"] if self.record else None, {}
+        pool, spatial = self._statistics("mu", "sigma", extractor.width), None
+        if {"mu_s", "sigma_s"} <= set(self.arrays) and extractor.spatial_width:
+            spatial = self._statistics("mu_s", "sigma_s", extractor.spatial_width)
+        else:
+            absent["spatial"] = f"{self.path} has no mu_s and sigma_s"
+        if self.record is None:
+            absent["features"] = f"{self.path} has neither features nor images (arr_0)"
+            return Reference(self.name, count, files.sha256_file(self.path), pool, spatial, None, absent)
+        features_ND = npz_array(self.path, "features").astype(np.float32)
+        if features_ND.ndim != 2 or features_ND.shape[1] != extractor.width:
+            raise DataError(f"{self.path} is damaged: features are {features_ND.shape}", AGAIN)
+        return Reference(self.record["name"], count, self.record["sha256"], pool, spatial, features_ND, absent)
+
+    def _check(self, extractor: Extractor) -> None:
+        in_use = f"the extractor in use is {extractor.name}"
+        if self.record is None:
+            if not is_published_inception(extractor):
+                raise DataError(f"{self.path} holds statistics of {PUBLISHED}, but {in_use}", AGAIN)
+        elif (maker := self.record["extractor"])["sha256"] != extractor.sha256:
+            made = f"{self.path} was made with {maker['name']} ({maker['sha256'][:12]})"
+            raise DataError(f"{made}, but {in_use} ({extractor.sha256[:12]})", AGAIN)
+
+    def _statistics(self, mean: str, covariance: str, width: int) -> Statistics:
+        arrays = [npz_array(self.path, name) for name in (mean, covariance)]
+        shapes = [array.shape for array in arrays]
+        if shapes != [(width,), (width, width)] or not all(
+            a.dtype.kind == "f" and np.isfinite(a).all() for a in arrays
+        ):
+            raise DataError(
+                f"{self.path}: {mean} {shapes[0]} and {covariance} {shapes[1]} are damaged, or not statistics of "
+                f"{width} features",
+                AGAIN,
+            )
+        mean_D, covariance_DD = (array.astype(np.float64) for array in arrays)
+        return Statistics(mean_D, covariance_DD, self.record["count"] if self.record else 0)
+
+
+def find_statistics(ref: str | None) -> StatisticsFile | None:
+    """The file of statistics that a user named; None where the name is of images. Raises DataError."""
+    path = Path(ref or "")
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    names = npz_names(path)
+    return StatisticsFile(path) if STATISTICS in names or {"mu", "sigma"} <= set(names) else None
+
+
+def save_statistics(path: Path, reference: Reference, record: dict[str, Any], extractor: Extractor) -> None:
+    """Write a reference as an .npz. record: name, resolution, and where the images are from."""
+    features_ND = np.empty((0, extractor.width), np.float32) if reference.features_ND is None else reference.features_ND
+    pool, spatial = reference.pool, reference.spatial
+    arrays: dict[str, NDArray[Any]] = {"mu": pool.mean_D, "sigma": pool.covariance_DD, "features": features_ND}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
+    whole = {
+        **record,
+        "version": VERSION,
+        "sha256": reference.sha256,
+        "count": reference.count,
+        "features": len(features_ND),
+        "extractor": identity(extractor),
+    }
+    text = np.array(files.canonical_json(whole))
+    files.write_atomic(path, lambda file: np.savez(file, **{STATISTICS: text}, **arrays))  # type: ignore[arg-type]

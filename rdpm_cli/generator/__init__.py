@@ -1,1 +1,1 @@
-"""Codes -> codes of new images: the transformer, the families behind one contract, guidance, the sampler."""
+"""Codes -> new codes: the transformer, the families behind one contract, guidance, the sampler."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rdpm_cli.choices import MaskSchedule
+from rdpm_cli.generator.config import MaskSchedule
 
 
 def gamma(schedule: MaskSchedule, r: float, slots: int) -> float:
@@ -35,8 +35,8 @@ def sampling_counts(schedule: MaskSchedule, steps: int, slots: int) -> list[int]
     """n_0 = N > n_1 > ... > n_S = 0: how many slots are masked after each step. Needs 1 <= S <= N."""
     counts = [slots]
     for t in range(1, steps):
-        wanted = math.floor(gamma(schedule, t / steps, slots) * slots)
-        counts.append(min(counts[-1] - 1, max(steps - t, wanted)))
+        target = math.floor(gamma(schedule, t / steps, slots) * slots)
+        counts.append(min(counts[-1] - 1, max(steps - t, target)))
     return [*counts, 0]
 
 
@@ -67,5 +67,5 @@ def reveal(masked_BLD: Tensor, scores_BLD: Tensor, count_B: Tensor, coarse_first
 
     coarse_first: a position reveals as many depths as it has best slots, its coarsest masked ones.
     """
-    chosen = first_slots(-scores_BLD, masked_BLD, count_B)
-    return finest((masked_BLD & ~chosen).sum(-1), masked_BLD.shape[-1]) if coarse_first else masked_BLD & ~chosen
+    revealed = first_slots(-scores_BLD, masked_BLD, count_B)
+    return finest((masked_BLD & ~revealed).sum(-1), masked_BLD.shape[-1]) if coarse_first else masked_BLD & ~revealed

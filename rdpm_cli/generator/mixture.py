@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rdpm_cli import precision
-from rdpm_cli.generator.guidance import guide
+from rdpm_cli.device import full_precision
+from rdpm_cli.generator.drawing import guide
 
 MEANS_STD = 0.5  # of the shared means at the start
 LOG_SCALE = (-6.0, 3.0)  # bounds of log s
@@ -30,8 +30,8 @@ class Mixture:
 
     def halves(self) -> tuple["Mixture", "Mixture"]:
         """Of the first and of the second half of the rows."""
-        own = (self.logits_BLK, self.low_BLKr, self.shift_BLH, self.scale_BL)
-        (pi, pi2), (low, low2), (shift, shift2), (scale, scale2) = (x.chunk(2) for x in own)
+        rows = (self.logits_BLK, self.low_BLKr, self.shift_BLH, self.scale_BL)
+        (pi, pi2), (low, low2), (shift, shift2), (scale, scale2) = (x.chunk(2) for x in rows)
         shared = self.means_KH, self.basis_Hr
         return Mixture(pi, low, shift, scale, *shared), Mixture(pi2, low2, shift2, scale2, *shared)
 
@@ -65,7 +65,7 @@ class MixtureHead(nn.Module):
 
     def forward(self, hidden_BLD: Tensor, floor_BL: Tensor) -> Mixture:
         """floor: sp / 2, which no scale falls below."""
-        with precision.full(hidden_BLD):
+        with full_precision(hidden_BLD):
             logits, low, shift, log_scale = self.out(hidden_BLD.float()).split(self.sizes, -1)
             scale = torch.maximum(log_scale.squeeze(-1).clamp(*LOG_SCALE).exp(), floor_BL)
             return Mixture(logits, low.unflatten(-1, (-1, self.rank)), shift, scale, self.means, self.basis)
@@ -88,8 +88,8 @@ def divergences(mix: Mixture, w_BLH: Tensor, sp_BL: Tensor) -> Tensor:
     sp² / 2s² keeps s from falling to 0, as a density of vectors that are discrete would have it.
     """
     variance = mix.scale_BL.pow(2)
-    own = w_BLH.shape[-1] * ((mix.scale_BL / sp_BL).log() - 0.5 + sp_BL.pow(2) / (2 * variance))
-    return own.unsqueeze(-1) + squared_distances(mix, w_BLH) / (2 * variance).unsqueeze(-1)
+    shared = w_BLH.shape[-1] * ((mix.scale_BL / sp_BL).log() - 0.5 + sp_BL.pow(2) / (2 * variance))
+    return shared.unsqueeze(-1) + squared_distances(mix, w_BLH) / (2 * variance).unsqueeze(-1)
 
 
 def exact_nll(log_pi: Tensor, kl: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ def clam_loss(log_pi: Tensor, kl: Tensor) -> Tensor:
 def gaussian_nll(w_BLH: Tensor, sp_BL: Tensor) -> Tensor:
     """The model-free baseline, KL(N(w, sp² I) || N(0, (1 + sp²) I)): what is known from rho_k alone. (B, L)."""
     variance = 1 + sp_BL.pow(2)
-    own = 0.5 * ((variance / sp_BL.pow(2)).log() - 1 + sp_BL.pow(2) / variance)
-    return w_BLH.shape[-1] * own + w_BLH.pow(2).sum(-1) / (2 * variance)
+    constant = 0.5 * ((variance / sp_BL.pow(2)).log() - 1 + sp_BL.pow(2) / variance)
+    return w_BLH.shape[-1] * constant + w_BLH.pow(2).sum(-1) / (2 * variance)
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -125,24 +125,24 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     if top_p == 1:
         return probabilities
     falling, order = probabilities.sort(stable=True, dim=-1, descending=True)
-    kept = falling.cumsum(-1) - falling < top_p
-    kept[..., 0] = True
-    return probabilities * torch.zeros_like(kept).scatter(-1, order, kept)
+    inside = falling.cumsum(-1) - falling < top_p
+    inside[..., 0] = True
+    return probabilities * torch.zeros_like(inside).scatter(-1, order, inside)
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The component that a uniform number in [0, 1) falls on. probabilities: (..., K), not normalised. (...) int64."""
     heights = probabilities.double().cumsum(-1)
     point = uniform.double().unsqueeze(-1) * heights[..., -1:]
-    found = torch.searchsorted(heights, point, right=True).squeeze(-1)
-    return found.clamp_max(probabilities.shape[-1] - 1)
+    component = torch.searchsorted(heights, point, right=True).squeeze(-1)
+    return component.clamp_max(probabilities.shape[-1] - 1)
 
 
 def vector_of(mix: Mixture, component_BL: Tensor, eps_BLH: Tensor, z_temp: float) -> Tensor:
     """w = b + C_c + U Q_c + z_temp s eps, (B, L, H)."""
-    place = component_BL[..., None, None].expand(*component_BL.shape, 1, mix.low_BLKr.shape[-1])
-    own = mix.low_BLKr.gather(2, place).squeeze(2) @ mix.basis_Hr.T
-    return mix.shift_BLH + mix.means_KH[component_BL] + own + z_temp * mix.scale_BL.unsqueeze(-1) * eps_BLH
+    index = component_BL[..., None, None].expand(*component_BL.shape, 1, mix.low_BLKr.shape[-1])
+    offset = mix.low_BLKr.gather(2, index).squeeze(2) @ mix.basis_Hr.T
+    return mix.shift_BLH + mix.means_KH[component_BL] + offset + z_temp * mix.scale_BL.unsqueeze(-1) * eps_BLH
 
 
 def log_density(mix: Mixture, w_BLH: Tensor) -> Tensor:

@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rdpm_cli import noise, progress
-from rdpm_cli.generator import transformer
-from rdpm_cli.generator.contract import Generator, Known, SampleOptions, Trajectories
-from rdpm_cli.images.tensors import hwc, to_pixels
-from rdpm_cli.images.transform import Pixels
-from rdpm_cli.threads import one_thread
+from rdpm_cli.data.pixels import Pixels, hwc, to_pixels
+from rdpm_cli.device import one_thread
+from rdpm_cli.generator.contract import Generator, Known, SampleOptions
 from rdpm_cli.tokenizer.model import Tokenizer
 
-Given = Callable[[list[int]], Known]  # noise indices -> the codes that are given for them, on the CPU
+KnownCodes = Callable[[list[int]], Known]  # noise indices -> the codes that are given for them, on the CPU
 Judge = Callable[[Pixels, list[int]], NDArray[np.float64]]  # images and their labels -> scores, larger is better
 
 
@@ -28,7 +26,7 @@ class Samples:
 
     indices: list[int]
     labels: list[int]
-    codes_BTHW: Tensor  # int64, CPU
+    codes_BTS: Tensor  # int64, CPU
     pixels_BHWC: Pixels
 
 
@@ -42,10 +40,15 @@ class Job:
     """Draws samples of one network under one set of options. Made by `job`."""
 
     def __init__(
-        self, generator: Generator, tokenizer: Tokenizer, options: SampleOptions, micro_batch: int, given: Given | None
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        options: SampleOptions,
+        micro_batch: int,
+        known_codes: KnownCodes | None,
     ) -> None:
         self.generator, self.tokenizer, self.options = generator, tokenizer, options
-        self.micro_batch, self.given = micro_batch, given
+        self.micro_batch, self.known_codes = micro_batch, known_codes
         self.device = next(generator.network.parameters()).device
 
     @property
@@ -64,8 +67,8 @@ class Job:
         parts: list[tuple[Tensor, Pixels]] = []
         done = 0
         while done < len(indices):
-            own = slice(done, done + self.micro_batch)
-            part = self._try(list(indices[own]), list(labels[own]))
+            rows = slice(done, done + self.micro_batch)
+            part = self._try(list(indices[rows]), list(labels[rows]))
             if part is None:
                 self._halve()
             else:
@@ -79,30 +82,20 @@ class Job:
 
         Candidate j of sample i has noise index i · tries + j: sample i depends on nothing but its own candidates.
         """
-        wanted = [label for label in labels for _ in range(tries)]
-        drawn = self.draw([index * tries + j for index in indices for j in range(tries)], wanted)
-        scores = judge(drawn.pixels_BHWC, wanted).reshape(len(indices), tries)
-        kept = np.arange(len(indices)) * tries + scores.argmax(1)
-        return Samples(list(indices), list(labels), drawn.codes_BTHW[torch.from_numpy(kept)], drawn.pixels_BHWC[kept])
-
-    def trajectory(self, indices: Sequence[int], labels: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """The family's numbers of how these samples come about, (len(indices), T) each."""
-        assert isinstance(self.generator, Trajectories)
-        found: dict[str, list[Tensor]] = {}
-        for start in range(0, len(indices), self.micro_batch):
-            rows, of = self._padded(list(indices[start : start + self.micro_batch]), list(labels[start:]))
-            with self._precision():
-                values = self.generator.trajectory(of, torch.tensor(rows), self.options, self._known(rows))
-            for name, value in values.items():
-                found.setdefault(name, []).append(value[: len(indices) - start].cpu())
-        return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+        repeated = [label for label in labels for _ in range(tries)]
+        candidates = self.draw([index * tries + j for index in indices for j in range(tries)], repeated)
+        scores = judge(candidates.pixels_BHWC, repeated).reshape(len(indices), tries)
+        best = np.arange(len(indices)) * tries + scores.argmax(1)
+        codes = candidates.codes_BTS[torch.from_numpy(best)]
+        return Samples(list(indices), list(labels), codes, candidates.pixels_BHWC[best])
 
     def _try(self, indices: list[int], labels: list[int]) -> tuple[Tensor, Pixels] | None:
         """codes and pixels of one micro-batch; None where a GPU's memory is too small for it and not for less."""
         rows, labels_B = self._padded(indices, labels)
         try:
             with self._precision():
-                codes = self.generator.sample(labels_B, torch.tensor(rows), self.options, self._known(rows))
+                condition = self.generator.condition({"labels": labels_B})
+                codes = self.generator.sample(condition, torch.tensor(rows), self.options, self._known(rows))
                 pixels = decode(self.tokenizer, codes)
         except torch.OutOfMemoryError:
             if self.micro_batch == 1:
@@ -112,21 +105,19 @@ class Job:
 
     def _halve(self) -> None:
         self.micro_batch //= 2
-        transformer.trunk_of(self.generator.network).forget()
         torch.cuda.empty_cache()
         progress.warn(f"out of memory: going on with micro-batches of {self.micro_batch} images, under the same noise")
 
     def _padded(self, indices: list[int], labels: list[int]) -> tuple[list[int], Tensor]:
         """Noise indices of a whole micro-batch, the last one repeated, and its labels on the device."""
-        more = self.micro_batch - len(indices)
-        own = labels[: len(indices)]
-        return indices + indices[-1:] * more, torch.tensor(own + own[-1:] * more, device=self.device)
+        missing = self.micro_batch - len(indices)
+        return indices + indices[-1:] * missing, torch.tensor(labels + labels[-1:] * missing, device=self.device)
 
     def _known(self, rows: list[int]) -> Known | None:
-        if self.given is None:
+        if self.known_codes is None:
             return None
-        known = self.given(rows)
-        return Known(known.codes_BTHW.to(self.device), known.keep_BTHW.to(self.device))
+        known = self.known_codes(rows)
+        return Known(known.codes_BTS.to(self.device), known.keep_BTS.to(self.device))
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self.device.type == "cuda" and self.options.sampling.precision == "bf16":
@@ -134,23 +125,18 @@ class Job:
         return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
 def job(
     generator: Generator,
     tokenizer: Tokenizer,
     options: SampleOptions,
     micro_batch: int,
-    given: Given | None = None,
-) -> Iterator[Job]:
-    """Inside, the network's weights stand still: what it makes of a step and a class is computed once.
-
-    given: codes that are given, for in-painting.
-    """
+    known_codes: KnownCodes | None = None,
+) -> Job:
+    """A job of one network under one set of options. known_codes: codes that are given, for in-painting."""
     form = torch.channels_last if options.sampling.channels_last else torch.contiguous_format
     for part in (tokenizer.post_quant_conv, tokenizer.decoder):
         part.to(memory_format=form)
-    with transformer.remembering(transformer.trunk_of(generator.network)):
-        yield Job(generator, tokenizer, options, micro_batch, given)
+    return Job(generator, tokenizer, options, micro_batch, known_codes)
 
 
 def sample(
@@ -159,20 +145,20 @@ def sample(
     labels: Sequence[int],
     options: SampleOptions,
     micro_batch: int,
-    wanted: Callable[[list[int]], bool] = bool,
+    needed: Callable[[list[int]], bool] = bool,
 ) -> Iterator[Samples]:
-    """Samples 0..n-1 in micro-batches; the last is padded, so that every forward pass has one shape.
+    """Samples 0..n-1 in micro-batches; the last is padded, so that every pass has one shape.
 
-    wanted(indices): is this micro-batch still to be made?
+    needed(indices): whether this micro-batch is still to be drawn.
     """
-    with job(generator, tokenizer, options, micro_batch) as made:
-        for start in range(0, len(labels), micro_batch):
-            indices = list(range(start, min(start + micro_batch, len(labels))))
-            if wanted(indices):
-                yield made.draw(indices, [labels[i] for i in indices])
+    drawing = job(generator, tokenizer, options, micro_batch)
+    for start in range(0, len(labels), micro_batch):
+        indices = list(range(start, min(start + micro_batch, len(labels))))
+        if needed(indices):
+            yield drawing.draw(indices, [labels[i] for i in indices])
 
 
-def decode(tokenizer: Tokenizer, codes_BTHW: Tensor) -> Pixels:
+def decode(tokenizer: Tokenizer, codes_BTS: Tensor) -> Pixels:
     """codes -> uint8 (B, H, W, 3), on one thread: convolutions move with the thread count."""
     with one_thread():
-        return hwc(to_pixels(tokenizer.decode(codes_BTHW)))
+        return hwc(to_pixels(tokenizer.decode(codes_BTS)))

@@ -1,57 +1,37 @@
-"""The transformer that every family shares: AdaLN-Zero blocks with RMSNorm, 2-D RoPE attention and SwiGLU.
+"""The transformer that every family shares: AdaLN-Zero blocks with RMSNorm, RoPE attention and SwiGLU.
 
-Legend: B rows, L = h·w positions, N = class tokens + L, D width, A heads, E = D / A.
+Legend: B rows, S positions of the flattened grid, M tokens of the condition, N = M + S, D width, A heads, E = D / A.
 D = 64·depth and SwiGLU's hidden width round(8D/3/64)·64 give Table 1's parameter counts (arXiv 2412.18390).
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from rdpm_cli.config import TransformerConfig
 from rdpm_cli.errors import UsageError
+from rdpm_cli.generator.config import TransformerConfig
+from rdpm_cli.generator.contract import Condition
 
-FREQUENCIES = 256  # width of the sinusoidal embedding of t
+FREQUENCIES = 256  # width of the sinusoidal embedding of t, as in DiT
 
-
-def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """x (1 + scale) + shift, once a row, not a token."""
-    return torch.addcmul(shift_BD.unsqueeze(1), x_BND, 1 + scale_BD.unsqueeze(1))
-
-
-def rope_table(grid: tuple[int, int], head_width: int, extra: int, theta: float = 10000.0) -> Tensor:
-    """Angles of 2-D RoPE over a (h, w) grid: (extra + h·w, head_width / 2). Half the pairs turn with y, half with x.
-
-    The `extra` leading tokens have no place and are not turned.
-    """
-    speeds = theta ** -(torch.arange(0, head_width // 4) / (head_width // 4))
-    down, along = (torch.outer(torch.arange(side).float(), speeds) for side in grid)  # (side, head_width / 4)
-    y, x = down[:, None].expand(*grid, -1), along[None].expand(*grid, -1)
-    return torch.cat([torch.zeros(extra, head_width // 2), torch.cat([y, x], -1).flatten(0, 1)])
+# q, k, v (B, A, N, E) and a mask of keys (B, 1, 1, N) bool, None for all -> (B, A, N, E)
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def rotate(x_NE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i+E/2}) by the position's angles. x: (..., N, E)."""
-    a, b = x_NE.chunk(2, -1)
-    return torch.cat([a * cos_NE - b * sin_NE, b * cos_NE + a * sin_NE], -1)
+# ---- attention -----------------------------------------------------------------------------------------------------
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, A, N, E) -> (B, A, N, E)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own, FlashAttention among its kernels on CUDA."""
-    return F.scaled_dot_product_attention(q, k, v)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's attention, with FlashAttention among its kernels on CUDA."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def flash() -> Kernel:
-    """The flash-attn package's kernel, for bf16 and fp16 on CUDA. Raises UsageError where it is not installed."""
+    """The flash-attn package's kernel, for bf16 and fp16 on CUDA. Raises UsageError if it is not installed."""
     try:
         from flash_attn import flash_attn_func
     except ImportError as error:
@@ -60,11 +40,29 @@ def flash() -> Kernel:
             "uv pip install 'rdpm[flash]' --no-build-isolation, or leave attention=sdpa",
         ) from error
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            raise UsageError("attention=flash cannot mask the condition's tokens", "leave attention=sdpa")
         mixed: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))  # (B, N, A, E)
         return mixed.transpose(1, 2)
 
     return kernel
+
+
+def rope_table(grid: Sequence[int], head_width: int, theta: float = 10000.0) -> Tensor:
+    """Angles of RoPE over a grid of n axes: (S, E / 2). An n-th of the pairs turns with each axis, the rest not."""
+    pairs = head_width // 2
+    share = pairs // len(grid)
+    speeds = theta ** -(torch.arange(0, share) / share)
+    places = torch.meshgrid(*(torch.arange(side).float() for side in grid), indexing="ij")
+    angles = torch.cat([torch.outer(place.flatten(), speeds) for place in places], -1)  # (S, n · share)
+    return F.pad(angles, (0, pairs - len(grid) * share))
+
+
+def rotate(x_NE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i+E/2}) by the position's angles. x: (..., N, E)."""
+    a, b = x_NE.chunk(2, -1)
+    return torch.cat([a * cos_NE - b * sin_NE, b * cos_NE + a * sin_NE], -1)
 
 
 class Attention(nn.Module):
@@ -80,18 +78,27 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
 
-    def forward(self, x_BND: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(self, x_BND: Tensor, turns: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+        """turns: cosine and sine of RoPE's angles, (N, E / 2) each."""
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, A, N, E)
         q, k, v = qkv
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
             qkv = torch.stack([q, k])
-        if cos is not None and sin is not None:
-            q, k = rotate(qkv[:2], cos, sin).to(v.dtype)
-        mixed = self.kernel(q, k, v)
+        if turns is not None:
+            q, k = rotate(qkv[:2], *turns).to(v.dtype)  # both at once; the angles are fp32 also under bf16
+        mixed = self.kernel(q, k, v, mask)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, N, D))
         return out
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------------
+
+
+def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """x (1 + scale) + shift, with one shift and scale a row."""
+    return torch.addcmul(shift_BD.unsqueeze(1), x_BND, 1 + scale_BD.unsqueeze(1))
 
 
 class SwiGLU(nn.Module):
@@ -120,13 +127,11 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x_BND: Tensor, cond_BD: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        return self.modulated(x_BND, self.modulation(F.silu(cond_BD)), cos, sin)
-
-    def modulated(self, x_BND: Tensor, six_BM: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """The same with the six modulations, (B, 6 D), at hand."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = six_BM.chunk(6, -1)
-        attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), cos, sin)
+    def forward(
+        self, x_BND: Tensor, cond_BD: Tensor, turns: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(cond_BD)).chunk(6, -1)
+        attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), turns, mask)
         x_BND = torch.addcmul(x_BND, gate1.unsqueeze(1), attended)
         return torch.addcmul(x_BND, gate2.unsqueeze(1), self.mlp(modulate(self.norm2(x_BND), shift2, scale2)))
 
@@ -146,44 +151,21 @@ class StepEmbedding(nn.Module):
         return out
 
 
-class Condition(NamedTuple):
-    """All that t and class do to B rows. While weights stand still it is the same for every image of a (t, class)."""
-
-    blocks: Tensor  # (B, depth, 6 D): the blocks' modulations
-    last: Tensor  # (B, 2 D): that of the output
-    latents: Tensor | None  # (B, L, D): what class latents add to the tokens
-    tokens: Tensor | None  # (B, N - L, D): class tokens
-
-
-REMEMBERED = {"cpu": 2 << 30, "cuda": 8 << 30}  # bytes of conditions that are kept at most
-
-
-class Memory:
-    """Conditions of single (t, class), kept until the bytes are used up; what comes after is computed each time."""
-
-    def __init__(self, limit: int) -> None:
-        self.free = limit
-        self.rows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.classes: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-
-    def take(self, *values: Tensor | None) -> bool:
-        """Is there room for these, which are then counted?"""
-        size = sum(value.nbytes for value in values if value is not None)
-        fits = size <= self.free
-        self.free -= size if fits else 0
-        return fits
+# ---- the whole -----------------------------------------------------------------------------------------------------
 
 
 class Transformer(nn.Module):
-    """Tokens in, normalised and modulated tokens out. The condition is the sum of a step and a class embedding."""
+    """Embedded positions in, normalised and modulated positions out. The tables of classes are here too.
+
+    The order of the modules is the order in which the initialisation draws: it is part of what a seed means.
+    """
 
     cos: Tensor
     sin: Tensor
-    recompute = False  # activation checkpointing: a block's are computed again in the backward pass
-    memory: Memory | None = None  # of a job that samples
+    recompute = False  # activation checkpointing: the backward pass computes each block's activations again
 
-    def __init__(self, cfg: TransformerConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
-        """grid: (h, w). channels: C of class latents. classes: without the null class, which is number `classes`."""
+    def __init__(self, cfg: TransformerConfig, grid: Sequence[int], channels: int, classes: int) -> None:
+        """grid: positions on each of its axes. channels: C of class latents. classes: without the null class."""
         super().__init__()
         D = cfg.hidden
         self.cfg, self.length = cfg, math.prod(grid)
@@ -197,16 +179,10 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(D, 2 * D)
         if cfg.positions in ("rope", "both"):
-            angles = rope_table(grid, D // cfg.head_count, cfg.class_tokens)
+            angles = rope_table(grid, D // cfg.head_count)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
         self._initialise()
-
-    def use(self, kernel: Kernel) -> None:
-        """Attend with this kernel from now on."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.attn.kernel = kernel
 
     def _initialise(self) -> None:
         """DiT's initialisation: Xavier linears, N(0, 0.02) embeddings, zero modulations."""
@@ -224,83 +200,41 @@ class Transformer(nn.Module):
             assert isinstance(linear, nn.Linear)
             nn.init.normal_(linear.weight, std=0.02)
 
-    def forward(self, x_BLD: Tensor, t_B: Tensor, labels_B: Tensor, given: Condition | None = None) -> Tensor:
-        """x: embedded input. t: 1..T. labels: 0..classes, the last being the null class. -> (B, L, D).
-
-        given: the condition of these rows, where it is known: nothing of it is computed again.
-        """
-        L = x_BLD.shape[1]
-        cond_BD = self.step_embedding(t_B) + self.class_embedding(labels_B) if given is None else given.last
-        latents, tokens = self._of_class(labels_B) if given is None else (given.latents, given.tokens)
-        if self.positions is not None:
-            x_BLD = x_BLD + self.positions.weight
-        if latents is not None:
-            x_BLD = x_BLD + latents
-        x_BND = x_BLD if tokens is None else torch.cat([tokens.to(x_BLD.dtype), x_BLD], 1)
-        cos, sin = (self.cos, self.sin) if self.cfg.positions in ("rope", "both") else (None, None)
-        again = self.recompute and torch.is_grad_enabled()
-        for place, block in enumerate(self.blocks):
+    def use(self, kernel: Kernel) -> None:
+        """Attend with this kernel from now on."""
+        for block in self.blocks:
             assert isinstance(block, Block)
-            if given is not None:
-                x_BND = block.modulated(x_BND, given.blocks[:, place], cos, sin)
-            elif again:
-                x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, cos, sin, use_reentrant=False)
+            block.attn.kernel = kernel
+
+    def forward(self, x_BSD: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        """x: embedded input. t: 1..T, or another scalar a row. -> (B, S, D)."""
+        S = x_BSD.shape[1]
+        cond_BD = self.step_embedding(t_B) + condition.vector_BD
+        if self.positions is not None:
+            x_BSD = x_BSD + self.positions.weight
+        if condition.latents_BSD is not None:
+            x_BSD = x_BSD + condition.latents_BSD
+        tokens = condition.tokens_BMD
+        x_BND = x_BSD if tokens is None else torch.cat([tokens.to(x_BSD.dtype), x_BSD], 1)
+        turns, mask = self._turns(x_BND.shape[1] - S), _key_mask(condition.mask_BM, S)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, turns, mask, use_reentrant=False)
             else:
-                x_BND = block(x_BND, cond_BD, cos, sin)
-        last = self.modulation(F.silu(cond_BD)) if given is None else given.last
-        shift, scale = last.chunk(2, -1)
-        return modulate(self.norm(x_BND[:, -L:]), shift, scale)
+                x_BND = block(x_BND, cond_BD, turns, mask)
+        shift, scale = self.modulation(F.silu(cond_BD)).chunk(2, -1)
+        return modulate(self.norm(x_BND[:, -S:]), shift, scale)
 
-    def _of_class(self, labels_B: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What class latents add to the tokens (B, L, D), and class tokens (B, N - L, D); None without them."""
-        B, D = len(labels_B), self.cfg.hidden
-        latents, tokens = None, None
-        if self.class_latents is not None and self.class_latents_in is not None:
-            latents = self.class_latents_in(self.class_latents(labels_B).view(B, self.length, -1))
-        if self.class_tokens is not None:
-            tokens = self.class_tokens(labels_B).view(B, -1, D)
-        return latents, tokens
+    def _turns(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine of RoPE's angles, (N, E / 2); the condition's tokens have no place and are not turned."""
+        if self.cfg.positions == "learned":
+            return None
+        return F.pad(self.cos, (0, 0, tokens, 0), value=1.0), F.pad(self.sin, (0, 0, tokens, 0))
 
-    # ---- sampling: one t, and classes that come again and again -----------------------------------------------
 
-    @torch.no_grad()
-    def condition(self, t: int, labels: Sequence[int]) -> Condition:
-        """The condition of rows of one t, each computed alone: what is remembered is then what would be computed."""
-        rows = {label: self._row(t, label) for label in dict.fromkeys(labels)}
-        classes = {label: self._class(label) for label in rows}
-        latents, tokens = ([classes[label][i] for label in labels] for i in (0, 1))
-        return Condition(
-            torch.cat([rows[label][0] for label in labels]),
-            torch.cat([rows[label][1] for label in labels]),
-            torch.cat([v for v in latents if v is not None]) if self.class_latents is not None else None,
-            torch.cat([v for v in tokens if v is not None]) if self.class_tokens is not None else None,
-        )
-
-    def forget(self) -> None:
-        """Drop what is remembered and keep no more: its memory is needed."""
-        if self.memory is not None:
-            self.memory = Memory(0)
-
-    def _row(self, t: int, label: int) -> tuple[Tensor, Tensor]:
-        """Modulations of one (t, class): (1, depth, 6 D) of the blocks, (1, 2 D) of the output."""
-        if self.memory is not None and (t, label) in self.memory.rows:
-            return self.memory.rows[t, label]
-        t_1, label_1 = (torch.full((1,), value, device=self.class_embedding.weight.device) for value in (t, label))
-        active = F.silu(self.step_embedding(t_1) + self.class_embedding(label_1))
-        modulations = [block.modulation for block in self.blocks if isinstance(block, Block)]
-        found = (torch.stack([layer(active) for layer in modulations], 1), self.modulation(active))
-        if self.memory is not None and self.memory.take(*found):
-            self.memory.rows[t, label] = found
-        return found
-
-    def _class(self, label: int) -> tuple[Tensor | None, Tensor | None]:
-        """Class latents and class tokens of one class."""
-        if self.memory is not None and label in self.memory.classes:
-            return self.memory.classes[label]
-        found = self._of_class(torch.full((1,), label, device=self.class_embedding.weight.device))
-        if self.memory is not None and self.memory.take(*found):
-            self.memory.classes[label] = found
-        return found
+def _key_mask(mask_BM: Tensor | None, positions: int) -> Tensor | None:
+    """Which keys may be attended to, (B, 1, 1, N) bool; all positions may. None without a mask."""
+    return None if mask_BM is None else F.pad(mask_BM, (0, positions), value=True)[:, None, None]
 
 
 def trunk_of(network: nn.Module) -> Transformer:
@@ -308,17 +242,3 @@ def trunk_of(network: nn.Module) -> Transformer:
     trunk = network.get_submodule("trunk")
     assert isinstance(trunk, Transformer)
     return trunk
-
-
-@contextlib.contextmanager
-def remembering(trunk: Transformer) -> Iterator[None]:
-    """Inside, conditions are kept once they are computed: the weights stand still. An outer one lasts longer."""
-    if trunk.memory is not None:
-        yield
-        return
-    device = trunk.class_embedding.weight.device.type
-    trunk.memory = Memory(REMEMBERED.get(device, REMEMBERED["cuda"]))
-    try:
-        yield
-    finally:
-        trunk.memory = None

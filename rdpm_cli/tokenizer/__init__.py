@@ -1,1 +1,1 @@
-"""Images <-> codes: autoencoder, noise schedule, T-step noisy residual quantiser, losses, training task."""
+"""Images <-> codes: autoencoder, noise schedule, T-step noisy residual quantiser, losses and training."""

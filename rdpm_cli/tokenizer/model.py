@@ -1,5 +1,9 @@
-"""The tokenizer: images <-> latents <-> codes, and its file."""
+"""The tokenizer: images <-> latents <-> codes, and its file.
 
+Legend: B batch, T steps, C latent channels, S positions of the flattened grid.
+"""
+
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdpm_cli import modelfile, noise
-from rdpm_cli.config import TokenizerArchitecture
-from rdpm_cli.tokenizer.autoencoder import Decoder, Encoder, feature_channels, layer_norm, round_to_half
+from rdpm_cli import checkpoint, noise
+from rdpm_cli.tokenizer.config import TokenizerArchitecture
+from rdpm_cli.tokenizer.networks import Decoder, Encoder, feature_channels, layer_norm, round_to_half
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
 
 KIND = "rdpm-tokenizer"
@@ -22,76 +26,77 @@ class Tokenizer(nn.Module):
         """weight: gamma_t = alpha_t in L_quant (training only)."""
         super().__init__()
         auto = cfg.autoencoder
-        self.cfg = cfg
+        self.cfg, self.grid = cfg, auto.grid
         self.encoder, self.decoder = Encoder(auto), Decoder(auto)
         outer, inner, kernel = feature_channels(auto), auto.channels, auto.quant_kernel
         self.quant_conv = nn.Conv2d(outer, inner, kernel, padding=kernel // 2)
         self.post_quant_conv = nn.Conv2d(inner, outer, kernel, padding=kernel // 2)
-        self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, auto.channels, weight)
+        self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, inner, self.grid, weight)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        return self.cfg.autoencoder.channels, *self.cfg.autoencoder.grid
+    def latent_shape(self) -> tuple[int, int]:
+        """(C, S)."""
+        return self.cfg.autoencoder.channels, math.prod(self.grid)
 
     def noise(self, purpose: str, seed: int, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        """The addressed noise eps_1..eps_T of images, (B, T, C, h, w), on the CPU."""
+        """The addressed noise eps_1..eps_T of images, (B, T, C, S), on the CPU."""
         steps = self.cfg.quantizer.steps
         return torch.from_numpy(noise.normal_steps(purpose, seed, indices, views, steps, self.latent_shape))
 
     def latents(self, x_BCHW: Tensor) -> Tensor:
-        """z = LN(E(x)), rounded to fp16 values, fp32. x in [-1, 1]."""
+        """z = LN(E(x)) of images in [-1, 1], rounded to fp16 values: (B, C, S) fp32."""
         features = self.quant_conv(self.encoder(x_BCHW)).float()
-        return round_to_half(layer_norm(features) if self.cfg.autoencoder.latent_norm == "layernorm" else features)
+        normed = layer_norm(features) if self.cfg.autoencoder.latent_norm == "layernorm" else features
+        return round_to_half(normed).flatten(2)
 
-    def decode_latents(self, z_BCHW: Tensor) -> Tensor:
+    def decode_latents(self, z_BCS: Tensor) -> Tensor:
         """D(z'): (B, 3, H, W), about [-1, 1], not clamped."""
-        x: Tensor = self.decoder(self.post_quant_conv(z_BCHW))
+        x: Tensor = self.decoder(self.post_quant_conv(z_BCS.unflatten(2, self.grid)))
         return x
 
-    def forward(self, x_BCHW: Tensor, eps_BTCHW: Tensor) -> tuple[Tensor, Chain]:
+    def forward(self, x_BCHW: Tensor, eps_BTCS: Tensor) -> tuple[Tensor, Chain]:
         """x -> (x', chain)."""
-        chain: Chain = self.quantizer(self.latents(x_BCHW), eps_BTCHW)
-        return self.decode_latents(chain.z_BCHW), chain
+        chain: Chain = self.quantizer(self.latents(x_BCHW), eps_BTCS)
+        return self.decode_latents(chain.z_BCS), chain
 
     @torch.no_grad()
-    def encode(self, x_BCHW: Tensor, eps_BTCHW: Tensor) -> Tensor:
-        """codes (B, T, h, w) int64."""
-        return self.quantizer.encode(self.latents(x_BCHW), eps_BTCHW)
+    def encode(self, x_BCHW: Tensor, eps_BTCS: Tensor) -> Tensor:
+        """codes (B, T, S) int64."""
+        return self.quantizer.encode(self.latents(x_BCHW), eps_BTCS)
 
     @torch.no_grad()
-    def decode(self, codes_BTHW: Tensor) -> Tensor:
+    def decode(self, codes_BTS: Tensor) -> Tensor:
         """codes -> x' (B, 3, H, W)."""
-        return self.decode_latents(self.quantizer.decode(codes_BTHW))
+        return self.decode_latents(self.quantizer.decode(codes_BTS))
 
 
 def parameters(tokenizer: Tokenizer) -> int:
-    """Trained numbers."""
+    """Number of trained values."""
     return sum(p.numel() for p in tokenizer.parameters())
 
 
 def parameter_table(tokenizer: Tokenizer) -> dict[str, int]:
-    """Trained numbers of each part; the EMA codebook, which no gradient trains, under its own name."""
+    """Trained values of each part; an EMA codebook, which no gradient trains, has an entry of its own."""
     table = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
     quantizer = tokenizer.quantizer
     return {**table, "codebook": quantizer.books.numel() if quantizer.cfg.codebook == "ema" else 0}
 
 
-def pack(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
-    """The content of a tokenizer file. more: class_names, provenance."""
-    fields = TokenizerArchitecture.model_fields
+def pack(tokenizer: Tokenizer, **extra: Any) -> dict[str, Any]:
+    """The content of a tokenizer file. extra: class_names, provenance."""
+    fields = TokenizerArchitecture.model_fields  # without the training section, which a file does not carry
     config = TokenizerArchitecture(**{name: getattr(tokenizer.cfg, name) for name in fields}).model_dump(mode="json")
-    return modelfile.pack(KIND, config, tokenizer, **more)
+    return checkpoint.pack(KIND, config, tokenizer, **extra)
 
 
 def unpack(content: dict[str, Any], where: str) -> Tokenizer:
     """The frozen tokenizer of a file's content, in evaluation mode."""
-    tokenizer = Tokenizer(modelfile.config_of(TokenizerArchitecture, content["config"], where))
-    modelfile.fill(tokenizer, content, where)
+    tokenizer = Tokenizer(checkpoint.config_of(TokenizerArchitecture, content["config"], where))
+    checkpoint.fill(tokenizer, content, where)
     return tokenizer.eval().requires_grad_(False)
 
 
 def load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer of a file, and the file's content. Raises CheckpointError."""
-    content = modelfile.load(path, KIND)
+    content = checkpoint.load(path, KIND)
     return unpack(content, str(path)), content

@@ -1,1 +1,1 @@
-"""One training loop for every task. This room knows no family: tasks match its protocols structurally."""
+"""The one training loop: its config, optimiser and log. It knows no task."""

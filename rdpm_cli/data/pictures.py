@@ -1,0 +1,194 @@
+"""Pictures for people and other programs: PNG files, labelled grids, GIFs, curves, and .npz files of images."""
+
+import contextlib
+import io
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from rdpm_cli import files
+from rdpm_cli.data.pixels import Pixels
+from rdpm_cli.errors import DataError
+
+INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 2  # colours of a grid; pixels between its tiles
+PANELS_A_ROW = 3
+NPZ_HINT = "images are `arr_0`, (N, H, W, 3) uint8, as np.savez writes them; references have `mu` and `sigma`"
+Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+
+
+def save_png(path: Path, pixels_HWC: Pixels) -> None:
+    """One image, written atomically."""
+    files.write_atomic(path, lambda file: Image.fromarray(pixels_HWC).save(file, format="PNG"))
+
+
+def read_png(path: Path) -> Pixels:
+    """An image that save_png has written, (H, W, 3). Raises DataError."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        hint = "delete the file and run the command that drew it again"
+        raise DataError(f"{path} cannot be read as an image: {error}", hint) from error
+
+
+def enlargement(side: int, target: int = 64) -> int:
+    """Whole factor that brings a small image near `target` pixels, so that a person can judge it."""
+    return max(1, round(target / side))
+
+
+def grid(images_BHWC: Pixels, columns: int, row_labels: Sequence[str] = (), title: str = "") -> Pixels:
+    """Images row by row, `columns` a row, enlarged without smoothing, each row with its label. -> (H, W, 3) uint8."""
+    side = images_BHWC.shape[1] * enlargement(images_BHWC.shape[1])
+    rows = -(-len(images_BHWC) // columns)
+    font = ImageFont.load_default(size=14)
+    left = max((int(font.getlength(text)) for text in row_labels), default=-8) + 8
+    top = 24 if title else 0
+    sheet = Image.new("RGB", (left + columns * (side + GAP) + GAP, top + rows * (side + GAP) + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((left + GAP, 4), title, INK, font)
+    for row, text in enumerate(row_labels[:rows]):
+        draw.text((left - 6, top + row * (side + GAP) + side // 2), text, INK, font, anchor="rm")
+    for index, pixels in enumerate(images_BHWC):
+        tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        sheet.paste(tile, (left + GAP + column * (side + GAP), top + GAP + row * (side + GAP)))
+    return np.asarray(sheet)
+
+
+def save_gif(path: Path, frames: Sequence[Pixels], seconds: float = 0.4) -> None:
+    """An endless GIF; the last frame stays four times as long."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    durations = [int(1000 * seconds)] * (len(frames) - 1) + [int(4000 * seconds)]
+
+    def write(file: BinaryIO) -> None:
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+    files.write_atomic(path, write)
+
+
+def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panels: Sequence[str] = ()) -> None:
+    """One panel a title, one line a name: {title: {name: (x, y)}}. The x label follows '|' in the title."""
+    # Imported here because matplotlib takes a second, and few commands draw curves.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(panels), PANELS_A_ROW)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for number, (title, lines) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, columns, number)
+        text, _, x_label = title.partition("|")
+        for name, (x, y) in lines.items():
+            axis.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=4)
+        axis.set(title=text, xlabel=x_label or "step")
+        if title in log_panels:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    files.write_atomic(path, lambda file: file.write(buffer.getvalue()))
+
+
+def save_npz(path: Path, shape: tuple[int, int, int, int], batches: Iterable[Pixels], labels: Sequence[int]) -> None:
+    """ADM's sample format: arr_0 uint8 NHWC in C-order, arr_1 labels; uncompressed, streamed batch by batch."""
+
+    def write(file: BinaryIO) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open(_member("arr_0.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for batch in batches:
+                    member.write(np.ascontiguousarray(batch).tobytes())
+            with archive.open(_member("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
+
+    files.write_atomic(path, write)
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """A member of a zip, uncompressed and without a date, so that equal content makes equal bytes."""
+    member = zipfile.ZipInfo(name)
+    member.external_attr = 0o644 << 16  # else the extracted file has no permissions
+    return member
+
+
+@contextlib.contextmanager
+def _npz_errors(path: Path) -> Iterator[None]:
+    """Raise DataError naming the file that cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, struct.error, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as an .npz: {error}", NPZ_HINT) from error
+
+
+def npz_names(path: Path) -> list[str]:
+    """The names of the arrays in an .npz. Raises DataError."""
+    with _npz_errors(path), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def npz_array(path: Path, name: str) -> NDArray[Any]:
+    """One array of an .npz. Raises DataError, also for an array of Python objects: nothing is unpickled."""
+    with _npz_errors(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        array: NDArray[Any] = archive[name]
+        return array
+
+
+class NpzImages:
+    """`arr_0` of an .npz, read in pieces: 50,000 images of 256×256 are 10 GB. count; shape (N, H, W, 3)."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError for a file without such an array."""
+        self.path, self.arrays = path, npz_names(path)
+        if "arr_0" not in self.arrays:
+            raise DataError(f"{path} holds no images: it has {', '.join(self.arrays)}, not arr_0", NPZ_HINT)
+        with self._open() as (file, size):
+            self.shape, fortran, dtype = _npy_header(file)
+            unusable = dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[-1] != 3
+            if unusable or size - file.tell() != math.prod(self.shape):
+                order = "Fortran" if fortran else "C"
+                raise DataError(f"{path}: arr_0 is {dtype} {self.shape} in {order} order, {size:,} bytes", NPZ_HINT)
+        self.count = self.shape[0]
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[IO[bytes], int]]:
+        with _npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            yield file, archive.getinfo("arr_0.npy").file_size
+
+    def read(self, pieces: Iterable[range]) -> Iterator[Pixels]:
+        """The images of ascending ranges, an array (n, H, W, 3) a range."""
+        image_bytes = math.prod(self.shape[1:])
+        with self._open() as (file, _):
+            _npy_header(file)
+            start = file.tell()
+            for piece in pieces:
+                file.seek(start + piece.start * image_bytes)
+                content = bytearray(file.read(len(piece) * image_bytes))  # torch warns about read-only arrays
+                yield np.frombuffer(content, dtype=np.uint8).reshape(len(piece), *self.shape[1:])
+
+    def labels(self) -> list[int] | None:
+        """`arr_1`, where it holds one whole number an image."""
+        if "arr_1" not in self.arrays:
+            return None
+        array = npz_array(self.path, "arr_1")
+        if array.shape != (self.count,) or array.dtype.kind not in "iu":
+            return None
+        return [int(label) for label in array]
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether it is in Fortran order, dtype) of the .npy that begins here."""
+    if np.lib.format.read_magic(file) == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)

@@ -1,0 +1,132 @@
+"""Pixels: bytes -> RGB -> the ADM centre crop -> tensors in [-1, 1], and back.
+
+Decoding follows ADM and torchvision: alpha is dropped by `convert("RGB")`, not composited; EXIF orientation is not
+applied (Pillow itself rotates TIFF files); an animation gives its first frame; the content decides the format, not the
+file name's suffix. Suffixes of tensors: B batch, C = 3 channels, H W height and width.
+"""
+
+import contextlib
+import errno
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from rdpm_cli.errors import DataError, ImageError, RdpmError, RunError
+
+Pixels = NDArray[np.uint8]  # (H, W, 3) RGB, or (B, H, W, 3)
+TRANSFORM = "adm-center-crop"  # its name in manifests
+# Formats that start other programs (EPS), or that no data set consists of, are left out.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO}
+
+
+def open_image(file: BinaryIO | Path) -> Image.Image:
+    """The image with its header read and its pixels not yet decoded. Raises what Pillow raises."""
+    return Image.open(file, formats=FORMATS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. Raises ValueError for 32 bits a pixel, which have no agreed range."""
+    # 16-bit grey keeps its high byte; Pillow's own conversion would clip everything above 255 to white.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel have no agreed range")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Pixels:
+    """ADM's `center_crop_arr`: halve with BOX while the short side is at least 2·size, BICUBIC to size, crop.
+
+    -> (size, size, 3) uint8, the same pixels as DiT, MAR, LlamaGen and EDM2's dhariwal crop.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def need_room(image: Image.Image, size: int) -> None:
+    """Raise ValueError for an image so thin that enlarging its short side to `size` makes the long one gigantic."""
+    # Pillow's own limit on pixels applies to the stored image, not to what resizing makes of it.
+    limit, (short, long) = Image.MAX_IMAGE_PIXELS, sorted(image.size)
+    if limit and size * size * long > limit * short:
+        raise ValueError(f"{image.width}×{image.height} pixels are too thin to be enlarged to {size}")
+
+
+def crop(image: Image.Image, size: int, name: str) -> Pixels:
+    """An RGB image after the ADM centre crop -> (size, size, 3) uint8. Raises ImageError with this name."""
+    with image_errors("", name):
+        need_room(image, size)
+        return center_crop(image, size)
+
+
+@contextlib.contextmanager
+def image_errors(source: str, name: str) -> Iterator[None]:
+    """Turn everything that a bad image raises inside into an ImageError for the item `name` of `source`.
+
+    A fault of the machine is no bad image: it becomes a RunError, or DataError for a file that has gone, since
+    `--on-bad skip` would otherwise leave a good image out of a code store for ever.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's warnings only the one about huge images counts
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except (RdpmError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise unreadable(source, name, "it is empty or of no known image format") from error
+    except OSError as error:
+        if error.errno in ABSENT:
+            raise DataError(f"{source}: {name} cannot be opened: {error.strerror}", "check the path") from error
+        # Pillow's own errors, and those of damaged bytes, carry no error number or EINVAL.
+        if error.errno not in (None, errno.EINVAL):
+            raise RunError(f"{source}: reading {name} failed: {error.strerror}", "run the command again") from error
+        raise unreadable(source, name, str(error) or type(error).__name__) from error
+    except Exception as error:  # decoders of damaged bytes raise almost anything
+        raise unreadable(source, name, str(error) or type(error).__name__) from error
+
+
+def unreadable(source: str, name: str, reason: str, alternative: str = "") -> ImageError:
+    """The error for the item `name` of `source`. alternative: what else to do than to replace the file."""
+    hint = f"replace or remove this file{alternative}"
+    return ImageError(f"{source}: {name} cannot be read as an image: {reason}", hint, name=name, reason=reason)
+
+
+def cells(mask: Pixels, grid: tuple[int, ...]) -> NDArray[np.bool_]:
+    """The cells of a grid (h, w) that a mask (H, W, 3) touches: those with a pixel of at least half white. -> (h, w)"""
+    h, w = grid
+    white = mask.max(2) >= 128
+    touched: NDArray[np.bool_] = white.reshape(h, white.shape[0] // h, w, white.shape[1] // w).any((1, 3))
+    return touched
+
+
+def to_model(pixels_BCHW: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels_BCHW.float() / 127.5 - 1.0
+
+
+def to_pixels(x_BCHW: Tensor) -> Tensor:
+    """[-1, 1] -> uint8: round(127.5 x + 127.5), clamped. The inverse of `to_model`."""
+    return (127.5 * x_BCHW.float() + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def hwc(pixels_BCHW: Tensor) -> Pixels:
+    """uint8 (B, 3, H, W) -> numpy (B, H, W, 3), C-order."""
+    return np.ascontiguousarray(pixels_BCHW.cpu().permute(0, 2, 3, 1).numpy())
+
+
+def chw(pixels_BHWC: Pixels) -> Tensor:
+    """numpy (B, H, W, 3) -> uint8 tensor (B, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(pixels_BHWC)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,264 @@
+"""`rdpm inspect`, `rdpm verify`, `rdpm doctor` and --print-config: looking at files, recipes and the installation."""
+
+import importlib
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import features as pillow
+
+from rdpm_cli import __version__, checkpoint, files, recipes
+from rdpm_cli.codes import store
+from rdpm_cli.data import folder as samples
+from rdpm_cli.data.open import ARCHIVES, is_builtin, open_source
+from rdpm_cli.errors import AbsentWeightsError, CheckpointError, DataError, RecipeError, UsageError
+from rdpm_cli.evaluation import features, judge
+from rdpm_cli.generator import registry
+from rdpm_cli.runs import Result, read_run
+from rdpm_cli.tokenizer import losses
+from rdpm_cli.tokenizer import model as tokenizer_model
+from rdpm_cli.tokenizer.config import TokenizerArchitecture
+
+HINT = "name a code store, a folder of samples, a tokenizer.pt, generator.pt, judge.pt or checkpoints/step-*.pt"
+Values = dict[str, Any]
+
+# ---- inspect -------------------------------------------------------------------------------------------------------
+
+
+def inspect(target: str) -> Result:
+    """The kind, config, digests and provenance of a checkpoint, run, store, folder of samples, source or recipe."""
+    kind, values = _describe(target)
+    return Result(kind, {"kind": kind, **values})
+
+
+def resolve(recipe: str, overrides: Sequence[str], section: str) -> Result:
+    """--print-config: the recipe as the command with this section would use it, as YAML and as values."""
+    resolved = recipes.load_recipe(recipe, overrides, section)
+    return Result("recipe", resolved.model_dump(mode="json"), text=recipes.to_yaml(resolved))
+
+
+def _describe(target: str) -> tuple[str, Values]:
+    path = Path(target)
+    if path.suffix == ".pt":
+        return _model_file(path)
+    if path.is_dir() and (folder := _folder(path)):
+        return folder
+    is_images = path.is_dir() or path.suffix.lower() in ARCHIVES
+    if is_images or (is_builtin(target) and target not in recipes.recipe_names()):
+        return _images(target)
+    if path.is_file() and path.suffix not in {".yaml", ".yml"}:
+        raise DataError(f"{path} is not a checkpoint, store, recipe or image archive", "name the folder it is in")
+    try:
+        return _recipe(target)
+    except RecipeError as error:
+        if path.exists() or "/" in target:
+            raise
+        raise UsageError(f"'{target}' is neither a path nor a recipe", error.hint) from error
+
+
+def _folder(path: Path) -> tuple[str, Values] | None:
+    """A folder by the record in it; None for one without, which may hold images."""
+    if (path / "result.json").is_file():
+        return "demo", files.read_json(path / "result.json")
+    if (path / "manifest.json").is_file():
+        manifest = store.Manifest.load(path)
+        return "code store", {"digest": manifest.digest(), **manifest.model_dump(mode="json")}
+    if (path / "samples.json").is_file():
+        record = samples.read_record(path)
+        return "samples", {**record, "samples": len(record["samples"])}
+    if run := read_run(path):
+        if "plan" in run:
+            return "unfinished code store", run
+        states = [file.name for _, file in checkpoint.states(path / "checkpoints")]
+        return "run", {**run, "checkpoints": states, "finished": sorted(p.name for p in path.glob("*.pt"))}
+    return None
+
+
+def _recipe(target: str) -> tuple[str, Values]:
+    """parameters: of the generator where the recipe has one, else of the tokenizer."""
+    recipe = recipes.load_recipe(target)
+    values: Values = {"name": recipe.name, "digest": recipe.digest()}
+    with torch.device("meta"):  # shapes alone, so that the largest networks take no memory
+        if recipe.tokenizer:
+            sizes = tokenizer_model.parameters(tokenizer_model.Tokenizer(recipe.tokenizer))
+            values["tokenizer_parameters"] = values["parameters"] = sizes
+        if recipe.generator:
+            architecture = recipe.tokenizer or TokenizerArchitecture()
+            tokenizer = tokenizer_model.Tokenizer(architecture)
+            values["parameters"] = registry.parameters(registry.build(recipe.generator, tokenizer, recipe.classes))
+            values["parameters_assume"] = {
+                "classes": recipe.classes,
+                "positions": math.prod(tokenizer.grid),
+                "codes": architecture.quantizer.codes,
+                "channels": architecture.autoencoder.channels,
+            }
+    return "recipe", {**values, "recipe": recipe.model_dump(mode="json", exclude_none=True)}
+
+
+def _model_file(path: Path) -> tuple[str, Values]:
+    content = checkpoint.load(path)
+    kind = checkpoint.FORMATS[content["format"]]
+    values = {key: content[key] for key in ("digest", "config", "class_names", "provenance")}
+    values = {"file": str(path), "bytes": path.stat().st_size, **values}
+    if kind == "generator":
+        loaded = registry.load(path)
+        values["parameters"] = registry.parameters(loaded.generator)
+        values["sampling"] = loaded.sampling.model_dump(mode="json")
+        values["tokenizer"] = {key: content["tokenizer"][key] for key in ("digest", "config")}
+    elif kind == "tokenizer":
+        values["parameters"] = tokenizer_model.parameters(tokenizer_model.unpack(content, str(path)))
+    else:
+        values["parameters"] = sum(weight.numel() for weight in content["weights"].values())
+    return kind, values
+
+
+def _images(target: str) -> tuple[str, Values]:
+    source = open_source(target)
+    return "images", {
+        "source": source.spec,
+        "images": len(source),
+        "classes": len(source.class_names),
+        "class_names": source.class_names[:20],
+        "first": source.names[0],
+        "first_size": list(source.image(0).size),
+        "digest": source.digest(),
+    }
+
+
+# ---- verify --------------------------------------------------------------------------------------------------------
+
+
+def verify(path: Path) -> Result:
+    """Read every byte of a store, model file, training state or folder of samples. Raises DataError for damage."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", HINT)
+    if path.is_file():
+        return Result("the checkpoint is intact", _verify_file(path))
+    if (path / "samples.json").is_file():
+        images = samples.open_samples(path)
+        for _ in images.read([range(i, min(i + 64, images.count)) for i in range(0, images.count, 64)]):
+            pass  # reading raises DataError for the first file that is damaged
+        return Result("the samples are intact", {"folder": str(path), "samples": images.count})
+    if not any((path / name).is_file() for name in ("manifest.json", "run.json")):
+        raise DataError(f"{path} has no manifest.json or samples.json", HINT)
+    manifest = store.verify(path)
+    names = [*manifest.files, *(name for shard in manifest.shards for name in shard.sha256)]
+    values = {
+        "store": str(path),
+        "digest": manifest.digest(),
+        **{key: getattr(manifest, key) for key in ("tokenizer", "images", "bad", "rows")},
+        "shards": len(manifest.shards),
+        "files": len(names) + 1,
+        "bytes": sum((path / name).stat().st_size for name in names),
+    }
+    return Result("the code store is intact", values)
+
+
+def _verify_file(path: Path) -> Values:
+    values: Values = {"file": str(path)}
+    if step := checkpoint.STATE_NAME.fullmatch(path.name):
+        checkpoint.load_state(path)
+        values |= {"kind": "training state", "step": int(step[1])}
+    else:
+        content = checkpoint.load(path)  # compares the weights with their digest
+        kind = checkpoint.FORMATS[content["format"]]
+        {"generator": registry.load, "tokenizer": tokenizer_model.load, "judge": judge.load}[kind](path)
+        values |= {"kind": kind, "digest": content["digest"]}
+    return {**values, "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+
+
+# ---- doctor --------------------------------------------------------------------------------------------------------
+
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}  # of packages whose module has another name
+FAILED = "cannot be imported"
+DRIVER = Path("/proc/driver/nvidia/version")
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it sets all of them
+SETTINGS = ("RDPM_", "CUDA_", "OMP_", "PYTORCH_", "TORCH_")  # beginnings of environment variables
+
+
+def doctor() -> Result:
+    """Versions, devices, weights, disk and launcher. fix: a line for each thing that is missing.
+
+    broken: those among them that stop commands: a package that cannot be imported, a GPU that torch cannot use, a
+    damaged weight file, an incomplete launcher. Missing extras and weights only limit some options.
+    """
+    fix: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    versions, extras = {"rdpm": __version__, "python": platform.python_version()}, {}
+    for requirement in metadata.requires("rdpm") or []:
+        name, extra = re.split(r"[^\w-]", requirement)[0], re.search(r"extra == .(\w+)", requirement)
+        version = _version(name)
+        if extra:
+            extras[extra[1]] = version
+            if version.startswith(FAILED):
+                fix[f"extras.{extra[1]}"] = f"uv pip install 'rdpm[{extra[1]}]' --no-build-isolation"  # for flash-attn
+        else:
+            versions[name] = version
+            if version.startswith(FAILED):
+                broken[f"versions.{name}"] = f"uv pip install --reinstall {name}"
+    launcher = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    if 0 < len(launcher) < len(TORCHRUN):
+        broken["launcher"] = f"unset {' '.join(launcher)}, or start by torchrun or --gpus N"
+    values = {
+        # Other versions of the JPEG decoder may give other pixels.
+        "versions": {**versions, "libjpeg-turbo": pillow.version_feature("libjpeg_turbo") or "absent"},
+        "extras": extras,
+        "devices": _devices(fix, broken),
+        "weights": _weights(fix, broken),
+        "disk": {"folder": str(Path.cwd()), "free_gib": round(files.free_bytes(Path.cwd()) / 2**30, 1)},
+        "launcher": launcher,
+        "settings": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
+        "broken": list(broken),
+        "fix": fix | broken,
+    }
+    return Result("not ready" if broken else "ready", {"ready": not broken, **values}, "" if broken else "rdpm demo")
+
+
+def _version(name: str) -> str:
+    try:
+        importlib.import_module(MODULES.get(name, name.replace("-", "_")))
+        return metadata.version(name)
+    except (ImportError, OSError, RuntimeError) as error:  # no such package; no such library; built for another torch
+        return f"{FAILED}: {str(error)[:200]}"
+
+
+def _devices(fix: dict[str, str], broken: dict[str, str]) -> Values:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text()) if DRIVER.is_file() else None
+    if not gpus and driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"}:
+        broken["devices.gpus"] = "install a torch that was built for this driver's CUDA, or a newer driver"
+    elif not gpus:
+        fix["devices.gpus"] = "commands run on the CPU; use a machine with a GPU for more than the digits"
+    return {
+        "torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
+        "driver": driver[0] if driver else "absent",
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(files.memory_bytes() / 2**30, 1),
+        "gpus": gpus,
+        "names": [torch.cuda.get_device_name(number) for number in range(gpus)],
+    }
+
+
+def _weights(fix: dict[str, str], broken: dict[str, str]) -> Values:
+    """Published weight files, by the lookup that scores and losses use."""
+    values: Values = {}
+    for name, (published, option) in {
+        "inception": (features.INCEPTION, features.OPTION),
+        "vgg16": (losses.BACKBONES["vgg"].published, "loss.perceptual_weights=FILE"),
+        "alexnet": (losses.BACKBONES["alex"].published, "--lpips-alex FILE"),
+    }.items():
+        values[name] = {"state": "found", "file": published.file}
+        try:
+            file = checkpoint.find_weights(published, None, option)
+            values[name] |= {"path": str(file.path), "sha256": file.sha256}
+        except CheckpointError as error:
+            absent = isinstance(error, AbsentWeightsError)
+            values[name]["state"] = "absent" if absent else error.message
+            (fix if absent else broken)[f"weights.{name}"] = error.hint
+    return values

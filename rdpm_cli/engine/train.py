@@ -1,0 +1,106 @@
+"""A run folder that is trained in: its lock and run.json, the loop joined with the observers of every training."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rdpm_cli import checkpoint, files, progress, runs
+from rdpm_cli.distributed import barrier, is_first, process_group
+from rdpm_cli.engine import watch
+from rdpm_cli.recipes import Recipe
+from rdpm_cli.runs import StopRequest, stop_on_signal
+from rdpm_cli.training import log
+from rdpm_cli.training.config import TrainConfig, binding
+from rdpm_cli.training.loop import CHECKPOINTS, Batches, Observer, Player, Run, fit
+
+
+@dataclass
+class Training:
+    """A claimed run folder, with all that a training needs besides players and batches."""
+
+    out: Path
+    seed: int
+    device: torch.device
+    stop: StopRequest
+    settings: dict[str, Any]
+    track: str | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a state to resume from."""
+        return bool(checkpoint.states(self.out / CHECKPOINTS))
+
+    def fit(
+        self,
+        players: Sequence[Player],
+        batches: Batches,
+        cfg: TrainConfig,
+        images: int,
+        observers: Sequence[Observer] = (),
+        flops: int = 0,
+    ) -> nn.Module:
+        """Train with progress, from the newest state on. -> the first player's network, or its EMA.
+
+        images: in the data set, the unit of an epoch. flops: of a training step, an image; 0: not logged.
+        """
+        run = Run(self.out, self.seed, self.device, cfg.total_steps(images), cfg.warmup(images), self.stop)
+        if states := checkpoint.states(self.out / CHECKPOINTS):
+            step, path = states[-1]
+            progress.say(f"resuming step {step} of {run.steps} from {path}")
+        with (
+            log.open_tracker(self.track if is_first() else None, self.out, self.settings) as run.tracker,
+            progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar,
+        ):
+            machine = [watch.machine(flops)] if flops else []  # first: the bar shows the utilisation it adds
+            fit(players, batches, cfg, run, [*machine, watch.loss_spikes(), watch.progress_bar(bar), *observers])
+        return run.ema.model if run.ema else players[0].model
+
+
+def train_once(
+    final: Path,
+    seed: int,
+    settings: dict[str, Any],
+    device: str,
+    make: Callable[[Training], dict[str, Any]],
+    track: str | None = None,
+) -> None:
+    """Write the model file `final`, with the content that make(training) returns, unless it is finished.
+
+    settings: with the key `command`; what binds a resumed run. track: as --track. A folder has one writer and one set
+    of settings: raises RunError and UsageError otherwise.
+    """
+    log.check_tracker(track)
+    out = final.parent
+    with process_group(device, several=True) as rank_device, contextlib.ExitStack() as stack:
+        if is_first():
+            stack.enter_context(files.only_writer(out))
+            finished = final.exists()
+            runs.claim_run(out, settings, finished, partial(binding, finished=finished))
+        barrier()
+        if final.exists():
+            if is_first():
+                progress.say(f"{final} is finished already")
+            return
+        torch.manual_seed(seed)  # of the initial weights
+        stop = stack.enter_context(stop_on_signal(interrupt=True))
+        content = make(Training(out, seed, rank_device, stop, settings, track))
+        if is_first():
+            checkpoint.save(final, content)
+        barrier()
+
+
+def default_folder(recipe: Recipe, section: str) -> Path:
+    """The run folder without --out. section: tokenizer, generator or judge."""
+    return Path("runs") / f"{recipe.name}-{section}"
+
+
+def recipe_settings(recipe: Recipe, section: str) -> dict[str, Any]:
+    """The settings of a recipe's section that bind a run. Of a perceptual network the sha256 counts, not its path."""
+    paths = {"loss": {"perceptual_weights"}} if section == "tokenizer" else None
+    return {"seed": recipe.seed, section: getattr(recipe, section).model_dump(mode="json", exclude=paths)}

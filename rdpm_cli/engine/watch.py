@@ -1,0 +1,379 @@
+"""Observers of a training run: progress, machine numbers, alarms, previews, held-out measurements, curves, scores."""
+
+import contextlib
+import math
+import re
+import resource
+import statistics
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rdpm_cli.codes.store import CodeStore, store_reference
+from rdpm_cli.data import pictures
+from rdpm_cli.data.folder import ImageSet
+from rdpm_cli.data.pictures import Curve
+from rdpm_cli.data.pixels import Pixels, chw, hwc, to_model, to_pixels
+from rdpm_cli.data.source import Source
+from rdpm_cli.device import one_thread
+from rdpm_cli.distributed import is_first, world
+from rdpm_cli.evaluation import features, metrics, reference, score
+from rdpm_cli.evaluation.features import Extractor
+from rdpm_cli.evaluation.metrics import Statistics
+from rdpm_cli.generator import sampler
+from rdpm_cli.generator.batches import held_out
+from rdpm_cli.generator.config import GeneratorConfig, ProxyConfig
+from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
+from rdpm_cli.progress import Bar, warn
+from rdpm_cli.tokenizer.config import TokenizerConfig
+from rdpm_cli.tokenizer.model import Tokenizer
+from rdpm_cli.training.config import TrainConfig
+from rdpm_cli.training.log import read_metrics
+from rdpm_cli.training.loop import Observer, Run
+
+DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampling
+PREVIEWS = 8  # images, or samples a class
+ALARM_LINES = 5  # logged steps of low codebook usage before a warning
+MIN_SPREAD = 0.02  # of an informative latent; healthy small runs had 0.15 to 0.63
+SPIKE, WINDOW, MIN_WINDOW = 6.0, 100, 20  # standard deviations; logged losses compared with, at most and at least
+PROXY_REFERENCES = 10_000  # images of the store's data at most, evenly spaced
+GIB = 2**30
+
+
+def due(run: Run, cfg: TrainConfig) -> bool:
+    """Whether to evaluate now: every eval_every steps and at the end, in the first process only."""
+    regular = bool(cfg.eval_every) and run.step % cfg.eval_every == 0
+    return (regular or run.done) and is_first()
+
+
+# ---- progress and machine ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU, with its vendor's figures."""
+
+    name: str  # of --gpu
+    device: str  # pattern of the whole torch.cuda.get_device_name: a MIG slice or a laptop's GPU is another kind
+    bf16_flops: float  # peak a second of dense bf16 products with fp32 sums, without sparsity
+    memory_gib: float  # the datasheet's "GB", which drivers count in GiB
+
+
+GPUS = (
+    Gpu("h200", "NVIDIA H200", 989.4e12, 141),
+    Gpu("h100", "NVIDIA H100 80GB HBM3", 989.4e12, 80),
+    Gpu("a100", "NVIDIA A100(-SXM4-80GB| 80GB PCIe)", 312e12, 80),
+    Gpu("l40s", "NVIDIA L40S", 362e12, 48),
+    Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 165.2e12, 24),
+)
+
+
+def known_gpu(device: torch.device) -> Gpu | None:
+    """The device's entry in the table of GPUs, if it has one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((gpu for gpu in GPUS if re.fullmatch(gpu.device, name)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the largest total of tensors, else the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine(flops: int) -> Observer:
+    """Add `flops_per_second` of all processes, `utilisation` if the GPU is known, `memory_gib` of this process.
+
+    flops: operations of a training step, an image.
+    """
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if logs is None:
+            return
+        logs["flops_per_second"] = rate = flops * logs["images_per_second"]
+        if gpu := known_gpu(run.device):
+            logs["utilisation"] = rate / (world()[1] * gpu.bf16_flops)
+        logs["memory_gib"] = peak_memory(run.device) / GIB
+
+    return observe
+
+
+def progress_bar(bar: Bar) -> Observer:
+    """Advance a bar of steps, with loss, rate and utilisation behind it."""
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if bar.done == 0 and run.step > 1:
+            bar.resume_at(run.step - 1)
+        note = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} images/s" if logs else ""
+        if logs and "utilisation" in logs:
+            note += f", {logs['utilisation']:.0%} of peak"
+        bar.advance(1, note)
+
+    return observe
+
+
+# ---- alarms --------------------------------------------------------------------------------------------------------
+
+
+def loss_spikes() -> Observer:
+    """Warn of a logged loss more than SPIKE standard deviations above the recent ones."""
+    recent: deque[float] = deque(maxlen=WINDOW)
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if logs is None or not is_first():
+            return
+        loss = logs["loss"]
+        if len(recent) >= MIN_WINDOW and (spread := statistics.stdev(recent)) > 0:
+            above = (loss - statistics.fmean(recent)) / spread
+            if above > SPIKE:
+                note = f"{above:.0f} standard deviations above the {len(recent)} before"
+                warn(f"loss {loss:.4g} at step {run.step} is {note}")
+        recent.append(loss)
+
+    return observe
+
+
+def codebook_alarm(cfg: TokenizerConfig) -> Observer:
+    """Warn, with a remedy, once the codebook's usage or the spread of z has been low for ALARM_LINES logged steps."""
+    q = cfg.quantizer
+    vectors = cfg.train.batch * math.prod(cfg.autoencoder.grid) * (q.steps if q.codebooks == "shared" else 1)
+    best = 1 - (1 - 1 / q.codes) ** vectors  # the usage of a batch this small if it drew from the codes evenly
+    low = {"usage/book": 0, "latent_spread": 0}
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if not (logs and cfg.codebook_alarm):
+            return
+        usage, spread = logs["usage/book"] / best, logs["latent_spread"]
+        low["usage/book"] = low["usage/book"] + 1 if usage < cfg.codebook_alarm else 0
+        low["latent_spread"] = low["latent_spread"] + 1 if spread < MIN_SPREAD else 0
+        since = f"and was low for {ALARM_LINES} logged steps"
+        if low["usage/book"] == ALARM_LINES:
+            warn(
+                f"at step {run.step} codebook usage is {usage:.0%} of an even draw's, {since}. Restart dead codes "
+                "(quantizer.codebook=ema quantizer.restart_below=0.03), start on data (quantizer.init=kmeans), or "
+                f"lower quantizer.codes={q.codes}"
+            )
+        if low["latent_spread"] == ALARM_LINES:
+            warn(
+                f"at step {run.step} only {spread:.0%} of the latent varies over images and positions, {since}: the "
+                "encoder carries hardly any information. Lower train.lr, clip gradients (train.clip=1) or start "
+                "--from-weights"
+            )
+
+    return observe
+
+
+# ---- previews and held-out measurements ----------------------------------------------------------------------------
+
+
+def tokenizer_preview(tokenizer: Tokenizer, source: Source, cfg: TrainConfig) -> Observer:
+    """RUN/previews/: inputs, reconstructions and the T partial decodes, under held-out noise."""
+    count = min(PREVIEWS, len(source))
+    indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+    images = np.stack([source.pixels(i, tokenizer.cfg.autoencoder.resolution) for i in indices])
+    eps = tokenizer.noise("heldout", 0, indices, [0] * count)
+
+    @torch.no_grad()
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if not due(run, cfg):
+            return
+        model: Any = run.ema.model if run.ema else tokenizer
+        was_training = model.training
+        model.eval()
+        codes = model.encode(to_model(chw(images)).to(run.device), eps.to(run.device))
+        rows = [images, *decode_prefixes(model, codes)]
+        model.train(was_training)
+        labels = ["input", *(f"t = {t}" for t in range(1, len(rows) - 1)), f"output, t = {len(rows) - 1}"]
+        _save_preview(run, pictures.grid(np.concatenate(rows), count, labels, f"step {run.step}"))
+
+    return observe
+
+
+def _save_preview(run: Run, sheet: Pixels) -> None:
+    pictures.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
+
+
+@torch.no_grad()
+def decode_prefixes(tokenizer: Tokenizer, codes_BTS: Tensor) -> list[Pixels]:
+    """D(z'_1)..D(z'_T) as uint8 (B, H, W, 3)."""
+    frames = []
+    for t in range(1, tokenizer.quantizer.steps + 1):
+        images = []
+        with one_thread():  # as the sampler decodes, so that the last frame is the sample
+            for codes in codes_BTS.split(DECODED_AT_ONCE):
+                z = tokenizer.quantizer.prefix(codes, torch.full((len(codes),), t, device=codes.device))
+                images.append(hwc(to_pixels(tokenizer.decode_latents(z))))
+        frames.append(np.concatenate(images))
+    return frames
+
+
+@contextlib.contextmanager
+def averaged(generator: Generator, run: Run) -> Iterator[None]:
+    """Inside, the generator has the weights that the run will keep, the EMA's if it has one, in evaluation mode."""
+    trained = generator.network
+    generator.network = (run.ema.model if run.ema else trained).eval()
+    try:
+        yield
+    finally:
+        generator.network = trained
+        trained.train()
+
+
+def generator_monitor(
+    generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, class_names: list[str], batches: GeneratorBatches
+) -> Observer:
+    """Held-out measurements with the model-free baseline, norms of z'_t, and a grid of samples from fixed seeds."""
+    classes = list(range(min(10, len(class_names))))
+    labels = [c for c in classes for _ in range(PREVIEWS)]
+    options = SampleOptions(cfg.sampling)
+
+    def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
+        if not due(run, cfg.train):
+            return None
+        micro_batch = cfg.sampling.images_at_once(run.device.type)
+        with averaged(generator, run):
+            measured = held_out(generator, batches, run.device)
+            samples = list(sampler.sample(generator, tokenizer, labels, options, micro_batch))
+        images = np.concatenate([s.pixels_BHWC for s in samples])
+        _save_preview(run, pictures.grid(images, PREVIEWS, [class_names[c] for c in classes]))
+        norms = _norms(tokenizer, torch.cat([s.codes_BTS for s in samples]).to(run.device))
+        return {f"heldout/{name}": values for name, values in measured.items()} | {"sampled/norm": norms}
+
+    return observe
+
+
+def _norms(tokenizer: Tokenizer, codes_BTS: Tensor) -> list[float]:
+    """Mean norm of z'_t over positions, (T,): it shrinks under a large tau and grows under strong guidance."""
+    quantizer = tokenizer.quantizer
+    counts = [torch.full((len(codes_BTS),), t, device=codes_BTS.device) for t in range(1, quantizer.steps + 1)]
+    return [float(quantizer.prefix(codes_BTS, n).norm(dim=1).mean()) for n in counts]
+
+
+# ---- proxy score ---------------------------------------------------------------------------------------------------
+
+
+def check_proxy(cfg: ProxyConfig, store: CodeStore) -> None:
+    """Open extractor and reference before a run folder is claimed. Raises DataError and CheckpointError."""
+    _proxy_extractor(cfg, torch.device("cpu"))
+    _proxy_reference(store)
+
+
+def proxy_score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, store: CodeStore) -> Observer:
+    """`proxy/frechet_distance` of a few samples of the averaged weights, and `proxy/class_accuracy` with a judge."""
+    names = list(store.manifest.class_names)
+    options = SampleOptions(cfg.sampling)
+    labels = [index * len(names) // cfg.proxy.samples for index in range(cfg.proxy.samples)]  # balanced
+
+    @cache
+    def ruler(device: torch.device) -> tuple[Extractor, Statistics]:
+        extractor = _proxy_extractor(cfg.proxy, device)
+        return extractor, metrics.statistics(features.collect(extractor, _proxy_reference(store)).features_ND)
+
+    def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
+        if not due(run, cfg.train):
+            return None
+        extractor, target = ruler(run.device)
+        micro_batch = cfg.sampling.images_at_once(run.device.type)
+        with averaged(generator, run):
+            samples = sampler.sample(generator, tokenizer, labels, options, micro_batch)
+            sampled = features.collect(extractor, (s.pixels_BHWC for s in samples))
+        accuracy = score.class_accuracy(extractor, labels, names, sampled.predicted)
+        distance = metrics.frechet_distance(metrics.statistics(sampled.features_ND), target)
+        return {"proxy/frechet_distance": distance} | ({} if accuracy is None else {"proxy/class_accuracy": accuracy})
+
+    return observe
+
+
+def _proxy_extractor(cfg: ProxyConfig, device: torch.device) -> Extractor:
+    return features.open_extractor(cfg.extractor, Path(cfg.weights) if cfg.weights else None, device)
+
+
+def _proxy_reference(store: CodeStore) -> ImageSet:
+    hint = "go on without the score with proxy.samples=0"
+    record = store_reference(store.root, store.manifest)
+    return reference.open_recorded(record, str(store.root), hint, PROXY_REFERENCES)
+
+
+# ---- curves --------------------------------------------------------------------------------------------------------
+
+Panels = dict[str, dict[str, Curve]]
+
+
+def curves(cfg: TrainConfig, draw: Callable[[], None]) -> Observer:
+    """Draw the curves of the log so far at every evaluation but the last, which the training command draws itself."""
+
+    def observe(run: Run, logs: dict[str, float] | None) -> None:
+        if due(run, cfg) and not run.done:
+            draw()
+
+    return observe
+
+
+def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run: Path | None = None) -> None:
+    """Draw the curves of one run or both: losses on a logarithmic axis, codebook and accuracy per t.
+
+    No file if nothing was logged, for example when every step was skipped.
+    """
+    panels = tokenizer_curves(tokenizer_run) if tokenizer_run else {}
+    panels |= generator_curves(generator_run) if generator_run else {}
+    if panels:
+        pictures.save_curves(path, panels, log_panels=[title for title in panels if "loss" in title])
+
+
+def tokenizer_curves(folder: Path) -> Panels:
+    """Panels of a tokenizer run: losses, the critic's logits; usage and dead codes over time, perplexity per t."""
+    rows = read_metrics(folder)
+    if not rows:
+        return {}
+    per_t = sorted(k.removeprefix("usage/") for k in rows[-1] if k.startswith("usage/t"))
+    shown = [per_t[0], per_t[len(per_t) // 2], per_t[-1]] if len(per_t) > 3 else per_t
+    panels = {
+        "tokenizer losses|step": _over_time(rows, ["recon", "quant", "lpips"]),
+        "adversary|step": _over_time(
+            rows, ["gan", "discriminator/loss", "discriminator/logits_real", "discriminator/logits_fake"]
+        ),
+        "codebook usage|step": _over_time(rows, ["usage/book", *(f"usage/{t}" for t in shown), "latent_spread"]),
+        "dead codes|step": _over_time(rows, [f"dead/{t}" for t in shown]),
+        "codebook perplexity|step": _over_time(rows, [f"perplexity/{t}" for t in shown]),
+    }
+    last = ([float(t[1:]) for t in per_t], [rows[-1][f"perplexity/{t}"] for t in per_t])
+    panels["codebook perplexity at the end|t"] = {"perplexity": last}
+    return {title: lines for title, lines in panels.items() if lines}
+
+
+def generator_curves(folder: Path) -> Panels:
+    """Panels of a generator run: loss; held-out accuracy per t, or nats a dimension, with the model-free baseline."""
+    rows = read_metrics(folder)
+    panels = {"generator loss|step": _over_time(rows, ["ce", "nll"])}
+    held = {"heldout/accuracy": "held-out accuracy per t|t", "heldout/nll": "held-out nats/dim|masked depths"}
+    for name, title in held.items():
+        if measured := [row for row in rows if name in row]:
+            last = measured[-1]
+            panels[title] = {"model": _per_t(last[name]), "model-free baseline": _per_t(last["heldout/baseline"])}
+    panels["proxy score|step"] = _over_time(rows, ["proxy/frechet_distance"])
+    return {title: lines for title, lines in panels.items() if lines}
+
+
+def _over_time(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Curve]:
+    """Those of the named values that a log has, over its steps."""
+    lines: dict[str, Curve] = {}
+    for name in names:
+        points = [(float(row["step"]), row[name]) for row in rows if name in row]
+        if points:
+            steps, values = zip(*points, strict=True)
+            lines[name] = (list(steps), list(values))
+    return lines
+
+
+def _per_t(values: list[float | None]) -> Curve:
+    """Values at 1, 2, ..., without the absent ones."""
+    known = [(float(t), value) for t, value in enumerate(values, 1) if value is not None]
+    return [t for t, _ in known], [value for _, value in known]

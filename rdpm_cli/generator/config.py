@@ -1,0 +1,281 @@
+"""The configs of all generator families: network, objective, training and sampling defaults."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rdpm_cli.schema import Section
+from rdpm_cli.training.config import TrainConfig
+
+MaskSchedule = Literal["square", "cosine", "circle", "exp", "linear"]
+GAMMA = "gamma(r), the masked share: 1-r²; cos(pi r/2); sqrt(1-r²); 1-N^(r-1); 1-r"
+
+
+# ---- all families --------------------------------------------------------------------------------------------------
+
+
+class TransformerConfig(Section):
+    """The transformer that the families share."""
+
+    depth: int = Field(16, gt=0, description="transformer blocks")
+    width: int | None = Field(None, gt=0, description="D; default 64 × depth (Table 1)")
+    heads: int | None = Field(None, gt=0, description="attention heads; default depth")
+    positions: Literal["rope", "learned", "both"] = Field("rope", description="RoPE on each axis, a table, or both")
+    class_latents: bool = Field(False, description="a learned C-vector a class and position, added to the input")
+    class_tokens: int = Field(0, ge=0, description="in-context tokens a class, dropped before the head")
+    qk_norm: bool = Field(False, description="RMSNorm of queries and keys, a head at a time")
+
+    @property
+    def hidden(self) -> int:
+        """D, the width of the residual stream."""
+        return self.width or 64 * self.depth
+
+    @property
+    def head_count(self) -> int:
+        """Attention heads."""
+        return self.heads or self.depth
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> Self:
+        # RoPE turns pairs of numbers, and on two axes half of the pairs each.
+        if self.hidden % self.head_count or (self.hidden // self.head_count) % 4:
+            raise ValueError(f"width / heads must be a multiple of 4, not {self.hidden} / {self.head_count}")
+        return self
+
+
+class GeneratorArchitecture(Section):
+    """What rebuilds a generator, together with its tokenizer; travels in its checkpoint."""
+
+    family: str = Field(description="generator family")
+    network: TransformerConfig
+
+
+class SamplingConfig(Section):
+    """Defaults of `rdpm sample`, recorded in the checkpoint: the fields of every family.
+
+    presets: named sets of a family's fields; guided: the presets that have no effect without a lambda. search: the
+    fields, and the values of each, that `rdpm tune-sampling` tries, in this order. effective_with: fields that have an
+    effect only while another field has one of these values.
+    """
+
+    family: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    guided: ClassVar[frozenset[str]] = frozenset()
+    search: ClassVar[Mapping[str, Sequence[Any]]] = {"cfg": (0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0)}
+    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {}
+
+    cfg: float = Field(0.0, ge=0, description="lambda of guidance; 0 = off")
+    micro_batch: int = Field(8, gt=0, description="images a forward pass; part of what fixes a sample on the CPU")
+    gpu_micro_batch: int = Field(64, gt=0, description="the same on a GPU, halved where its memory is too small")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of network and decoder on a GPU; CPUs take fp32")
+    channels_last: bool = Field(False, description="memory layout of the decoder's convolutions")
+    compile: Literal["off", "default", "graphs"] = Field(
+        "off", description="torch.compile of the network; graphs: with CUDA graphs"
+    )
+
+    def images_at_once(self, device_type: str) -> int:
+        """The micro-batch on a kind of device."""
+        return self.micro_batch if device_type == "cpu" else self.gpu_micro_batch
+
+
+class ProxyConfig(Section):
+    """A score of a few samples while a generator trains: for comparing steps of one run, not for reporting."""
+
+    samples: int = Field(0, ge=0, description="class-balanced, drawn from fixed seeds every train.eval_every; 0 = off")
+    extractor: str | None = Field(None, description="a judge's file, for its features; default: Inception")
+    weights: str | None = Field(None, description="Inception's weight file; default: looked up, never fetched")
+
+    @model_validator(mode="after")
+    def _at_least_two(self) -> Self:
+        if self.samples == 1:
+            raise ValueError("proxy.samples = 1: a covariance needs at least 2")
+        return self
+
+
+class GeneratorConfig(GeneratorArchitecture):
+    """A generator, its training and its sampling defaults: the fields of every family."""
+
+    attention: Literal["sdpa", "flash"] = Field("sdpa", description="in training; flash: the flash-attn package")
+    recompute: bool = Field(False, description="activation checkpointing: each block's again in the backward pass")
+    objective: Section
+    train: TrainConfig
+    sampling: SamplingConfig
+    proxy: ProxyConfig = ProxyConfig()
+
+    @property
+    def uses_latents(self) -> bool:
+        """Whether training reads latents, so that the store should keep them."""
+        return False
+
+
+# ---- RDPM (arXiv 2412.18390) ---------------------------------------------------------------------------------------
+
+
+class NetworkConfig(TransformerConfig):
+    """RDPM's network: the transformer and its head."""
+
+    head: Literal["linear", "geometric"] = Field("linear", description="geometric also predicts z and scores by it")
+
+
+class RDPMArchitecture(GeneratorArchitecture):
+    """What rebuilds an RDPM generator."""
+
+    family: Literal["rdpm"] = Field("rdpm", description="generator family")
+    network: NetworkConfig = NetworkConfig()
+
+
+class ObjectiveConfig(Section):
+    """How RDPM's training batch is drawn from the code store."""
+
+    noise: Literal["cached", "fresh", "fresh-from-codes"] = Field(
+        "cached", description="the store's draws; new ones on its latents z; new ones on z'_T of its codes"
+    )
+    steps_per_image: int = Field(1, ge=1, description="values of t an image and step; loss rows = batch × this")
+    t_weights: Literal["uniform", "alpha"] = Field("uniform", description="t drawn uniformly, or ~ alpha_t + 0.2")
+    perturb: float = Field(0.0, ge=0, description="a in z' + a·U·N(0,1), one U an image, targets unchanged")
+    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class")
+
+
+# The rows of the paper's Table 3: the likeliest code or a draw with Gumbel noise, by guidance. lambda and tau are not
+# among them, since each network has its own best ones.
+_ALL_CODES = {"skip_steps": 0, "top_k": 0, "top_p": 1.0}
+_TABLE_3 = {
+    "raw": {"cfg": 0.0, "draw": "argmax", **_ALL_CODES},
+    "cfg": {"cfg_schedule": "constant", "draw": "argmax", **_ALL_CODES},
+    "cfg-linear": {"cfg_schedule": "linear", "draw": "argmax", **_ALL_CODES},
+    "gumbel": {"cfg_schedule": "linear", "draw": "gumbel", **_ALL_CODES},
+}
+
+
+class RDPMSampling(SamplingConfig):
+    """How RDPM samples."""
+
+    family: ClassVar[str] = "rdpm"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = _TABLE_3
+    guided: ClassVar[frozenset[str]] = frozenset(("cfg", "cfg-linear"))
+    search: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **SamplingConfig.search,
+        "cfg_schedule": ("constant", "linear", "cosine", "power"),
+        "tau": (0.9, 1.0, 1.1, 1.25, 1.5, 2.0),
+        "skip_steps": (0, 1, 2, 3, 4),
+    }
+    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {
+        "cfg_power": ("cfg_schedule", ("power",)),
+        "cfg_first": ("cfg_schedule", ("interval",)),
+        "cfg_last": ("cfg_schedule", ("interval",)),
+        **dict.fromkeys(("tau", "tau_end", "top_k", "top_p"), ("draw", ("gumbel", "inverse"))),
+    }
+
+    cfg_schedule: Literal["constant", "linear", "cosine", "power", "interval"] = Field(
+        "linear", description="lambda_t over t: linear, cosine and power rise from 0 at t = 1 to lambda at t = T"
+    )
+    cfg_power: float = Field(2.0, gt=0, description="exponent of the power schedule; 1 is linear")
+    cfg_first: int = Field(1, ge=1, description="first step with guidance, of the interval schedule")
+    cfg_last: int | None = Field(None, ge=1, description="its last one; default T")
+    draw: Literal["gumbel", "inverse", "argmax"] = Field(
+        "gumbel", description="argmax of logits + Gumbel noise; the same by one uniform a position; the likeliest code"
+    )
+    tau: float = Field(1.0, gt=0, description="inverse temperature: 1 samples exactly, larger is greedier")
+    tau_schedule: Literal["constant", "linear"] = Field("constant", description="tau over t; linear ends at tau_end")
+    tau_end: float | None = Field(None, gt=0, description="tau at t = T of the linear schedule")
+    top_k: int = Field(0, ge=0, description="draw among the k likeliest codes; 0 = all")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw among the fewest codes of at least this probability")
+    skip_steps: int = Field(0, ge=0, description="first steps taken from the model-free guess, no network call")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.tau_schedule == "linear") != (self.tau_end is not None):
+            raise ValueError("tau_schedule=linear and tau_end go together")
+        if self.cfg_last is not None and self.cfg_last < self.cfg_first:
+            raise ValueError(f"no step is guided from step {self.cfg_first} to {self.cfg_last}; cfg=0 turns it off")
+        return self
+
+
+class RDPMConfig(RDPMArchitecture, GeneratorConfig):
+    """An RDPM generator."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampling: RDPMSampling = RDPMSampling()
+
+    @property
+    def uses_latents(self) -> bool:
+        """Whether fresh noise is drawn on them."""
+        return self.objective.noise == "fresh"
+
+
+# ---- ResGen (arXiv 2412.10208) -------------------------------------------------------------------------------------
+
+
+class ResGenNetwork(TransformerConfig):
+    """ResGen's network: the transformer and its head."""
+
+    mixtures: int = Field(1024, ge=1, description="Gaussians of the mixture a position")
+    rank: int = Field(16, ge=1, description="r, of what a position adds to the shared means")
+    count_embed: bool = Field(True, description="tell each position how many of its depths are visible")
+    ratio_cond: bool = Field(True, description="tell the condition which share of all tokens is masked")
+    target: Literal["cumulative", "direct"] = Field(
+        "cumulative", description="the sum of the masked embeddings by the mixture; direct: each depth's token"
+    )
+
+
+class ResGenArchitecture(GeneratorArchitecture):
+    """What rebuilds a ResGen generator."""
+
+    family: Literal["resgen"] = Field("resgen", description="generator family")
+    network: ResGenNetwork = ResGenNetwork()
+
+
+class ResGenObjective(Section):
+    """How tokens are masked in training, and the loss of the head."""
+
+    schedule: MaskSchedule = Field("square", description=GAMMA)
+    order: Literal["coarse-to-fine", "random"] = Field(
+        "coarse-to-fine", description="which depths are masked: the finest first, or any (a baseline)"
+    )
+    mog_loss: Literal["split", "nll", "clam"] = Field(
+        "split", description="bound of the mixture's likelihood: classification + regression; exact; CLaM-TTS's"
+    )
+    detach_resp: bool = Field(True, description="no gradient through the responsibilities of split's classification")
+    sigma_psi: float | None = Field(None, gt=0, description="RMS of the quantisation error; default: measured")
+    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class")
+
+
+class ResGenSampling(SamplingConfig):
+    """How ResGen samples."""
+
+    family: ClassVar[str] = "resgen"
+    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {
+        "conf_temp": ("conf", ("logp", "comp")),
+        "conf_anneal": ("conf", ("logp", "comp")),
+    }
+    search: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **SamplingConfig.search,
+        "top_p": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "z_temp": (0.6, 0.8, 0.9, 1.0),
+        "conf_temp": (0.5, 1.0, 2.0),
+    }
+
+    steps: int = Field(8, ge=1, description="S, forward passes, whatever the depth T")
+    schedule: MaskSchedule = Field("square", description=f"as in training, or another: {GAMMA}")
+    top_p: float = Field(1.0, gt=0, le=1, description="components of the smallest set that holds this probability")
+    z_temp: float = Field(1.0, ge=0, description="factor of the drawn component's scale")
+    conf: Literal["logp", "comp", "rand"] = Field(
+        "logp", description="what is revealed first: likely vectors (z-scored), likely components, any"
+    )
+    conf_temp: float = Field(1.0, ge=0, description="factor of the Gumbel noise on the confidence")
+    conf_anneal: bool = Field(True, description="that noise falls to 0 at the last step")
+    cfg_schedule: Literal["constant", "linear"] = Field("linear", description="linear: 0 at step 1, lambda at step S")
+    cfg_mode: Literal["both", "logits"] = Field("both", description="guide weights and means, or weights alone")
+
+
+class ResGenConfig(ResGenArchitecture, GeneratorConfig):
+    """A ResGen generator."""
+
+    objective: ResGenObjective = ResGenObjective()
+    sampling: ResGenSampling = ResGenSampling()
+
+    @property
+    def uses_latents(self) -> bool:
+        """Whether the error of their quantisation is measured."""
+        return self.objective.sigma_psi is None

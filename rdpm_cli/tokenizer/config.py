@@ -1,0 +1,123 @@
+"""The tokenizer's section of a recipe: autoencoder, noise schedule, quantiser, losses. Imports no torch."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from rdpm_cli.schema import Section
+from rdpm_cli.training.config import TrainConfig
+
+
+class AutoencoderConfig(Section):
+    """The VQGAN encoder and decoder."""
+
+    resolution: int = Field(256, gt=0, description="height and width of the images, pixels")
+    width: int = Field(128, gt=0, description="channels at full resolution (VQGAN 128, VAR 160)")
+    multipliers: tuple[PositiveInt, ...] = Field(
+        (1, 1, 2, 2, 4), min_length=1, description="channels of each level over width; f = 2^(n-1)"
+    )
+    res_blocks: int = Field(2, ge=1, description="residual blocks a level; the decoder has one more, as VQGAN")
+    attention: bool = Field(True, description="self-attention at the lowest resolution")
+    groups: int = Field(32, gt=0, description="groups of every GroupNorm")
+    channels: int = Field(32, gt=0, description="C, channels of the latent z")
+    features: int | None = Field(None, gt=0, description="channels outside quant_conv and post_quant_conv; default C")
+    quant_kernel: Literal[1, 3] = Field(3, description="kernel of quant_conv and post_quant_conv (VAR 3, VQGAN 1)")
+    latent_norm: Literal["layernorm", "none"] = Field("layernorm", description="z = LN(E(x)) over channels, no affine")
+
+    @property
+    def factor(self) -> int:
+        """f, image pixels per latent position and side."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Positions of the latent on each axis: (h, w)."""
+        return self.resolution // self.factor, self.resolution // self.factor
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        if self.resolution % self.factor:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of f = {self.factor}")
+        if uneven := [m for m in self.multipliers if (m * self.width) % self.groups]:
+            raise ValueError(f"width × {uneven[0]} is not a multiple of groups = {self.groups}")
+        return self
+
+
+class ScheduleConfig(Section):
+    """The noise schedule alpha_t."""
+
+    kind: Literal["pow", "linear", "sin", "rvq"] = Field("pow", description="alpha_t; rvq is alpha = 1, no noise")
+    base: float = Field(0.75, gt=0, le=1, description="the paper's varphi in alpha_t = base^(T-t), for pow")
+
+
+class QuantizerConfig(Section):
+    """The T-step residual quantiser."""
+
+    codes: int = Field(4096, ge=2, le=65536, description="K, codebook entries")
+    steps: int = Field(10, ge=1, description="T, diffusion steps = tokens a position")
+    bias: Literal["none", "add", "blend"] = Field("blend", description="q; q + conv(q); 0.5 q + 0.5 conv(q)")
+    codebook: Literal["ema", "gradient"] = Field("ema", description="how the codebook learns")
+    codebooks: Literal["shared", "per_step"] = Field("shared", description="one book for all t, or one a t")
+    init: Literal["normal", "data", "kmeans"] = Field("normal", description="N(0,1); vectors of a batch; their centres")
+    decay: float = Field(0.99, ge=0, lt=1, description="of the codebook's EMA")
+    restart_below: float = Field(
+        0.03, ge=0, lt=1, description="a code used less than this × the mean restarts; 0 = off"
+    )
+
+
+class TokenizerLossConfig(Section):
+    """Factors of the tokenizer's loss."""
+
+    quant: float = Field(0.25, ge=0, description="factor of L_quant, Eq. 4")
+    weight: bool = Field(True, description="gamma_t = alpha_t in L_quant; false: 1")
+    perceptual: Literal["lpips", "none"] = Field("none", description="L_lpips: LPIPS with VGG16, or no such term")
+    perceptual_factor: float = Field(1.0, ge=0, description="factor of L_lpips")
+    perceptual_weights: str | None = Field(None, description="VGG16 weight file; default: looked up, never fetched")
+    adversarial: Literal["hinge", "none"] = Field("none", description="L_gan against a PatchGAN discriminator")
+    adversarial_factor: float = Field(0.75, ge=0, description="factor of w L_gan")
+    adaptive: bool = Field(True, description="w from last-layer gradients, as VQGAN; false: 1")
+
+
+class DiscriminatorConfig(Section):
+    """The PatchGAN discriminator, where loss.adversarial is on."""
+
+    width: int = Field(64, gt=0, multiple_of=8, description="channels of the first layer")
+    layers: int = Field(3, ge=1, description="strided layers: 2 see patches of 34, 3 of 70 pixels")
+    start: int = Field(0, ge=0, description="step from which the discriminator trains")
+    warmup_steps: int = Field(0, ge=0, description="further steps before the tokenizer feels it fully: a linear ramp")
+
+
+class TokenizerArchitecture(Section):
+    """All that rebuilds a tokenizer; its checkpoint carries it."""
+
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+
+
+class TokenizerConfig(TokenizerArchitecture):
+    """A tokenizer and its training."""
+
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    flip: bool = Field(True, description="mirror training images at random")
+    codebook_alarm: float = Field(
+        0.5, ge=0, le=1, description="warn while the codebook's usage over an even one's is lower; 0 = off"
+    )
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _patches_exist(self) -> Self:
+        size, layers = self.autoencoder.resolution, self.discriminator.layers
+        if self.loss.adversarial != "none" and size >> layers < 3:
+            raise ValueError(f"discriminator.layers = {layers} leaves no patch of a {size}×{size} image; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_vectors(self) -> Self:
+        q, (h, w) = self.quantizer, self.autoencoder.grid
+        vectors = self.train.batch * h * w * (1 if q.codebooks == "per_step" else q.steps)
+        if q.init != "normal" and vectors < q.codes:
+            shortage = f"quantizer.init = {q.init}: {vectors} vectors in a batch for {q.codes} codes"
+            raise ValueError(f"{shortage}; raise train.batch, or set quantizer.init=normal")
+        return self
