@@ -26,11 +26,11 @@ Every command, argument, option and default, written by `{REGENERATE}`. A test c
   `sample`, `demo`, `tune-sampling`). A folder that was started with other settings is refused, with the differences.
 - **Progress** is a bar on a terminal and a plain line every 10 to 25 s elsewhere. With `rdpm --log-format json COMMAND`
   each line of stderr is a JSON document: `time`, `kind` (`progress`, `finished`, `info`, `warning`, `error`),
-  `message`, and depending on the kind `job`, `done`, `total`, `unit`, `rate`, `seconds`, `seconds_left`, `note`, `before` (done by
-  an earlier call), or `hint`, `exit_code`, `trace`.
+  `message`, and depending on the kind `job`, `done`, `total`, `unit`, `rate`, `seconds`, `seconds_left`, `note`,
+  `before` (done by an earlier call), or `hint`, `exit_code`, `trace`.
 - **Recipes**: `KEY=VALUE` sets any field; a short key belongs to the command's section (`train.steps=100`). Unknown
-  keys are refused with the nearest one. `--print-config` prints the resolved recipe, which `--recipe FILE.yaml` reads back.
-  `--seed N` is `seed=N`.
+  keys are refused with the nearest one. `--print-config` prints the resolved recipe, which `--recipe FILE.yaml` reads
+  back. `--seed N` is `seed=N`.
 - **Several GPUs**: `--gpus N`, or torchrun with `-m rdpm_cli` and the same arguments.
 - **Completion**: `rdpm --install-completion` for bash, zsh, fish and PowerShell.
 

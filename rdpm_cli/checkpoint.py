@@ -36,7 +36,6 @@ HINTS = {
 }
 RECORD_BYTES = 512  # of a tensor's name, headers and padding in the zip that torch.save writes
 STATE_NAME = re.compile(r"step-(\d{9})\.pt")
-STATE_FIELDS = {"step", "skipped", "threads", "players", "ema"}
 
 
 # ---- files of tensors ----------------------------------------------------------------------------------------------
@@ -67,10 +66,7 @@ def _reason(error: Exception) -> str:
 
 
 class _HashedFile:
-    """A file for torch.save: sums up what is written, and keeps the file's own error.
-
-    torch turns an OSError of write() into a RuntimeError about an "unexpected pos".
-    """
+    """A file to write into: hashes the bytes, and keeps its OSError, of which torch.save makes a RuntimeError."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -140,37 +136,37 @@ def load(path: Path, kind: str = "") -> dict[str, Any]:
     return dict(content)
 
 
-def check(content: Any, where: str, kind: str = "") -> None:
+def check(content: Any, origin: str, kind: str = "") -> None:
     """Raise CheckpointError unless content is a model file of this kind with an intact digest."""
     name = content.get("format") if isinstance(content, dict) else None
     if not isinstance(name, str) or name not in FORMATS:
-        raise CheckpointError(f"{where} is not an rdpm checkpoint", HINTS[kind])
+        raise CheckpointError(f"{origin} is not an rdpm checkpoint", HINTS[kind])
     if absent := NEEDED - set(content):
-        raise CheckpointError(f"{where} is damaged: it lacks {', '.join(sorted(absent))}", "copy or make it again")
+        raise CheckpointError(f"{origin} is damaged: it lacks {', '.join(sorted(absent))}", "copy or make it again")
     if kind and name != kind:
-        raise CheckpointError(f"{where} is a {FORMATS[name]}, not a {FORMATS[kind]}", HINTS[kind])
+        raise CheckpointError(f"{origin} is a {FORMATS[name]}, not a {FORMATS[kind]}", HINTS[kind])
     if content["version"] != VERSION:
-        message = f"{where} has format version {content['version']}; this rdpm reads {VERSION}"
+        message = f"{origin} has format version {content['version']}; this rdpm reads {VERSION}"
         raise CheckpointError(message, "use the rdpm that made it, or make it again")
     if content["digest"] != model_digest(content["weights"], content["config"]):
-        raise CheckpointError(f"{where} is damaged: its weights do not match its digest", "copy or make it again")
+        raise CheckpointError(f"{origin} is damaged: its weights do not match its digest", "copy or make it again")
 
 
-def config_of(section: type[S], raw: Any, where: str) -> S:
+def config_of(section: type[S], raw: Any, origin: str) -> S:
     """The config in a file as a section. Raises CheckpointError if another version of rdpm wrote it."""
     try:
-        return validate(section, raw, where)
+        return validate(section, raw, origin)
     except RecipeError as error:
         hint = "another version of rdpm made it; use that one, or make the file again"
         raise CheckpointError(f"{error.message} (in the file's config)", hint) from error
 
 
-def fill(model: nn.Module, content: dict[str, Any], where: str) -> None:
+def fill(model: nn.Module, content: dict[str, Any], origin: str) -> None:
     """Load the weights strictly. Raises CheckpointError."""
     try:
         model.load_state_dict(content["weights"])
     except RuntimeError as error:
-        raise CheckpointError(f"{where} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
+        raise CheckpointError(f"{origin} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
 
 
 # ---- training states: RUN/checkpoints/step-000000100.pt and its .sha256 ----------------------------------------------
@@ -217,17 +213,13 @@ def _is_intact(path: Path) -> bool:
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """One training state. Raises CheckpointError if it is damaged or something else."""
+    """One training state. Raises CheckpointError if it is damaged."""
     hint = "delete this file to continue from the state before it"
     if not _sum_file(path).is_file():
         progress.warn(f"{path} has no .sha256 next to it and is not verified")
     elif not _is_intact(path):
         raise CheckpointError(f"{path} is damaged: it differs from {_sum_file(path).name}", hint)
-    state = read_tensors(path, device, hint)
-    match = STATE_NAME.fullmatch(path.name)
-    if not isinstance(state, dict) or set(state) != STATE_FIELDS or not match or state["step"] != int(match[1]):
-        raise CheckpointError(f"{path} is not a training state of the step in its name", hint)
-    return state
+    return dict(read_tensors(path, device, hint))
 
 
 def load_newest_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
@@ -301,20 +293,20 @@ def _hub_folder() -> Path:
 def _fetch(published: Published, target: Path) -> Path:
     """Download the file to `target`, whole or not at all. Raises RunError, and CheckpointError for other bytes."""
     progress.say(f"fetching {published.url} to {target}")
-    partial, start = target.with_name(f"{target.name}.part"), published.sha256_start
-    files.make_folder(target.parent)
-    try:
-        with urllib.request.urlopen(published.url, timeout=60) as answer, partial.open("wb") as file:
-            shutil.copyfileobj(answer, file)
-        if not (sha256 := files.sha256_file(partial)).startswith(start):
+
+    def write(file: BinaryIO) -> None:
+        hashed, start = _HashedFile(file), published.sha256_start
+        with urllib.request.urlopen(published.url, timeout=60) as answer:
+            shutil.copyfileobj(answer, hashed)
+        if not (sha256 := hashed.sha256.hexdigest()).startswith(start):
             message = f"{published.url} gave a file whose sha256 begins with {sha256[: len(start)]}, not {start}"
             raise CheckpointError(message, "try again, or fetch it in another way")
-        os.replace(partial, target)
+
+    try:
+        files.write_atomic(target, write)
     except (OSError, http.client.HTTPException) as error:
         hint = f"fetch it in another way and put it into {target.parent}"
         raise RunError(f"{published.url} cannot be fetched: {error}", hint) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -50,7 +50,8 @@ def is_first() -> bool:
 def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
     """Join torchrun's group if there is one. -> this process's device. device: auto, cpu, cuda or cuda:N.
 
-    several: whether this command may run as several processes. Raises UsageError if it may not and does.
+    several: whether this command may run as several processes. Raises UsageError if it may not and does, and
+    LostProcessError if another process has gone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and not several:
@@ -59,18 +60,11 @@ def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
     if size == 1:
         yield picked
         return
-    with _group(picked):
-        yield picked
-
-
-@contextlib.contextmanager
-def _group(device: torch.device) -> Iterator[None]:
-    """The group of torchrun's processes. Raises LostProcessError if one of them has gone."""
-    nccl = device.type == "cuda"
+    nccl = picked.type == "cuda"
     leaving_together = False
     try:
-        dist.init_process_group("nccl" if nccl else "gloo", timeout=TIMEOUT, device_id=device if nccl else None)
-        yield
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=TIMEOUT, device_id=picked if nccl else None)
+        yield picked
         leaving_together = True
     except Stopped:
         leaving_together = True  # every process stops after the same step

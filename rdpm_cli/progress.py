@@ -69,20 +69,20 @@ class Bar:
         """Begin at `done`: the work of an earlier process does not count for the rate."""
         self.done = self._resumed = done
 
-    def _rate(self, now: float) -> float:
-        return (self.done - self._resumed) / max(now - self._start, 1e-9)
+    def _rate(self, instant: float) -> float:
+        return (self.done - self._resumed) / max(instant - self._start, 1e-9)
 
     def _line_after(self, silence: float) -> None:
         """Write a line if the last one is at least `silence` seconds old."""
         with self._lock:
-            now = clock()
-            if now - self._last < silence:
+            instant = clock()
+            if instant - self._last < silence:
                 return
-            self._last, rate = now, self._rate(now)
-        left = (self.total - self.done) / rate if rate > 0 else None
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {now - self._start:.0f} s, "
-        text += "no rate yet" if left is None else f"{left:.0f} s left"
-        seconds = {"seconds": now - self._start, "seconds_left": left}
+            self._last, rate = instant, self._rate(instant)
+        remaining = (self.total - self.done) / rate if rate > 0 else None
+        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {instant - self._start:.0f} s, "
+        text += "no rate yet" if remaining is None else f"{remaining:.0f} s left"
+        seconds = {"seconds": instant - self._start, "seconds_left": remaining}
         _write("progress", f"{text}  {self.note}".rstrip(), **self._counts(), rate=rate, **seconds, note=self.note)
 
     def _counts(self) -> dict[str, Any]:

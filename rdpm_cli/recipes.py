@@ -75,18 +75,20 @@ def find_recipe(name_or_file: str) -> Path:
 def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str = "") -> Recipe:
     """Resolve a recipe: what it extends, the file, then the overrides in order. Raises RecipeError.
 
-    section: must be there, and is where short keys are looked up: `load_recipe("digits", ["train.steps=10"],
+    section: one that the recipe must have, and to which short keys belong: `load_recipe("digits", ["train.steps=10"],
     "tokenizer")` sets tokenizer.train.steps.
     """
     path = find_recipe(name_or_file)
     raw = _read(path)
     raw.setdefault("name", path.stem)
     absent = section not in raw  # looked at first, since an override makes the section that it sets a key of
-    origins = {_override(raw, text, section): f"override '{text}'" for text in overrides}
+    for text in overrides:
+        _override(raw, text, section)
     if section and (absent or raw[section] is None):
         able = [name for name in recipe_names() if section in _read(recipe_folder() / f"{name}.yaml")]
         raise RecipeError(f"recipe '{raw['name']}' has no {section} section", f"recipes that do: {', '.join(able)}")
-    return validate(Recipe, raw, str(path), origins, _with_short(_valid_keys(raw), section))
+    origin = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    return validate(Recipe, raw, origin, _with_short(_valid_keys(raw), section))
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -144,8 +146,8 @@ def _with_short(keys: Sequence[str], section: str) -> list[str]:
     return [*(key.removeprefix(f"{section}.") for key in keys if section and key.startswith(f"{section}.")), *keys]
 
 
-def _override(raw: dict[str, Any], text: str, section: str) -> str:
-    """Set the value of a `key=value`. -> its whole key."""
+def _override(raw: dict[str, Any], text: str, section: str) -> None:
+    """Set the value of a `key=value`."""
     key, equals, value = text.partition("=")
     if not equals:
         example = f"{'' if section else 'generator.'}train.steps=100"
@@ -163,4 +165,3 @@ def _override(raw: dict[str, Any], text: str, section: str) -> str:
         if not isinstance(values, dict):
             raise RecipeError(f"override '{text}': {name} is not a section", "correct the recipe file")
     _set(values, ".".join(sections), leaf, parse_yaml(value, f"override '{text}'") if value else "")
-    return full

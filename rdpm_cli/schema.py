@@ -4,7 +4,7 @@ A field is the single source of an option: recipe key, override, help, manifest 
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -25,17 +25,10 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def validate(
-    section: type[S],
-    raw: Any,
-    where: str,
-    origins: Mapping[str, str] | None = None,
-    keys: Sequence[str] = (),
-) -> S:
-    """Plain values as a section. Raises RecipeError naming `where`, the key, and for an unknown key the nearest one.
+def validate(section: type[S], raw: Any, origin: str, keys: Sequence[str] = ()) -> S:
+    """Plain values as a section. keys: the valid ones; default: those of the section.
 
-    origins: where single keys come from instead, e.g. {"seed": "override 'seed=x'"}. keys: all valid ones; default:
-    those of the section.
+    Raises RecipeError naming `origin`, the key, and for an unknown key the nearest one.
     """
     try:
         return section.model_validate(raw)
@@ -44,11 +37,10 @@ def validate(
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             hint = nearest_key(key, keys or list(leaf_keys(section)))
-            raise RecipeError(f"{where}: unknown recipe key '{key}'", hint) from error
+            raise RecipeError(f"{origin}: unknown recipe key '{key}'", hint) from error
         reason = first["msg"].removeprefix("Value error, ")
         # A check over several fields has the whole section as its input, and names the values itself.
         hint = "" if isinstance(first["input"], dict) else f"got {first['input']!r}"[:200]
-        origin = (origins or {}).get(key, where)
         raise RecipeError(f"{origin}: {f'{key}: ' if key else ''}{reason}", hint) from error
 
 
@@ -78,9 +70,6 @@ def nearest_key(key: str, keys: Sequence[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else "see the recipe's keys with `rdpm inspect RECIPE`"
 
 
-# ---- YAML ----------------------------------------------------------------------------------------------------------
-
-
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key written twice. PyYAML itself silently keeps the last one."""
 
@@ -95,8 +84,8 @@ def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain YAML values. Raises RecipeError, which names `where`, for a syntax error or a key written twice."""
+def parse_yaml(text: str, origin: str) -> Any:
+    """Plain YAML values. Raises RecipeError, which names `origin`, for a syntax error or a key written twice."""
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()
@@ -104,14 +93,11 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{where} is not valid YAML: {reason}{line}", "correct it there") from error
+        raise RecipeError(f"{origin} is not valid YAML: {reason}{line}", "correct it there") from error
     except RecipeError as error:
-        raise RecipeError(f"{where}: {error.message}", "keep one of them") from error
+        raise RecipeError(f"{origin}: {error.message}", "keep one of them") from error
     finally:
         loader.dispose()
-
-
-# ---- the shipped recipes -------------------------------------------------------------------------------------------
 
 
 def recipe_folder() -> Path:

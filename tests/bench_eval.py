@@ -1,11 +1,11 @@
 """Speed and memory of scores at 50,000 images. By hand: python tests/bench_eval.py --help
 
-The extractor: thread CPU seconds of one core (on CUDA: wall seconds between synchronisations), medians of rounds in
-which it and its floor take turns. The floor is its convolutions alone, on the same shapes. Weights are random.
+The extractor: CPU seconds of one thread (on CUDA: wall seconds between synchronisations), medians of rounds in which it
+and its floor take turns. The floor is only its convolutions, on the same shapes. Weights are random.
 
 Metrics: features of 50,000 × 2048 random values, once each, on the threads of OMP_NUM_THREADS; wall seconds, and CPU
-seconds of all threads over their number, which are the wall's where nothing else runs, and by which the goals are
-judged. Memory is the largest that the process held meanwhile, over what it held before.
+seconds of all threads over their number, which equal the wall's on an idle machine and which the goals are for. Memory
+is the largest that the process held during the job, minus what it held before.
 """
 
 import argparse
@@ -19,12 +19,11 @@ from benches import Job, convolutions, race, table, verdict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rdpm_cli.cli.app import tune_allocator
 from rdpm_cli.evaluation import metrics
-from rdpm_cli.threads import tune_allocator
 
 FRECHET_SECONDS, MANIFOLD_SECONDS = 60, 300
 WIDTH, SPATIAL, CLASSES = 2048, 2023, 1008
-PIECE = 256  # images that a pass adds at once
 
 
 def inception() -> nn.Module:
@@ -43,7 +42,7 @@ def inception() -> nn.Module:
 
 @torch.no_grad()
 def bench_extractor(batches: list[int], side: int, rounds: int, device: torch.device) -> None:
-    """Images a second beside the convolutions alone."""
+    """Images a second of the extractor, and of its convolutions without the rest."""
     network = inception().to(device)
     rows = []
     for count in batches:
@@ -57,21 +56,21 @@ def bench_extractor(batches: list[int], side: int, rounds: int, device: torch.de
         rates = [f"{count / seconds[name]:.2f}" for name in ("extractor", "floor")]
         rows.append([f"B = {count}", *rates, f"{share:.0%}"])
     print(f"Inception, {side}×{side} to 299, fp32, {device.type}, {rounds} rounds")
-    table(["", "images/s", "its convolutions alone", "share"], rows)
+    table(["", "images/s", "its convolutions", "share"], rows)
 
 
 def measured(job: Job) -> list[float]:
-    """[wall seconds, CPU seconds a thread, GiB over what was held before]."""
-    before = _held("VmRSS")
+    """[wall seconds, CPU seconds a thread, GiB more than the process held before]."""
+    held = _kibibytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     wall, cpu = time.perf_counter(), time.process_time()
     job()
-    taken = [time.perf_counter() - wall, (time.process_time() - cpu) / torch.get_num_threads()]
-    return [*taken, (_held("VmHWM") - before) / 2**20]
+    seconds = [time.perf_counter() - wall, (time.process_time() - cpu) / torch.get_num_threads()]
+    return [*seconds, (_kibibytes("VmHWM") - held) / 2**20]
 
 
-def _held(name: str) -> int:
-    """KiB."""
+def _kibibytes(name: str) -> int:
+    """A field of this process's status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
@@ -80,35 +79,27 @@ def random_features(count: int, width: int, seed: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).random((count, width), dtype=np.float32)
 
 
-def statistics(features_ND: NDArray[np.float32]) -> metrics.Statistics:
-    """As a pass sums them."""
-    running = metrics.RunningStatistics(features_ND.shape[1])
-    for start in range(0, len(features_ND), PIECE):
-        running.add(features_ND[start : start + PIECE])
-    return running.statistics()
-
-
 def bench_metrics(count: int, references: int) -> None:
     """Each metric once, after the features are there."""
-    ours, theirs = random_features(count, WIDTH, 0), random_features(references, WIDTH, 1)
+    samples, reference = random_features(count, WIDTH, 0), random_features(references, WIDTH, 1)
     spatial, logits = random_features(count, SPATIAL, 2), random_features(count, CLASSES, 3)
-    against, against_spatial = statistics(theirs), statistics(random_features(references, SPATIAL, 4))
-
-    def score() -> None:
-        running = metrics.RunningScore(count, CLASSES)
-        for start in range(0, count, PIECE):
-            running.add(start, logits[start : start + PIECE])
-        running.value()
-
+    pool = metrics.statistics(reference)
+    spatial_pool = metrics.statistics(random_features(references, SPATIAL, 4))
     jobs: dict[str, tuple[Job, float | None]] = {
-        "FID: sums and distance": (lambda: metrics.frechet_distance(statistics(ours), against), FRECHET_SECONDS),
-        "sFID: sums and distance": (lambda: metrics.frechet_distance(statistics(spatial), against_spatial), None),
-        "IS": (score, None),
+        "FID: statistics, distance": (
+            lambda: metrics.frechet_distance(metrics.statistics(samples), pool),
+            FRECHET_SECONDS,
+        ),
+        "sFID: statistics, distance": (
+            lambda: metrics.frechet_distance(metrics.statistics(spatial), spatial_pool),
+            None,
+        ),
+        "IS": (lambda: metrics.inception_score(logits), None),
         f"precision, recall: {count:,} × {references:,}": (
-            lambda: metrics.precision_recall(ours, theirs),
+            lambda: metrics.precision_recall(samples, reference),
             MANIFOLD_SECONDS,
         ),
-        "KID: 100 subsets of 1,000": (lambda: metrics.kernel_distance(ours, theirs), None),
+        "KID: 100 subsets of 1,000": (lambda: metrics.kernel_distance(samples, reference), None),
     }
     rows = []
     for name, (job, most) in jobs.items():
@@ -131,14 +122,14 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    chosen = options()
+    arguments = options()
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
-    bench_metrics(chosen.images, chosen.references)
+    bench_metrics(arguments.images, arguments.references)
     tune_allocator()  # as `rdpm` does; before, freed memory would count as held
     torch.set_num_threads(1)
-    bench_extractor(chosen.batch, chosen.side, chosen.rounds, torch.device("cpu"))
+    bench_extractor(arguments.batch, arguments.side, arguments.rounds, torch.device("cpu"))
     if torch.cuda.is_available():
-        bench_extractor([64, 256], chosen.side, chosen.rounds, torch.device("cuda"))
+        bench_extractor([64, 256], arguments.side, arguments.rounds, torch.device("cuda"))
     else:
         print("no CUDA device: its runs were not made")
 

@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 from benches import Job, race, table, verdict
+from rdpm_cli.generator.config import RDPMConfig
+from rdpm_cli.generator.rdpm import RDPM, CodeBatch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rdpm_cli.config import QuantizerConfig, RDPMConfig, ScheduleConfig
-from rdpm_cli.generator import model, transformer
-from rdpm_cli.generator.rdpm import RDPM
-from rdpm_cli.generator.rdpm_batches import CodeBatch
-from rdpm_cli.recipe_files import load_recipe
-from rdpm_cli.step import TrainStep
-from rdpm_cli.threads import tune_allocator
+from rdpm_cli.cli.app import tune_allocator
+from rdpm_cli.distributed import TrainStep
+from rdpm_cli.generator import registry, transformer
+from rdpm_cli.recipes import load_recipe
+from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.tokenizer.quantizer import Quantizer
-from rdpm_cli.training.ema import Ema
-from rdpm_cli.training.loop import make_optimizer
+from rdpm_cli.training.optim import Ema, make_optimizer
 
 T, K, C, SIDE, CLASSES = 10, 4096, 32, 16, 1000
 TARGET_FLOORS, TARGET_UPDATE, TARGET_UTILISATION = 1.4, 0.35, 0.45
@@ -38,10 +37,10 @@ def recipe(depth: int) -> RDPMConfig:
 
 
 def make_generator(depth: int, device: torch.device) -> RDPM:
-    quantizer = Quantizer(QuantizerConfig(codes=K, steps=T, bias="add"), ScheduleConfig(), C).eval()
-    generator = RDPM(recipe(depth), quantizer.requires_grad_(False).to(device), (SIDE, SIDE), CLASSES)
+    quantizer = Quantizer(QuantizerConfig(codes=K, steps=T, bias="add"), ScheduleConfig(), C, (SIDE, SIDE)).eval()
+    generator = RDPM(recipe(depth), quantizer.requires_grad_(False).to(device), CLASSES)
     generator.network.to(device).train()
-    for parameter in generator.network.parameters():  # AdaLN-Zero's zeros would be denormals' and branches' friends
+    for parameter in generator.network.parameters():  # AdaLN-Zero's zeros may be multiplied faster
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.02)
     return generator
@@ -49,12 +48,10 @@ def make_generator(depth: int, device: torch.device) -> RDPM:
 
 def make_batch(count: int, device: torch.device) -> CodeBatch:
     return CodeBatch(
-        codes_BTHW=torch.randint(K, (count, T, SIDE, SIDE), device=device),
-        labels_B=torch.randint(CLASSES, (count,), device=device),
-        t_BS=torch.randint(1, T + 1, (count, 1), device=device),
-        eps_BSCHW=torch.randn(count, 1, C, SIDE, SIDE, device=device),
-        z_BCHW=None,
-        spread_B=None,
+        codes_BTS=torch.randint(K, (count, T, SIDE**2), device=device),
+        columns={"labels": torch.randint(CLASSES, (count,), device=device)},
+        t_BJ=torch.randint(1, T + 1, (count, 1), device=device),
+        eps_BJCS=torch.randn(count, 1, C, SIDE**2, device=device),
     )
 
 
@@ -62,17 +59,17 @@ def products(network: nn.Module, forward: Job) -> Job:
     """The matrix products of one forward and backward pass, as the network's own layers are called by `forward`."""
     calls: list[Callable[[], Any]] = []
 
-    def linear(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+    def linear(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         assert isinstance(layer, nn.Linear)
-        x = torch.randn(given[0].numel() // layer.in_features, layer.in_features, device=given[0].device)
+        x = torch.randn(inputs[0].numel() // layer.in_features, layer.in_features, device=inputs[0].device)
         y, weight = torch.randn(len(x), layer.out_features, device=x.device), layer.weight.detach().clone()
         calls.append(lambda: (torch.mm(x, weight.t()), torch.mm(y, weight), torch.mm(y.t(), x)))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         a, b = torch.randn(2, *q.shape, device=q.device)
         scores = torch.randn(*q.shape[:-1], q.shape[-2], device=q.device)
         calls.append(lambda: [(a @ b.transpose(-1, -2), scores @ a) for _ in range(3)])  # 2 forward, 4 backward
-        return transformer.sdpa(q, k, v)
+        return transformer.sdpa(q, k, v, mask)
 
     hooks = [m.register_forward_hook(linear) for m in network.modules() if isinstance(m, nn.Linear)]
     trunk = network.get_submodule("trunk")
@@ -147,7 +144,7 @@ def bench_cuda(depth: int, count: int, steps: int, compiled: bool, attention: st
     device = torch.device("cuda")
     cfg = recipe(depth).model_copy(update={"attention": attention})
     generator = make_generator(depth, device)
-    model.prepare(generator, cfg, model.find_kernel(cfg, "cuda"))
+    registry.prepare(generator, cfg, registry.find_kernel(cfg, "cuda"))
     batch, step = make_batch(count, device), TrainStep(0, 0, range(count), count, device)
     optimizer, ema = make_optimizer(generator.network, cfg.train), Ema(generator.network, cfg.train.ema)
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
@@ -189,18 +186,18 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    chosen = options()
+    arguments = options()
     tune_allocator()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread\n")
-    bench_cpu(chosen.depth, chosen.batch, chosen.rounds)
+    bench_cpu(arguments.depth, arguments.batch, arguments.rounds)
     if not torch.cuda.is_available():
         print("no CUDA device: its runs were not made")
         return
     for depth in (12, 16):
         for attention in ("sdpa", "flash"):
             for compiled in (False, True):
-                bench_cuda(depth, chosen.cuda_batch, chosen.cuda_steps, compiled, attention)
+                bench_cuda(depth, arguments.cuda_batch, arguments.cuda_steps, compiled, attention)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Fixtures that test files share: a small untrained tokenizer, a folder of random images, a code store of both;
-weight files of the published layouts, drawn at random.
+"""Fixtures that test files share: a small untrained tokenizer, a folder of random images, a code store of both, and
+random weight files in the published layouts.
 """
 
 import signal
@@ -14,25 +14,20 @@ import pytest
 import torch
 from PIL import Image
 from rows import ROWS, Rows
+from stores import Making
 
-from rdpm_cli import engine, modelfile, progress, threads
-from rdpm_cli.config import AutoencoderConfig, QuantizerConfig, ScheduleConfig, TokenizerArchitecture
+from rdpm_cli import checkpoint, progress
+from rdpm_cli.cli.app import tune_allocator
+from rdpm_cli.data.open import open_source
 from rdpm_cli.tokenizer import model
-from rdpm_cli.tokenizer.perceptual import Net
+from rdpm_cli.tokenizer.config import AutoencoderConfig, QuantizerConfig, ScheduleConfig, TokenizerArchitecture
+from rdpm_cli.tokenizer.losses import Net
 
 IMAGES_PER_CLASS = 12
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests in the background
-threads.tune_allocator()  # before the first large allocation
+tune_allocator()  # before the first large allocation
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Activations of the tests are kept in a folder of theirs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RDPM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,13 +43,13 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def rows() -> Rows:
-    """Where the tests of faults count."""
+    """The counts of fault tests."""
     return ROWS
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `-m long` the suite of faults runs whole: its rows count the few cases of every run and the many more."""
+    """With `-m long` all fault tests run, so that their rows count the few cases of every run as well."""
     if config.option.markexpr == "long":
         for item in items:
             if "faults" in item.path.parts:
@@ -62,27 +57,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker hands what it counted to the process that prints."""
-    if (handed := getattr(session.config, "workeroutput", None)) is not None:
-        handed["counts"], handed["notes"] = ROWS.counts, ROWS.notes
+    """A worker of pytest-xdist sends its counts to the process that prints."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["counts"], output["notes"] = ROWS.counts, ROWS.notes
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """A worker that died has handed nothing over."""
-    if handed := getattr(node, "workeroutput", None):
-        ROWS.add(handed["counts"], handed["notes"])
+    """Add the counts of a worker; one that died has sent none."""
+    if output := getattr(node, "workeroutput", None):
+        ROWS.add(output["counts"], output["notes"])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What they counted, after everything else."""
+    """Print the counts after everything else."""
     for line in ROWS.lines():
         terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
 def speaking() -> Iterator[None]:
-    """What one test runs with --quiet or --log-format leaves the next one's lines alone."""
+    """Undo --quiet and --log-format of a test."""
     progress.quiet = progress.as_json = False
     yield
     progress.quiet = progress.as_json = False
@@ -102,7 +97,7 @@ def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         tokenizer = model.Tokenizer(cfg)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt"
-    modelfile.save(path, model.pack(tokenizer, class_names=[], provenance={}))
+    checkpoint.save(path, model.pack(tokenizer, class_names=[], provenance={}))
     return path
 
 
@@ -113,27 +108,25 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     for name in "abc":
         (root / name).mkdir()
-        for place in range(IMAGES_PER_CLASS):
+        for index in range(IMAGES_PER_CLASS):
             width, height = (int(side) for side in random.integers(16, 40, 2))
             blocks = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-            suffix = "jpg" if place % 3 == 2 else "png"
-            blocks.resize((width, height), Image.Resampling.BILINEAR).save(root / name / f"{place:02d}.{suffix}")
+            suffix = "jpg" if index % 3 == 2 else "png"
+            blocks.resize((width, height), Image.Resampling.BILINEAR).save(root / name / f"{index:02d}.{suffix}")
     return root
 
 
 @pytest.fixture(scope="session")
 def digits_codes(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tiny_tokenizer_file: Path) -> Path:
-    """A finished code store of `image_folder` by the tiny tokenizer: 36 images, 2 views, latents kept. Read only."""
+    """A finished code store of `image_folder` by the tiny tokenizer: 36 images, 2 views, latents kept. Read-only."""
     out = tmp_path_factory.mktemp("store") / "codes"
-    engine.tokenize(
-        str(image_folder), out, tiny_tokenizer_file, engine.StoreOptions(views=2, latents=True), device="cpu"
-    )
+    Making(out, open_source(str(image_folder)), tiny_tokenizer_file, shard_images=4096).finish()
     return out
 
 
 @pytest.fixture
 def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty places where published weights would be looked for: weights/ and torch/hub/checkpoints/."""
+    """Empty folders in which published weights are searched: weights/ and torch/hub/checkpoints/."""
     monkeypatch.setenv("RDPM_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "weights").mkdir()
@@ -142,7 +135,7 @@ def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of Inception's layout, drawn at random: torch-fidelity's network, made without its download."""
+    """Random weights in Inception's layout: torch-fidelity's network, made without its download."""
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
@@ -156,7 +149,7 @@ def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def random_backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[Net, Path]:
-    """The convolutions of VGG16 and AlexNet in torchvision's layout, drawn at random, in torch's old and new format."""
+    """Random convolutions of VGG16 and AlexNet in torchvision's layout, in torch's old and new file format."""
     from torchvision import models
 
     folder, generator = tmp_path_factory.mktemp("backbones"), torch.Generator().manual_seed(0)
@@ -168,5 +161,5 @@ def random_backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[Net, Path
         for name, value in empty.items():
             scale = (2 / value[0].numel()) ** 0.5 if value.ndim > 1 else 0.1
             state[f"features.{name}"] = scale * torch.randn(value.shape, generator=generator)
-        torch.save(state, path, _use_new_zipfile_serialization=net == "alex")  # the published VGG16 is of the old one
+        torch.save(state, path, _use_new_zipfile_serialization=net == "alex")  # the published VGG16 has the old format
     return paths

@@ -1,6 +1,6 @@
 """Tiny generators that several test files share.
 
-Legend: T steps, C code width, H W grid, K codes.
+Legend: T steps, C code width, S positions of the grid, K codes.
 """
 
 from pathlib import Path
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdpm_cli import modelfile
-from rdpm_cli.config import (
-    NetworkConfig,
-    QuantizerConfig,
-    RDPMArchitecture,
-    RDPMConfig,
-    RDPMSampling,
-    ScheduleConfig,
-    TrainConfig,
-)
-from rdpm_cli.generator import model
+from rdpm_cli import checkpoint
+from rdpm_cli.generator import registry
+from rdpm_cli.generator.config import NetworkConfig, RDPMArchitecture, RDPMConfig, RDPMSampling
+from rdpm_cli.generator.contract import SampleOptions
 from rdpm_cli.generator.rdpm import RDPM
-from rdpm_cli.tokenizer import model as tokenizer_file
+from rdpm_cli.tokenizer import model
+from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.tokenizer.quantizer import Quantizer
+from rdpm_cli.training.config import TrainConfig
 
 GRID, CHANNELS, CODES, STEPS, CLASSES = 4, 4, 64, 4, 3  # of the shared tiny tokenizer and its images
+
+
+def sampling_options(seed: int = 0, **sampling: Any) -> SampleOptions:
+    """RDPM's options by field."""
+    return SampleOptions(RDPMSampling(**sampling), seed)
 
 
 def network_config(**options: Any) -> NetworkConfig:
@@ -32,7 +32,7 @@ def network_config(**options: Any) -> NetworkConfig:
 
 
 def wake(network: nn.Module, std: float = 0.2) -> None:
-    """Give zero-initialised weights values, so that an untrained network has something to say."""
+    """Give zero-initialised weights random values, so that every part of an untrained network has an effect."""
     random = torch.Generator().manual_seed(1)
     for parameter in network.parameters():
         if not parameter.detach().any():
@@ -40,24 +40,31 @@ def wake(network: nn.Module, std: float = 0.2) -> None:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=random))
 
 
-def make_generator(quantizer: Quantizer | None = None, *, awake: bool = True, std: float = 0.2, **network: Any) -> RDPM:
-    """A tiny generator over the given (or a fresh, noisy) quantiser."""
-    made = RDPM(
-        RDPMArchitecture(network=network_config(**network)), quantizer or make_quantizer(), (GRID, GRID), CLASSES
-    )
+def make_generator(
+    quantizer: Quantizer | None = None,
+    *,
+    awake: bool = True,
+    std: float = 0.2,
+    grid: tuple[int, ...] = (GRID, GRID),
+    **network: Any,
+) -> RDPM:
+    """A tiny generator over a quantiser; default: a fresh one with noise."""
+    cfg = RDPMArchitecture(network=network_config(**network))
+    generator = RDPM(cfg, quantizer or make_quantizer(grid=grid), CLASSES)
     if awake:
-        wake(made.network, std)
-    made.network.eval().requires_grad_(False)
-    return made
+        wake(generator.network, std)
+    generator.network.eval().requires_grad_(False)
+    return generator
 
 
-def make_quantizer(kind: str = "sin", **options: Any) -> Quantizer:
+def make_quantizer(kind: str = "sin", grid: tuple[int, ...] = (GRID, GRID), **options: Any) -> Quantizer:
     cfg = QuantizerConfig(**{"codes": CODES, "steps": STEPS, **options})
-    return Quantizer(cfg, ScheduleConfig.model_validate({"kind": kind}), CHANNELS).eval().requires_grad_(False)
+    quantizer = Quantizer(cfg, ScheduleConfig.model_validate({"kind": kind}), CHANNELS, grid)
+    return quantizer.eval().requires_grad_(False)
 
 
 class Calls:
-    """What a network was asked: the inputs of every forward pass."""
+    """The inputs of every forward pass of a network."""
 
     def __init__(self, network: nn.Module) -> None:
         self.inputs: list[tuple[Tensor, ...]] = []
@@ -69,14 +76,14 @@ class Calls:
 
 
 def save_generator(path: Path, tokenizer: Path, *, names: str = "abc", std: float = 0.5, **sampling: Any) -> Path:
-    """A generator's file over a tokenizer's: untrained, but with something to say."""
-    loaded, content = tokenizer_file.load(tokenizer)
+    """The file of an untrained generator over a tokenizer's file."""
+    loaded, content = model.load(tokenizer)
     network = network_config(head="geometric", class_latents=True)
-    chosen = RDPMSampling(**{"micro_batch": 2, **sampling})
-    cfg = RDPMConfig(network=network, train=TrainConfig(steps=1), sampling=chosen)
+    options = RDPMSampling(**{"micro_batch": 2, **sampling})
+    cfg = RDPMConfig(network=network, train=TrainConfig(steps=1), sampling=options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        generator = model.build(cfg, loaded, len(names))
+        generator = registry.build(cfg, loaded, len(names))
     wake(generator.network, std)
-    modelfile.save(path, model.pack(generator, cfg, content, list(names), provenance={}))
+    checkpoint.save(path, registry.pack(generator, cfg, content, list(names), provenance={}))
     return path

@@ -1,7 +1,7 @@
-"""Faults of the disk, injected into this process: a kill at a counted event of writing, and a disk of so many bytes.
+"""Faults of the disk, injected into this process: a kill at a counted event of writing, and a disk of limited size.
 
-Events are: the middle of a write, before and after a file is synced, renamed or removed. What SIGKILL would not do,
-such as removing temporary files, is not done.
+Events are the middle of a write, and before and after a file is synced, renamed or removed. Nothing that SIGKILL would
+prevent, such as the removal of temporary files, is done after one.
 """
 
 import errno
@@ -18,11 +18,11 @@ from rdpm_cli import files
 
 
 class Killed(BaseException):
-    """What stands for SIGKILL."""
+    """Raised instead of SIGKILL."""
 
 
 class Faults:
-    """Counts events of the disk, and strikes at one of them."""
+    """Counts events of the disk and strikes at one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch = monkeypatch
@@ -38,7 +38,7 @@ class Faults:
         monkeypatch.setattr(files, "write_atomic", write_atomic)
 
     def also_before(self, home: Any, name: str) -> None:
-        """Let the call of a function be an event too."""
+        """Count calls of this function as events too."""
         self._wrap(home, name, after=False)
 
     def _wrap(self, home: Any, name: str, after: bool = True) -> None:
@@ -46,12 +46,12 @@ class Faults:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.dead:
-                return None  # nobody cleans up behind SIGKILL
+                return None  # nothing cleans up after SIGKILL
             self.event()
-            found = original(*args, **kwargs)
+            result = original(*args, **kwargs)
             if after:
                 self.event()
-            return found
+            return result
 
         self.patch.setattr(home, name, call)
 
@@ -87,14 +87,14 @@ class Interrupted:
 
 
 class Kills(Faults):
-    """The same by a real SIGKILL of this process."""
+    """The same with a real SIGKILL of this process."""
 
     def strike(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Disk:
-    """A disk of so many bytes under the store: what goes beyond is refused as the system refuses it."""
+    """A disk of `size` bytes under `root`: writes beyond it fail as the system lets them fail."""
 
     def __init__(self, root: Path, size: int, patch: pytest.MonkeyPatch) -> None:
         self.root, self.size, self.refused = root, size, False
@@ -111,7 +111,7 @@ class Disk:
         return self.size - sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
 
     def _status(self, _: object) -> Any:
-        """What the system says: at first that all is well, for another process takes the rest later."""
+        """os.statvfs: at first there is room, since another process takes the rest later."""
         return SimpleNamespace(f_bavail=max(0, self.free) if self.refused else 1 << 40, f_frsize=1)
 
 

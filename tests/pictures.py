@@ -1,4 +1,4 @@
-"""Pictures that tests of images make: small files, zips and tars of them, and the real ones beside the project."""
+"""Pictures for tests: small files, zips, tars and parquet files of them, and the real images next to the project."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def random_pixels(count: int, side: int) -> NDArray[np.uint8]:
 
 
 def make_files(root: Path, *names: str) -> Path:
-    """Small images under these relative names, each of its own colours."""
+    """Small images of different colours under these relative names."""
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         random_image(20, 18, seed).save(root / name)
@@ -47,14 +47,14 @@ def make_zip(path: Path, *names: str) -> Path:
 
 
 def real(name: str) -> str:
-    """Real images beside the project; they are not part of it."""
+    """Real images next to the project; they are not part of it."""
     if not (REAL_DATA / name).exists():
         pytest.skip(f"../shared/data/{name} is not here")
     return str(REAL_DATA / name)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """The bytes of its file."""
+    """The bytes of the image as a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -109,13 +109,13 @@ def write_parquet(
 
 
 def peak_memory() -> float:
-    """Of this process, in MB. (getrusage counts the process that started it too.)"""
+    """Of this process, in MB. (getrusage would count the process that started it too.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
 
 
 def run_alone(program: str, path: Path) -> str:
-    """What a Python program, given a path, prints in a process of its own."""
+    """The output of a Python program in a process of its own. path: its argument."""
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak memory of a process is read from /proc")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

@@ -1,4 +1,4 @@
-"""Child processes of tests, from a server that has imported torch already: an import costs more than tiny trainings."""
+"""Child processes of tests, forked from a server that has imported torch: an import costs more than a tiny training."""
 
 import json
 import multiprocessing
@@ -21,14 +21,14 @@ FORKS.set_forkserver_preload(
         "torch._dynamo",
         "torch.utils.tensorboard",
         "sklearn.datasets",
-        "rdpm_cli.engine.observers",
-        "rdpm_cli.training.launch",
+        "rdpm_cli.engine.watch",
+        "rdpm_cli.distributed",
     ]
 )
 
 
 def command_line(args: list[str], environment: dict[str, str]) -> None:
-    """Be `rdpm ARGS` in this process."""
+    """Run `rdpm ARGS` in this process."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = ["rdpm", *args]
@@ -38,8 +38,8 @@ def command_line(args: list[str], environment: dict[str, str]) -> None:
 
 
 def killed_at(step: int, args: list[str], environment: dict[str, str]) -> None:
-    """Be `rdpm ARGS`, killed as it has logged this step."""
-    from rdpm_cli.training.logging import MetricsLog
+    """Run `rdpm ARGS`, killed when it has logged this step."""
+    from rdpm_cli.training.log import MetricsLog
 
     write = MetricsLog.write
 
@@ -53,8 +53,8 @@ def killed_at(step: int, args: list[str], environment: dict[str, str]) -> None:
 
 
 def signalled_after(steps: int, number: int, note: Path, args: list[str], environment: dict[str, str]) -> None:
-    """Be `rdpm ARGS`, which sends itself a signal after so many steps, and notes when, and its children then."""
-    from rdpm_cli.training import distributed
+    """Run `rdpm ARGS`, which sends itself a signal after `steps` steps and notes the time and its children."""
+    from rdpm_cli import distributed
 
     average, taken = distributed.average_logs, 0
 
@@ -76,8 +76,8 @@ def children(pid: int) -> list[int]:
 
 
 def without_network(target: Callable[..., None], *args: Any) -> None:
-    """Do that in this process, which has no network either, and whose own children start as they do elsewhere."""
-    multiprocessing.set_start_method(None, force=True)  # else every data worker imports torch anew, from a forkserver
+    """Call target(*args) in this process without network."""
+    multiprocessing.set_start_method(None, force=True)  # else data workers start from a forkserver and import torch
     offline.block()
     target(*args)
 
@@ -89,7 +89,7 @@ def spawn(target: Callable[..., None], *args: Any) -> ForkServerProcess:
 
 
 def exit_code(process: ForkServerProcess, seconds: float = 120) -> int | None:
-    """Its exit code; None, and an end to it, where it takes longer."""
+    """The exit code; None, after a kill, if it takes longer."""
     process.join(timeout=seconds)
     if process.is_alive():
         process.kill()
@@ -126,27 +126,27 @@ def generator_command(codes: Path, out: Path, *overrides: str) -> list[str]:
 
 
 def run_all(args: list[str], processes: int = 1, seconds: float = 300) -> list[int | None]:
-    """Be `rdpm ARGS` in so many processes, as torchrun starts them. -> exit codes."""
+    """Run `rdpm ARGS` in this many processes, as torchrun starts them. -> exit codes."""
     running = [spawn(command_line, args, environment) for environment in environments(processes)]
     return [exit_code(process, seconds) for process in running]
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """What each of so many processes finds in its environment."""
+    """The environment of each of this many processes."""
     return torchrun(processes) if processes > 1 else [{}]
 
 
-def wait_for(what: Callable[[], object], process: ForkServerProcess, seconds: float = 120) -> None:
-    """Until it is true, while the process lives."""
+def wait_for(condition: Callable[[], object], process: ForkServerProcess, seconds: float = 120) -> None:
+    """Wait until it is true, while the process lives."""
     deadline = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
-    """Does the process run? What has ended and is not yet collected does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -154,7 +154,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_until_gone(pids: list[int], seconds: float = 5) -> None:
-    """Until none of the processes runs."""
+    """Wait until none of the processes runs."""
     deadline = time.monotonic() + seconds
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline
@@ -162,12 +162,12 @@ def wait_until_gone(pids: list[int], seconds: float = 5) -> None:
 
 
 def touch(path: str) -> None:
-    """What a malicious pickle calls."""
+    """The call in a malicious pickle."""
     Path(path).touch()
 
 
 def killed_after_samples(micro_batches: int, args: list[str], environment: dict[str, str]) -> None:
-    """Be `rdpm ARGS`, killed as so many micro-batches of samples are drawn and the next one is begun."""
+    """Run `rdpm ARGS`, killed when it begins the micro-batch of samples after the first `micro_batches`."""
     from rdpm_cli.generator.sampler import Job
 
     draw, done = Job.draw, 0
@@ -184,15 +184,15 @@ def killed_after_samples(micro_batches: int, args: list[str], environment: dict[
 
 
 def ranks(args: list[str], out: Path) -> dict[str, Any]:
-    """What `rdpm eval ARGS` of two gloo processes prints."""
-    written = [spawn(printing, args, environment, out) for environment in torchrun(2)]
-    assert [exit_code(process) for process in written] == [0, 0]
+    """The JSON that `rdpm eval ARGS` in two gloo processes prints."""
+    processes = [spawn(printing, args, environment, out) for environment in torchrun(2)]
+    assert [exit_code(process) for process in processes] == [0, 0]
     values: dict[str, Any] = json.loads(out.read_text())
     return values
 
 
 def printing(args: list[str], environment: dict[str, str], out: Path) -> None:
-    """Be `rdpm ARGS`, whose stdout goes into a file, of all processes into one."""
+    """Run `rdpm ARGS`, with the stdout of all processes in one file."""
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     command_line(args, environment)

@@ -1,11 +1,11 @@
-"""The rows of docs/reliability.md that tests count: how often a fault was put right, of how often it was made."""
+"""The rows of docs/reliability.md that tests count: of the faults made, how many were recovered from."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class Rows:
-    """What the tests of this session have counted and measured."""
+    """Counts and measurements of this session."""
 
     def __init__(self) -> None:
         self.counts: dict[str, list[int]] = {}
@@ -13,7 +13,7 @@ class Rows:
 
     @contextlib.contextmanager
     def count(self, row: str, faults: int = 1) -> Iterator[None]:
-        """So many faults of this row are made inside; they are put right where nothing is raised."""
+        """Make `faults` faults of this row inside; they count as recovered from unless an exception leaves."""
         counted = self.counts.setdefault(row, [0, 0])
         counted[1] += faults
         yield
@@ -24,15 +24,15 @@ class Rows:
         self.notes[row] = text
 
     def add(self, counts: dict[str, list[int]], notes: dict[str, str]) -> None:
-        """What another process has counted and measured."""
-        for row, (right, made) in counts.items():
+        """Add the counts and measurements of another process."""
+        for row, (recovered, total) in counts.items():
             so_far = self.counts.setdefault(row, [0, 0])
-            so_far[0] += right
-            so_far[1] += made
+            so_far[0] += recovered
+            so_far[1] += total
         self.notes.update(notes)
 
     def lines(self) -> list[str]:
-        counted = [f"row: {row} {right}/{made}" for row, (right, made) in self.counts.items()]
+        counted = [f"row: {row} {recovered}/{total}" for row, (recovered, total) in self.counts.items()]
         return [*counted, *(f"row: {row}: {text}" for row, text in self.notes.items())]
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rdpm_cli import recipe_files
+from rdpm_cli.schema import recipe_folder
 
-SCRIPT = recipe_files.recipe_folder() / "cluster" / "train.sbatch"
+SCRIPT = recipe_folder() / "cluster" / "train.sbatch"
 STAND_INS = {
     "srun": """
 shift  # its one option

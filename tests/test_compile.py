@@ -10,10 +10,10 @@ import torch
 from helpers import CPU, assert_same, metrics, newest_state, tiny_config, tiny_players, train
 from torch import nn
 
-from rdpm_cli import modelfile
-from rdpm_cli.config import TokenizerConfig
-from rdpm_cli.threads import one_thread
+from rdpm_cli import checkpoint
+from rdpm_cli.device import one_thread
 from rdpm_cli.tokenizer import model
+from rdpm_cli.tokenizer.config import TokenizerConfig
 from rdpm_cli.training.loop import Run
 
 
@@ -59,8 +59,8 @@ def test_the_layout_is_no_part_of_a_model_file(tmp_path: Path) -> None:
     state = network.state_dict()
     assert list(content["weights"]) == list(state)
     copy = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    assert content["digest"] == modelfile.model_digest(copy, content["config"])
-    modelfile.save(tmp_path / "tokenizer.pt", content)
+    assert content["digest"] == checkpoint.model_digest(copy, content["config"])
+    checkpoint.save(tmp_path / "tokenizer.pt", content)
     loaded, read = model.load(tmp_path / "tokenizer.pt")
     assert not any(is_channels_last(loaded))
     assert model.pack(loaded)["digest"] == read["digest"] == content["digest"]

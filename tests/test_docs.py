@@ -17,19 +17,18 @@ import pytest
 import typer
 
 import rdpm_cli
-from rdpm_cli import recipe_files
+from rdpm_cli import recipes
 from rdpm_cli.cli.app import app, run
-from rdpm_cli.config import RDPMSampling, ResGenSampling
-from rdpm_cli.threads import one_thread
+from rdpm_cli.device import one_thread
+from rdpm_cli.generator.registry import FAMILIES
 
 ROOT = Path(rdpm_cli.__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELLS = {"sh", "bash", "console"}
-ABLATIONS = ROOT / "recipes" / "ablations"
 MARKS = {"run", "slow", "install", "ablation", "data", "gpu"}
 SECTIONS = {"train-tokenizer": "tokenizer", "train-gen": "generator", "judge": "judge", "demo": ""}
-OTHERS = {"pip", "uv", "python", "pytest", "ruff", "mypy", "export", "cd"}  # programs that a page may show
-SAMPLING = {*RDPMSampling.model_fields, *ResGenSampling.model_fields}
+PROGRAMS = {"pip", "uv", "python", "pytest", "ruff", "mypy", "export", "cd"}  # programs that a page may show
+SAMPLING = {name for family in FAMILIES.values() for name in family.sampling.model_fields}
 
 pytestmark = pytest.mark.skipif(not PAGES[0].is_file(), reason="the package is installed without its pages")
 
@@ -56,17 +55,17 @@ class Block:
         lines = self.text.replace("\\\n", " ").splitlines()
         if self.info[0] == "console":
             lines = [line[2:] for line in lines if line.startswith("$ ")]
-        found: list[list[str]] = []
+        commands: list[list[str]] = []
         for line in lines:
             words = shlex.shlex(line, posix=True, punctuation_chars=True)
             words.whitespace_split = True
-            found.append([])
+            commands.append([])
             for word in words:
                 if word in {"&&", ";"}:
-                    found.append([])
+                    commands.append([])
                 else:
-                    found[-1].append(word)
-        return [words for words in found if words]
+                    commands[-1].append(word)
+        return [words for words in commands if words]
 
 
 def blocks() -> Iterator[Block]:
@@ -89,19 +88,8 @@ def rdpm_words(words: list[str]) -> list[str] | None:
         return words[1:]
     if words[0] == "torchrun" and "rdpm_cli" in words:
         return words[words.index("rdpm_cli") + 1 :]
-    script = next((place for place, word in enumerate(words) if word.endswith("train.sbatch")), None)
+    script = next((index for index, word in enumerate(words) if word.endswith("train.sbatch")), None)
     return None if script is None else words[script + 1 :]
-
-
-def check_script(words: list[str], marks: set[str]) -> None:
-    """Raises where `NAME=value ... recipes/ablations/SCRIPT.sh` names no script or sets what none reads."""
-    *given, script = words
-    assert (ROOT / script).is_file(), f"{script} does not exist"
-    assert marks & {"ablation", "data", "gpu"}, "a block of an ablation script says who runs it"
-    read = (ROOT / script).read_text() + (ABLATIONS / "lib.sh").read_text()
-    for word in given:
-        name = word.partition("=")[0]
-        assert re.search(rf"\${{?{name}\b|\bimages {name}\b", read), f"{script} does not read {name}"
 
 
 def check(args: list[str]) -> None:
@@ -113,11 +101,11 @@ def check(args: list[str]) -> None:
         command, args = command.commands[args[0]], args[1:]
     if "--help" in args:
         return
-    given = command.make_context(command.name, list(args)).params
+    params = command.make_context(command.name, list(args)).params
     if command.name in SECTIONS:
-        recipe = given.get("recipe", "digits")
-        recipe_files.load_recipe(recipe, given["overrides"] or [], SECTIONS[command.name])
-    pairs = given.get("more") or (given.get("args") if given.get("ckpt") else None) or []
+        recipe = params.get("recipe", "digits")
+        recipes.load_recipe(recipe, params["overrides"] or [], SECTIONS[command.name])
+    pairs = params.get("more") or (params.get("arguments") if params.get("ckpt") else None) or []
     for pair in pairs:
         assert pair.partition("=")[0] in SAMPLING, f"{pair} is no sampling option"
 
@@ -134,10 +122,11 @@ def test_every_command_shown_is_one(block: Block) -> None:
             check(args)
             assert block.marks, "a block of rdpm commands says who runs it: see CONTRIBUTING, Documentation is run"
             continue
-        if words[-1].startswith("recipes/ablations/"):
-            check_script(words, block.marks)
+        if words[0].startswith("recipes/ablations/"):
+            assert (ROOT / words[0]).is_file()
+            assert block.marks & {"ablation", "data", "gpu"}
             continue
-        assert words[0] in OTHERS, f"{words[0]} is no program that the pages show"
+        assert words[0] in PROGRAMS, f"{words[0]} is no program that the pages show"
         for word in words:
             if word.startswith(("tests/", "recipes/")):
                 assert (ROOT / word).exists(), f"{word} does not exist"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdpm_cli.choices import MaskSchedule
+from rdpm_cli.generator.config import MaskSchedule
 from rdpm_cli.generator.masking import finest, first_slots, gamma, mask_tokens, masked_count, reveal, sampling_counts
 
 SCHEDULES: tuple[MaskSchedule, ...] = get_args(MaskSchedule)
@@ -25,7 +25,7 @@ def closed(masked_BLD: Tensor) -> bool:
 
 @pytest.mark.parametrize("coarse_first", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 11, 23, 24])
-def test_a_training_mask_has_as_many_slots_as_asked(count: int, coarse_first: bool) -> None:
+def test_a_training_mask_has_the_requested_number_of_slots(count: int, coarse_first: bool) -> None:
     masked = mask_tokens(keys(200), torch.full((200,), count), coarse_first)
     assert masked.flatten(1).sum(1).tolist() == [count] * 200
     assert not coarse_first or closed(masked)

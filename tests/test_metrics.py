@@ -1,152 +1,164 @@
-"""Each metric of features beside an independent computation: torch-fidelity's, or a few lines of numpy."""
+"""Each metric against an independent computation: torch-fidelity's, scipy's, a few lines of numpy, or known values."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from extractors import pixels
 from numpy.typing import NDArray
 from scipy.linalg import sqrtm
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import calculate_precision_recall_full
 
+from rdpm_cli.data.pixels import chw
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import metrics
-from rdpm_cli.evaluation.metrics import manifold
+from rdpm_cli.evaluation.metrics import Interval, Statistics, frechet_distance, moments, statistics
 
 Floats = NDArray[np.float32]
 
 
 def correlated(count: int, width: int, seed: int, shift: float = 0.0) -> Floats:
-    """Features as an extractor gives them: non-negative, with a mean far from 0."""
+    """Features like an extractor's: non-negative, with a mean far from 0."""
     random = np.random.default_rng(seed)
     mixed = random.normal(size=(count, width)) @ random.normal(size=(width, width)) / width**0.5
     return (np.abs(mixed) + 0.5 + shift).astype(np.float32)
 
 
+def distance(a_ND: NDArray[np.floating], b_ND: NDArray[np.floating]) -> float:
+    return frechet_distance(statistics(a_ND), statistics(b_ND))
+
+
 # ---- Fréchet distance ----------------------------------------------------------------------------------------------
 
 
-def test_the_distance_is_torch_fidelitys_and_scipys() -> None:
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+@pytest.mark.parametrize("block", [7, 4096])
+def test_statistics_are_mean_and_unbiased_covariance_in_float64(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    features = correlated(40, 5, 0) + 1e4
+    result = statistics(features.astype(np.float32))
+    exact = features.astype(np.float32).astype(np.float64)
+    assert result.count == 40
+    assert result.covariance_DD.dtype == np.float64
+    assert np.allclose(result.mean_D, exact.mean(0), rtol=1e-12)
+    assert np.allclose(result.covariance_DD, np.cov(exact, rowvar=False), rtol=1e-9)
 
-    a, b = correlated(300, 40, 1), correlated(200, 40, 2, 0.3)
-    ours = metrics.frechet_distance(metrics.statistics(a), metrics.statistics(b))
+
+@pytest.mark.parametrize("cuts", [[20], [1, 2], [1, 2, 3, 39]])
+def test_moments_of_parts_add_up_and_subtract(cuts: list[int]) -> None:
+    features = correlated(40, 6, 0) + 1e3
+    parts = [moments(part) for part in np.split(features, cuts)]
+    total, expected = sum(parts[1:], parts[0]).statistics(), statistics(features)
+    assert total.count == 40
+    assert np.allclose(total.mean_D, expected.mean_D, rtol=1e-12)
+    assert np.allclose(total.covariance_DD, expected.covariance_DD, rtol=1e-7, atol=1e-10)
+    rest = (moments(features) - parts[-1]).statistics()
+    assert np.allclose(rest.covariance_DD, statistics(features[: cuts[-1]]).covariance_DD, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize(("counts", "width"), [((300, 200), 40), ((50, 57), 8), ((30, 37), 1)])
+def test_the_distance_is_torch_fidelitys_and_scipys(counts: tuple[int, int], width: int) -> None:
+    a, b = correlated(counts[0], width, 1), correlated(counts[1], width, 2, 0.3)
     sides = [fid_features_to_statistics(torch.from_numpy(side.astype(np.float64))) for side in (a, b)]
-    theirs = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
-    root = np.trace(np.real(np.asarray(sqrtm(sides[0]["sigma"] @ sides[1]["sigma"]))))
-    trace = np.trace(sides[0]["sigma"]) + np.trace(sides[1]["sigma"]) - 2 * root
-    assert ours == pytest.approx(theirs, rel=1e-7)
-    assert ours == pytest.approx(float(np.sum((sides[0]["mu"] - sides[1]["mu"]) ** 2) + trace), rel=1e-7)
+    if width > 1:
+        theirs = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+        assert distance(a, b) == pytest.approx(theirs, rel=1e-7)
+    (mean_a, cov_a), (mean_b, cov_b) = ((side["mu"], np.atleast_2d(side["sigma"])) for side in sides)
+    expected = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a + cov_b - 2 * np.real(sqrtm(cov_a @ cov_b)))
+    assert distance(a, b) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(("count", "width"), [(50, 8), (5, 8)])  # full rank, and fewer images than features
+def test_closed_forms_of_the_distance(count: int, width: int) -> None:
+    a = correlated(count, width, 0).astype(np.float64)
+    scale = float(np.trace(statistics(a).covariance_DD))
+    shift = np.arange(width) / 3
+    assert distance(a, a) == pytest.approx(0, abs=1e-6 * scale)
+    assert distance(a, a + shift) == pytest.approx(np.sum(shift**2), abs=1e-6 * scale)
+    mean = a.mean(0)
+    assert distance(a, mean + 3 * (a - mean)) == pytest.approx(4 * scale, rel=1e-6)  # (1 - 3)² tr S
+    diagonal_a = Statistics(np.array([0.0, 1.0]), np.diag([4.0, 9.0]), 10)
+    diagonal_b = Statistics(np.array([2.0, 1.0]), np.diag([1.0, 16.0]), 10)
+    assert frechet_distance(diagonal_a, diagonal_b) == pytest.approx(4 + (2 - 1) ** 2 + (3 - 4) ** 2)
 
 
 def test_a_known_root_changes_nothing() -> None:
-    a, b = (metrics.statistics(correlated(50, 8, seed)) for seed in (1, 2))
+    a, b = (statistics(correlated(50, 8, seed)) for seed in (1, 2))
     root = metrics.matrix_root(b.covariance_DD)
     assert np.allclose(root @ root, b.covariance_DD)
-    assert metrics.frechet_distance(a, b, root) == metrics.frechet_distance(a, b)
+    assert frechet_distance(a, b, root) == frechet_distance(a, b)
 
 
 @pytest.mark.parametrize("count", [6, 30, 200])
-def test_a_set_is_at_no_distance_below_zero_from_itself(count: int) -> None:
-    own = metrics.statistics(correlated(count, 30, 1))
-    assert 0 <= metrics.frechet_distance(own, own) < 1e-5
+def test_no_set_has_a_negative_distance_from_itself(count: int) -> None:
+    one = statistics(correlated(count, 30, 1))
+    assert 0 <= frechet_distance(one, one) < 1e-5
 
 
-@pytest.mark.parametrize("spoiled", [-2 * np.eye(4), np.full((4, 4), np.nan)])
-def test_what_is_no_covariance_gives_no_distance(spoiled: NDArray[np.float64]) -> None:
-    whole = metrics.statistics(correlated(50, 4, 1))
-    with pytest.raises(DataError, match="which no two covariances have") as refused:
-        metrics.frechet_distance(metrics.Statistics(whole.mean_D, spoiled, 50), whole)
-    assert refused.value.hint
+@pytest.mark.parametrize("damaged", [-2 * np.eye(4), np.full((4, 4), np.nan)])
+def test_a_damaged_covariance_gives_no_distance(damaged: NDArray[np.float64]) -> None:
+    whole = statistics(correlated(50, 4, 1))
+    with pytest.raises(DataError):
+        frechet_distance(Statistics(whole.mean_D, damaged, 50), whole)
 
 
-def test_what_is_taken_away_again_leaves_the_rest() -> None:
-    found = correlated(40, 6, 0) + 1e3
-    whole = metrics.RunningStatistics(6)
-    whole.add(found)
-    left, wanted = whole.without(found[5:12]).statistics(), metrics.statistics(np.delete(found, slice(5, 12), 0))
-    assert left.count == 33
-    assert np.allclose(left.mean_D, wanted.mean_D, rtol=1e-12)
-    assert np.allclose(left.covariance_DD, wanted.covariance_DD, rtol=1e-7, atol=1e-10)
-    assert whole.count == 40
-
-
-@pytest.mark.parametrize("cuts", [[20], [1, 2], [0, 40]])
-def test_statistics_of_several_processes_are_those_of_one(cuts: list[int]) -> None:
-    found = correlated(40, 6, 0) + 1e3
-    whole = metrics.RunningStatistics(6)
-    for part in np.split(found, cuts):
-        one = metrics.RunningStatistics(6)
-        if len(part):
-            one.add(part)
-        whole.merge(one)
-    wanted = metrics.statistics(found)
-    assert whole.statistics().count == 40
-    assert np.allclose(whole.statistics().mean_D, wanted.mean_D, rtol=1e-12)
-    assert np.allclose(whole.statistics().covariance_DD, wanted.covariance_DD, rtol=1e-7, atol=1e-10)
+@pytest.mark.parametrize(
+    ("counts", "size", "subsets"),
+    [([80] * 10, 297, 2), ([80] * 10, 100, 8), ([2, 2, 2], 2, 3), ([7, 5, 9], 6, 2), ([3, 3], 7, 0), ([5, 0, 5], 4, 2)],
+)
+def test_balanced_subsets_are_disjoint_and_balanced(counts: list[int], size: int, subsets: int) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    groups = metrics.balanced_subsets(labels, size)
+    assert [len(rows) for rows in groups] == [size] * subsets
+    used = [int(row) for rows in groups for row in rows]
+    assert len(used) == len(set(used))
+    for rows in groups:
+        shares = np.unique(labels[rows], return_counts=True)[1]
+        assert shares.max() - shares.min() <= 1
+        assert len(shares) == min(size, sum(count > 0 for count in counts))
 
 
 # ---- Inception Score -----------------------------------------------------------------------------------------------
 
 
-def score_of(logits: NDArray[np.floating], pieces: int = 1) -> metrics.RunningScore:
-    running = metrics.RunningScore(len(logits), logits.shape[1])
-    for part in np.array_split(np.arange(len(logits)), pieces)[::-1]:
-        running.add(int(part[0]), logits[part])
-    return running
-
-
 @pytest.mark.parametrize("count", [10, 57, 200])
 def test_the_score_is_torch_fidelitys_unshuffled(count: int) -> None:
-    from torch_fidelity.metric_isc import isc_features_to_metric
-
     logits = 3 * np.random.default_rng(0).normal(size=(count, 12))
     theirs = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
-    ours = score_of(logits)
-    assert ours.value() == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
-    assert float(np.std(ours.by_split())) == pytest.approx(theirs["inception_score_std"], rel=1e-9)
+    by_split, order_free = metrics.inception_score(logits)
+    assert float(by_split.mean()) == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
+    assert float(np.std(by_split)) == pytest.approx(theirs["inception_score_std"], rel=1e-9)
     whole = isc_features_to_metric(torch.from_numpy(logits), splits=1, shuffle=True)["inception_score_mean"]
-    assert ours.order_free() == pytest.approx(whole, rel=1e-12)
+    assert order_free == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 7])
-def test_pieces_in_any_order_give_the_score_of_the_whole(pieces: int) -> None:
-    logits = 3 * np.random.default_rng(0).normal(size=(57, 12)).astype(np.float32)
-    whole = score_of(logits)
-    assert score_of(logits, pieces).value() == pytest.approx(whole.value(), rel=1e-12)
-    halves = [metrics.RunningScore(57, 12) for _ in range(2)]
-    halves[0].add(30, logits[30:])
-    halves[1].add(0, logits[:30])
-    halves[0].merge(halves[1])
-    assert halves[0].by_split() == pytest.approx(whole.by_split(), rel=1e-12)
-
-
-def test_scores_of_known_opinions() -> None:
-    sure = 1000 * np.eye(20)[np.repeat(np.arange(20), 10)]  # by class: each split sees two
-    shuffled = sure[np.random.default_rng(0).permutation(200)]
-    assert score_of(sure).value() == pytest.approx(2)
-    assert score_of(sure).order_free() == score_of(shuffled).order_free() == pytest.approx(20)
-    assert score_of(shuffled).value() > 10
-    assert score_of(np.zeros((30, 5))).value() == pytest.approx(1)
-
-
-def test_fewer_images_than_splits_are_refused() -> None:
-    with pytest.raises(DataError, match="10 splits needs as many images, not 9") as refused:
-        metrics.RunningScore(9, 3)
-    assert refused.value.exit_code == 3
+def test_scores_of_known_logits() -> None:
+    certain = 1000 * np.eye(20)[np.repeat(np.arange(20), 10)]  # by class: a split has two of them
+    shuffled = certain[np.random.default_rng(0).permutation(200)]
+    assert float(metrics.inception_score(certain)[0].mean()) == pytest.approx(2)
+    assert metrics.inception_score(certain)[1] == metrics.inception_score(shuffled)[1] == pytest.approx(20)
+    assert metrics.inception_score(shuffled)[0].mean() > 10
+    assert metrics.inception_score(np.zeros((30, 5)))[0].tolist() == pytest.approx([1] * 10)
 
 
 # ---- precision and recall ------------------------------------------------------------------------------------------
 
 
-def precision_recall_by_hand(ours: Floats, theirs: Floats, k: int) -> tuple[float, float]:
+def precision_recall_by_hand(samples: Floats, reference: Floats, k: int) -> tuple[float, float]:
     """Kynkäänniemi et al. 2019, all distances at once."""
 
     def distances(a: Floats, b: Floats) -> NDArray[np.float64]:
         return np.sqrt(((a[:, None].astype(np.float64) - b[None].astype(np.float64)) ** 2).sum(2))
 
-    def balls(x: Floats) -> NDArray[np.float64]:
+    def radii(x: Floats) -> NDArray[np.float64]:
         return np.sort(distances(x, x), axis=1)[:, k]  # column 0 is the point itself
 
-    cross = distances(ours, theirs)
-    return float((cross <= balls(theirs)[None]).any(1).mean()), float((cross <= balls(ours)[:, None]).any(0).mean())
+    cross = distances(samples, reference)
+    precision = (cross <= radii(reference)[None]).any(1).mean()
+    return float(precision), float((cross <= radii(samples)[:, None]).any(0).mean())
 
 
 @pytest.mark.parametrize(("counts", "k"), [((60, 40), 3), ((40, 90), 3), ((30, 30), 1), ((7, 5), 4)])
@@ -154,63 +166,166 @@ def precision_recall_by_hand(ours: Floats, theirs: Floats, k: int) -> tuple[floa
 def test_precision_and_recall_are_those_of_all_distances(
     counts: tuple[int, int], k: int, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifold, "ROWS", blocks[0])
-    monkeypatch.setattr(manifold, "COLUMNS", blocks[1])
-    ours, theirs = correlated(counts[0], 6, 1, 0.2), correlated(counts[1], 6, 2)
-    found = metrics.precision_recall(ours, theirs, k)
-    assert found == precision_recall_by_hand(ours, theirs, k)
-    assert 0 < found[0] < 1 or counts == (7, 5)
+    monkeypatch.setattr(metrics, "ROWS", blocks[0])
+    monkeypatch.setattr(metrics, "COLUMNS", blocks[1])
+    samples, reference = correlated(counts[0], 6, 1, 0.2), correlated(counts[1], 6, 2)
+    values = metrics.precision_recall(samples, reference, k)
+    assert values == precision_recall_by_hand(samples, reference, k)
+    assert 0 < values[0] < 1 or counts == (7, 5)
 
 
 def test_precision_and_recall_are_torch_fidelitys() -> None:
-    from torch_fidelity.metric_prc import calculate_precision_recall_full
-
-    ours, theirs = correlated(300, 30, 1, 0.1), correlated(200, 30, 2)
-    wanted = calculate_precision_recall_full(torch.from_numpy(ours), torch.from_numpy(theirs), 3)
-    assert metrics.precision_recall(ours, theirs) == pytest.approx(wanted[:2], abs=1e-7)
+    samples, reference = correlated(300, 30, 1, 0.1), correlated(200, 30, 2)
+    theirs = calculate_precision_recall_full(torch.from_numpy(samples), torch.from_numpy(reference), 3)
+    assert metrics.precision_recall(samples, reference) == pytest.approx(theirs[:2], abs=1e-7)
 
 
 def test_a_set_covers_itself_and_nothing_far_away() -> None:
-    here, far = correlated(50, 8, 1), correlated(50, 8, 1, 100.0)
-    assert metrics.precision_recall(here, here) == (1.0, 1.0)
-    assert metrics.precision_recall(here, far) == (0.0, 0.0)
-    assert metrics.precision_recall(np.repeat(here[:5], 10, 0), here)[0] == 1.0, "copies of real images"
+    near, far = correlated(50, 8, 1), correlated(50, 8, 1, 100.0)
+    assert metrics.precision_recall(near, near) == (1.0, 1.0)
+    assert metrics.precision_recall(near, far) == (0.0, 0.0)
+    assert metrics.precision_recall(np.repeat(near[:5], 10, 0), near)[0] == 1.0, "copies of real images"
 
 
 def test_a_large_common_mean_moves_no_neighbour() -> None:
-    ours, theirs = correlated(80, 8, 1, 0.2).astype(np.float64), correlated(60, 8, 2).astype(np.float64)
-    assert metrics.precision_recall(ours + 1e4, theirs + 1e4) == metrics.precision_recall(ours, theirs)
-
-
-@pytest.mark.parametrize("counts", [(3, 10), (10, 3)])
-def test_no_more_images_than_neighbours_are_refused(counts: tuple[int, int]) -> None:
-    with pytest.raises(DataError, match="more than 3 images, not 3"):
-        metrics.precision_recall(correlated(counts[0], 4, 1), correlated(counts[1], 4, 2))
+    samples, reference = correlated(80, 8, 1, 0.2).astype(np.float64), correlated(60, 8, 2).astype(np.float64)
+    assert metrics.precision_recall(samples + 1e4, reference + 1e4) == metrics.precision_recall(samples, reference)
 
 
 # ---- kernel distance -----------------------------------------------------------------------------------------------
 
 
 def test_the_kernel_distance_is_torch_fidelitys() -> None:
-    from torch_fidelity.metric_kid import kid_features_to_metric
-
-    ours, theirs = correlated(150, 20, 1, 0.1), correlated(120, 20, 2)
-    found = metrics.kernel_distance(ours, theirs, subsets=7, size=100)
-    wide = (torch.from_numpy(side.astype(np.float64)) for side in (ours, theirs))
-    wanted = kid_features_to_metric(*wide, kid_subsets=7, kid_subset_size=100, verbose=False)
-    assert found.value == pytest.approx(wanted["kernel_inception_distance_mean"], rel=1e-9)
-    assert found.spread == pytest.approx(wanted["kernel_inception_distance_std"], rel=1e-9)
-    assert (found.subsets, found.size) == (7, 100)
+    samples, reference = correlated(150, 20, 1, 0.1), correlated(120, 20, 2)
+    value, spread = metrics.kernel_distance(samples, reference, subsets=7, size=100)
+    sides = (torch.from_numpy(side.astype(np.float64)) for side in (samples, reference))
+    theirs = kid_features_to_metric(*sides, kid_subsets=7, kid_subset_size=100, verbose=False)
+    assert value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
 
 
 def test_the_kernel_distance_of_equals_is_about_zero_and_grows_with_a_shift() -> None:
     a, b = correlated(400, 8, 1), correlated(400, 8, 1)
-    near = metrics.kernel_distance(a[:200], b[200:], subsets=20)
-    far = metrics.kernel_distance(a[:200], b[200:] + 1, subsets=20)
-    assert near.size == 200
-    assert abs(near.value) < 0.05 * far.value
+    near, _ = metrics.kernel_distance(a[:200], b[200:], subsets=20)
+    far, _ = metrics.kernel_distance(a[:200], b[200:] + 1, subsets=20)
+    assert abs(near) < 0.05 * far
 
 
-def test_one_image_has_no_kernel_distance() -> None:
-    with pytest.raises(DataError, match="at least 2 images, not 1"):
-        metrics.kernel_distance(correlated(1, 4, 1), correlated(9, 4, 2))
+def test_too_few_images_are_refused() -> None:
+    for refused in (
+        lambda: statistics(correlated(1, 4, 1)),
+        lambda: moments(correlated(1, 4, 1)).statistics(),
+        lambda: metrics.inception_score(np.zeros((9, 3))),
+        lambda: metrics.precision_recall(correlated(3, 4, 1), correlated(10, 4, 2)),
+        lambda: metrics.precision_recall(correlated(10, 4, 1), correlated(3, 4, 2)),
+        lambda: metrics.kernel_distance(correlated(1, 4, 1), correlated(9, 4, 2)),
+    ):
+        with pytest.raises(DataError):
+            refused()
+
+
+# ---- 95% intervals: how often they hold the mean of such scores, and how wide they are ------------------------------
+
+SETS, WIDTH, CLASSES = 40, 4, 5
+STANDARD = Statistics(np.zeros(WIDTH), np.eye(WIDTH), 10_000)
+ROOT = metrics.matrix_root(STANDARD.covariance_DD)
+
+
+def gaussian(count: int, shift: float, seed: int) -> Floats:
+    return np.random.default_rng(seed).normal(shift, 1, (count, WIDTH)).astype(np.float32)
+
+
+def logits(count: int, seed: int) -> Floats:
+    return (2 * np.random.default_rng(seed).normal(size=(count, CLASSES))).astype(np.float32)
+
+
+def interval(features: Floats, reference: Statistics = STANDARD) -> Interval:
+    root = metrics.matrix_root(reference.covariance_DD)
+    value = frechet_distance(statistics(features), reference)
+    values = list(metrics.distances_without_groups(features, reference, root))
+    return metrics.interval_from_groups(value, values, len(features))
+
+
+def check(intervals: Sequence[Interval], values: Sequence[float], widest: float) -> None:
+    """Most hold the mean, and their mean width is near that of 95% of the values."""
+    holding = sum(low <= np.mean(values) <= high for low, high in intervals)
+    assert holding >= 0.85 * SETS
+    assert np.mean([high - low for low, high in intervals]) < widest * 2 * 1.96 * np.std(values)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@pytest.mark.parametrize("count", [20, 57, 400])
+def test_the_interval_of_a_distance_holds_the_mean_of_such_distances(count: int, shift: float) -> None:
+    values = [frechet_distance(statistics(gaussian(count, shift, 1000 + s)), STANDARD, ROOT) for s in range(400)]
+    intervals = [interval(gaussian(count, shift, seed)) for seed in range(SETS)]
+    check(intervals, values, 1.8 if shift == 0 else 1.4)
+    assert min(low for low, _ in intervals) >= 0
+
+
+@pytest.mark.parametrize("count", [40, 205])
+def test_the_intervals_of_a_score_hold_the_mean_of_such_scores(count: int) -> None:
+    other = [metrics.inception_score(logits(count, 1000 + seed)) for seed in range(400)]
+    scores = [metrics.inception_score(logits(count, seed)) for seed in range(SETS)]
+    whole = [metrics.order_free_interval(logits(count, seed), scores[seed][1]) for seed in range(SETS)]
+    check(whole, [order_free for _, order_free in other], 1.4)
+    check(
+        [metrics.splits_interval(by_split) for by_split, _ in scores],
+        [float(by_split.mean()) for by_split, _ in other],
+        1.4,
+    )
+    assert min(low for low, _ in whole) >= 1
+
+
+def test_an_interval_is_reproducible_and_begins_at_zero_for_equal_sets() -> None:
+    assert interval(gaussian(57, 0.5, 1)) == interval(gaussian(57, 0.5, 1))
+    features = gaussian(60, 0, 0)
+    low, high = interval(features, statistics(features))
+    assert low == 0 < high
+
+
+# ---- pairs of images -----------------------------------------------------------------------------------------------
+
+
+def test_psnr_and_mse_equal_their_formulas() -> None:
+    a, b = pixels(3, 1), pixels(3, 2)
+    mse = ((a.astype(np.float64) - b) ** 2).mean((1, 2, 3))
+    assert np.allclose(metrics.mean_squared_error(chw(a), chw(b)).numpy(), mse / 127.5**2, rtol=1e-12)
+    assert np.allclose(metrics.psnr(chw(a), chw(b)).numpy(), 10 * np.log10(255**2 / mse), rtol=1e-6)
+    grey = np.full((1, 16, 16, 3), 100, dtype=np.uint8)
+    assert float(metrics.psnr(chw(grey), chw(grey + 1))) == pytest.approx(48.1308, abs=1e-4)  # 20 log10(255)
+
+
+def ssim_by_hand(a_HWC: NDArray[np.uint8], b_HWC: NDArray[np.uint8]) -> float:
+    """Wang et al. 2004 on each channel: Gaussian 11×11 window of sigma 1.5 at every pixel, borders mirrored, mean."""
+    line = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+
+    def blur(plane_HWC: NDArray[np.float64]) -> NDArray[np.float64]:
+        mirrored = np.pad(plane_HWC, ((5, 5), (5, 5), (0, 0)), mode="reflect")
+        views = np.lib.stride_tricks.sliding_window_view(mirrored, (11, 11), axis=(0, 1))  # (H, W, C, 11, 11)
+        return np.einsum("hwcij,ij->hwc", views, window)
+
+    a, b = a_HWC / 255.0, b_HWC / 255.0
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    values = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return float(values.mean())
+
+
+@pytest.mark.parametrize("side", [11, 16, 37])
+def test_ssim_equals_the_formula(side: int) -> None:
+    a = pixels(3, 1, side)
+    near = np.clip(a + np.random.default_rng(3).normal(0, 20, a.shape), 0, 255).astype(np.uint8)
+    for b in (near, pixels(3, 2, side)):
+        expected = [ssim_by_hand(x, y) for x, y in zip(a, b, strict=True)]
+        assert np.allclose(metrics.ssim(chw(a), chw(b)).numpy(), expected, atol=1e-4)
+
+
+def test_one_image_keeps_its_axis_and_equal_images_are_equal() -> None:
+    a, b = chw(pixels(1, 1)), chw(pixels(1, 2))
+    assert metrics.ssim(a, b).shape == metrics.psnr(a, b).shape == metrics.mean_squared_error(a, b).shape == (1,)
+    assert metrics.mean_squared_error(a, a).tolist() == [0.0]
+    assert metrics.ssim(a, a).tolist() == pytest.approx([1.0])
+    assert torch.isposinf(metrics.psnr(a, a)).all()

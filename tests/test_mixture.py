@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rdpm_cli.generator import mixture
-from rdpm_cli.generator.guidance import guide
+from rdpm_cli.generator.drawing import guide
 from rdpm_cli.generator.mixture import Mixture, MixtureHead
 
 B, L, K, H, R, WIDTH = 2, 5, 7, 6, 3, 8
@@ -29,16 +29,16 @@ def some_mixture(components: int = K, spread: float = 1.0) -> Mixture:
 
 
 def means_of(mix: Mixture) -> Tensor:
-    """mu_c in float64, (B, L, K, H), as no code of ours makes it."""
+    """mu_c in float64, (B, L, K, H), which the package never holds."""
     low = mix.low_BLKr.double() @ mix.basis_Hr.double().T
     return mix.shift_BLH.double().unsqueeze(2) + mix.means_KH.double() + low
 
 
 def naive_kl(mix: Mixture, w: Tensor, sp: Tensor) -> Tensor:
     """KL of two isotropic Gaussians, a component at a time, float64."""
-    own = torch.distributions.Normal(w.double()[:, :, None], sp.double()[:, :, None, None])
-    theirs = torch.distributions.Normal(means_of(mix), mix.scale_BL.double()[:, :, None, None])
-    return torch.distributions.kl_divergence(own, theirs).sum(-1)
+    q = torch.distributions.Normal(w.double()[:, :, None], sp.double()[:, :, None, None])
+    components = torch.distributions.Normal(means_of(mix), mix.scale_BL.double()[:, :, None, None])
+    return torch.distributions.kl_divergence(q, components).sum(-1)
 
 
 W, SP = tensors(B, L, H, seed=7), 0.3 + tensors(B, L, seed=8).abs()
@@ -52,9 +52,9 @@ def test_low_rank_distances_are_the_naive_ones() -> None:
 
 def test_divergences_are_those_of_gaussians_and_not_negative() -> None:
     mix = some_mixture()
-    found = mixture.divergences(mix, W, SP)
-    torch.testing.assert_close(found.double(), naive_kl(mix, W, SP), rtol=1e-4, atol=1e-3)
-    assert float(found.min()) >= 0
+    kl = mixture.divergences(mix, W, SP)
+    torch.testing.assert_close(kl.double(), naive_kl(mix, W, SP), rtol=1e-4, atol=1e-3)
+    assert float(kl.min()) >= 0
     exact = Mixture(mix.logits_BLK, 0 * mix.low_BLKr, W, SP, 0 * mix.means_KH, mix.basis_Hr)
     assert float(mixture.divergences(exact, W, SP).abs().max()) < 1e-5  # q itself
 
@@ -67,9 +67,9 @@ def test_the_nll_is_a_float64_logsumexp_at_any_number_of_components(components: 
     log_pi = mix.logits_BLK.log_softmax(-1)
     kl = mixture.divergences(mix, W, SP * 0.01)
     naive = -(mix.logits_BLK.double().log_softmax(-1) - naive_kl(mix, W, SP * 0.01)).logsumexp(-1)
-    found = mixture.exact_nll(log_pi, kl)
-    torch.testing.assert_close(found.double(), naive, rtol=1e-3, atol=1e-2)
-    for loss in (found, mixture.split_loss(log_pi, kl, True), mixture.clam_loss(log_pi, kl)):
+    nll = mixture.exact_nll(log_pi, kl)
+    torch.testing.assert_close(nll.double(), naive, rtol=1e-3, atol=1e-2)
+    for loss in (nll, mixture.split_loss(log_pi, kl, True), mixture.clam_loss(log_pi, kl)):
         assert loss.isfinite().all()
 
 
@@ -85,7 +85,7 @@ def test_the_losses_are_ordered_bounds() -> None:
     torch.testing.assert_close(mixture.exact_nll(even, kl), mixture.split_loss(even, kl, True), rtol=1e-5, atol=1e-4)
 
 
-def test_detaching_the_responsibilities_changes_the_gradient_alone() -> None:
+def test_detaching_the_responsibilities_changes_the_gradient_only() -> None:
     kl = tensors(B, L, K, seed=9).abs().requires_grad_()
     log_pi = tensors(B, L, K, seed=10).log_softmax(-1)
     gradients = []
@@ -97,14 +97,14 @@ def test_detaching_the_responsibilities_changes_the_gradient_alone() -> None:
 
 
 def test_the_baseline_is_one_gaussian() -> None:
-    own = torch.distributions.Normal(W.double(), SP.double().unsqueeze(-1))
+    q = torch.distributions.Normal(W.double(), SP.double().unsqueeze(-1))
     wide = torch.distributions.Normal(torch.zeros(B, L, H).double(), (1 + SP.double().pow(2)).sqrt().unsqueeze(-1))
-    naive = torch.distributions.kl_divergence(own, wide).sum(-1)
+    naive = torch.distributions.kl_divergence(q, wide).sum(-1)
     torch.testing.assert_close(mixture.gaussian_nll(W, SP).double(), naive, rtol=1e-5, atol=1e-5)
 
 
 def test_a_fresh_head_is_uniform_and_its_loss_is_known() -> None:
-    """log K + a closed form of the shared means alone; its basis is orthonormal."""
+    """log K + a closed form of the shared means only; its basis is orthonormal."""
     head = MixtureHead(WIDTH, H, K, R)
     mix = head(tensors(B, L, WIDTH), SP / 2)
     log_pi = mix.logits_BLK.log_softmax(-1)
@@ -157,8 +157,8 @@ def test_the_nucleus_is_the_smallest_set_with_the_mass() -> None:
 def test_components_are_drawn_by_their_probabilities() -> None:
     probabilities = torch.tensor([0.2, 0.0, 0.5, 0.1])  # not normalised
     uniform = (torch.arange(8000) + 0.5) / 8000
-    found = torch.bincount(mixture.draw(probabilities.expand(8000, 4), uniform), minlength=4) / 8000
-    torch.testing.assert_close(found, probabilities / 0.8, rtol=0, atol=1e-3)
+    shares = torch.bincount(mixture.draw(probabilities.expand(8000, 4), uniform), minlength=4) / 8000
+    torch.testing.assert_close(shares, probabilities / 0.8, rtol=0, atol=1e-3)
     ends = torch.tensor([0.0, 1 - 2**-24])
     assert mixture.draw(torch.tensor([0.0, 0.4, 0.6]).expand(2, 3), ends).tolist() == [1, 2]
 
@@ -168,9 +168,9 @@ def test_a_drawn_vector_is_the_mean_of_its_component_and_scaled_noise() -> None:
     component = torch.arange(B * L).view(B, L) % K
     mean = means_of(mix).gather(2, component[..., None, None].expand(B, L, 1, H)).squeeze(2)
     for temperature in (0.0, 0.7):
-        wanted = mean + temperature * mix.scale_BL.double().unsqueeze(-1) * eps
-        found = mixture.vector_of(mix, component, eps, temperature).double()
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        expected = mean + temperature * mix.scale_BL.double().unsqueeze(-1) * eps
+        vector = mixture.vector_of(mix, component, eps, temperature).double()
+        torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_density_is_that_of_the_mixture() -> None:

@@ -9,24 +9,24 @@ from rdpm_cli import noise
 
 SHAPE = (2, 3, 3)
 ADDRESS = {"seed": 3, "index": 5, "view": 1, "t": 2}
-# fingerprint(0) under numpy 2: these are the numbers that every existing store was coded with
+# fingerprint(0) under numpy 2, with which every existing store was coded
 PINNED = [-0.6294287443161011, -1.827065110206604, -0.816340446472168, 1.0874322652816772]
 
 
 def test_normal_is_a_pure_function_of_its_address() -> None:
     first = noise.normal("encode", **ADDRESS, shape=SHAPE)
-    noise.normal("sample", 9, 9, 9, 9, (100,))  # whatever is drawn between
+    noise.normal("sample", 9, 9, 9, 9, (100,))  # draws in between have no effect
     again = noise.normal("encode", **ADDRESS, shape=SHAPE)
     np.testing.assert_array_equal(first, again)
     assert first.dtype == np.float32
     assert first.shape == SHAPE
 
 
-@pytest.mark.parametrize("part", ADDRESS)
-def test_each_part_of_the_address_matters(part: str) -> None:
-    here = noise.normal("encode", **ADDRESS, shape=SHAPE)
-    there = noise.normal("encode", **{**ADDRESS, part: ADDRESS[part] + 1}, shape=SHAPE)
-    assert not (here == there).any()
+@pytest.mark.parametrize("coordinate", ADDRESS)
+def test_each_coordinate_of_the_address_matters(coordinate: str) -> None:
+    values = noise.normal("encode", **ADDRESS, shape=SHAPE)
+    others = noise.normal("encode", **{**ADDRESS, coordinate: ADDRESS[coordinate] + 1}, shape=SHAPE)
+    assert not (values == others).any()
 
 
 def test_normal_is_standard_normal() -> None:
@@ -55,7 +55,7 @@ def test_neighbouring_addresses_share_no_value() -> None:
     assert len(np.unique(np.concatenate(words))) == 8 * 4096
 
 
-def test_purposes_have_keys_of_their_own() -> None:
+def test_purposes_have_different_keys() -> None:
     assert len(set(noise.PURPOSES.values())) == len(noise.PURPOSES)
 
 
@@ -63,10 +63,10 @@ def test_purposes_have_keys_of_their_own() -> None:
 def test_rows_depend_neither_on_batch_nor_on_order(order: list[int]) -> None:
     indices, views, ts = [10, 11, 10, 4], [0, 0, 1, 3], [1, 2, 3, 1]
     whole = noise.normal_rows("sample", 0, indices, views, ts, SHAPE)
-    part = noise.normal_rows(
+    subset = noise.normal_rows(
         "sample", 0, [indices[i] for i in order], [views[i] for i in order], [ts[i] for i in order], SHAPE
     )
-    np.testing.assert_array_equal(part, whole[order])
+    np.testing.assert_array_equal(subset, whole[order])
 
 
 def test_rows_and_steps_read_the_same_addresses() -> None:
@@ -85,11 +85,11 @@ def test_rows_refuse_lists_of_unequal_length() -> None:
 
 
 def test_fingerprint_is_the_start_of_the_encode_stream_and_never_changes() -> None:
-    found = noise.fingerprint(0)
-    assert len(found) == 16
-    assert found == noise.normal("encode", 0, 0, 0, 1, (16,)).tolist()
-    assert found != noise.fingerprint(1)
-    assert found[: len(PINNED)] == pytest.approx(PINNED, abs=1e-5)
+    values = noise.fingerprint(0)
+    assert len(values) == 16
+    assert values == noise.normal("encode", 0, 0, 0, 1, (16,)).tolist()
+    assert values != noise.fingerprint(1)
+    assert values[: len(PINNED)] == pytest.approx(PINNED, abs=1e-5)
 
 
 def test_gumbel_is_standard_gumbel() -> None:
@@ -101,10 +101,10 @@ def test_gumbel_is_standard_gumbel() -> None:
 
 
 def test_gumbel_is_addressed_by_seed_index_and_step() -> None:
-    here = noise.gumbel(0, 1, 2, SHAPE)
-    np.testing.assert_array_equal(here, noise.gumbel(0, 1, 2, SHAPE))
+    values = noise.gumbel(0, 1, 2, SHAPE)
+    np.testing.assert_array_equal(values, noise.gumbel(0, 1, 2, SHAPE))
     for other in (noise.gumbel(1, 1, 2, SHAPE), noise.gumbel(0, 2, 2, SHAPE), noise.gumbel(0, 1, 3, SHAPE)):
-        assert not (here == other).any()
+        assert not (values == other).any()
 
 
 # ---- rows and small draws of a training step ---------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_every_row_comes_once_an_epoch(count: int, batch: int) -> None:
         np.testing.assert_array_equal(np.sort(rows[epoch * count : (epoch + 1) * count]), np.arange(count))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     orders = [noise.epoch_rows(seed, epoch, 64, 64).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert all(order != sorted(order) for order in orders)

@@ -1,10 +1,11 @@
-"""What a person sees of a long job: seldom enough to read, often enough to trust."""
+"""Progress lines of a long job: rare enough to read, frequent enough to trust."""
 
 import io
 import itertools
 import json
 import re
 import sys
+import time
 
 import pytest
 
@@ -24,7 +25,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fake = Clock()
     monkeypatch.setattr(progress, "clock", fake)
-    monkeypatch.setattr(progress, "TICK", 3600.0)  # the thread sleeps; the test ticks
+    monkeypatch.setattr(progress, "TICK", 3600.0)  # the test calls tick() instead of the thread
     monkeypatch.setattr(progress, "quiet", False)
     return fake
 
@@ -39,19 +40,19 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_plain_lines_come_at_most_every_5_and_at_least_every_30_seconds(
     pause: float, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """pause: seconds that a piece of work takes."""
-    said = [clock.now]
+    """pause: seconds between two calls of advance()."""
+    written = [clock.now]
     with progress.Bar("tokenize", 10**6, "images") as bar:
         following = clock.now + pause
-        for _ in range(6000):  # ten minutes in tenths of a second; the watch looks every 5 s
+        for _ in range(6000):  # ten minutes in tenths of a second; the thread ticks every 5 s
             clock.now += 0.1
             if clock.now >= following:
                 bar.advance(8)
                 following += pause
             if round(clock.now * 10) % 50 == 0:
                 bar.tick()
-            said += [clock.now] * len(lines(capsys))
-    gaps = [b - a for a, b in itertools.pairwise(said)]
+            written += [clock.now] * len(lines(capsys))
+    gaps = [b - a for a, b in itertools.pairwise(written)]
     assert len(gaps) >= 20
     assert min(gaps) >= 5
     assert max(gaps) <= 30
@@ -66,10 +67,10 @@ def test_a_line_has_count_rate_and_time_left(clock: Clock, capsys: pytest.Captur
         bar.advance(700)
     first, *_, last = lines(capsys)
     assert first == "tokenize: 300/1000 images, 5.0/s, 20 s, 140 s left  a note"
-    assert last == "tokenize: 1000 images (200 were there) in 40.0 s, 20.0/s"
+    assert last == "tokenize: 1000 images (200 of them earlier) in 40.0 s, 20.0/s"
 
 
-def test_before_the_first_piece_there_is_no_rate(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_is_no_rate_before_anything_is_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress.Bar("tokenize", 10, "images") as bar:
         clock.now += 25
         bar.tick()
@@ -77,11 +78,9 @@ def test_before_the_first_piece_there_is_no_rate(clock: Clock, capsys: pytest.Ca
         bar.advance(10)
 
 
-def test_the_watch_ticks_while_a_piece_takes_long(
+def test_the_thread_ticks_while_nothing_is_finished(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import time
-
     monkeypatch.setattr(progress, "TICK", 0.01)
     monkeypatch.setattr(progress, "SILENCE", 0.05)
     with progress.Bar("tokenize", 10, "images"):
@@ -93,7 +92,7 @@ def test_lines_of_json_have_the_same_numbers(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "as_json", True)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a terminal that is asked for them gets them
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # on a terminal too
     with progress.Bar("tokenize", 1000, "images") as bar:
         clock.now += 25
         bar.tick()
@@ -110,7 +109,9 @@ def test_lines_of_json_have_the_same_numbers(
     assert (warning["kind"], warning["message"]) == ("warning", "a warning")
 
 
-def test_quiet_says_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_writes_nothing(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(progress, "quiet", True)
     with progress.Bar("tokenize", 10, "images") as bar:
         clock.now += 100
@@ -133,3 +134,18 @@ def test_a_terminal_sees_a_bar_with_rate_and_time_left(clock: Clock, monkeypatch
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert "40/100 images 10.0/s" in plain
     assert "left" in plain
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_error_has_a_message_and_a_hint(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "as_json", as_json)
+    progress.error("wrong file", "copy it again", 3, "Traceback ...\n")
+    shown = lines(capsys)
+    if as_json:
+        document = json.loads(shown[0])
+        assert (document["message"], document["hint"], document["exit_code"]) == ("wrong file", "copy it again", 3)
+        assert document["trace"].startswith("Traceback")
+    else:
+        assert shown == ["Traceback ...", "rdpm: error: wrong file", "hint: copy it again"]

@@ -1,5 +1,6 @@
-"""What no module of the package may write: what runs the code of a file, of the net or of a shell, and loads that
-forgive. By the syntax tree, so that neither spacing nor an import under another name hides it.
+"""Forbidden calls: running code of a file, the network or a shell, and loading that ignores misfits.
+
+The syntax tree is searched, so that neither spacing nor an import under another name hides a call.
 """
 
 import ast
@@ -12,9 +13,9 @@ import rdpm_cli
 
 PACKAGE = Path(rdpm_cli.__file__).parent
 
-KEYWORDS = {"weights_only": True, "allow_pickle": False, "shell": False, "strict": True}  # the one value of each
+KEYWORDS = {"weights_only": True, "allow_pickle": False, "shell": False, "strict": True}  # the only allowed values
 NEEDED = {"torch.load": "weights_only", "torch.serialization.load": "weights_only", "numpy.load": "allow_pickle"}
-FORBIDDEN = {  # called, or handed on under another name
+FORBIDDEN = {  # to call, or to pass on under another name
     "eval", "exec", "compile", "__import__",
     "builtins.eval", "builtins.exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
     "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open", "joblib.load",
@@ -27,24 +28,24 @@ FORBIDDEN = {  # called, or handed on under another name
 
 
 def names(tree: ast.Module) -> dict[str, str]:
-    """What an imported name stands for: {'np': 'numpy', 'F': 'torch.nn.functional'}."""
-    found: dict[str, str] = {}
+    """The full names of imported ones: {'np': 'numpy', 'F': 'torch.nn.functional'}."""
+    aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names if alias.asname}
+            aliases |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names if alias.asname}
         elif isinstance(node, ast.ImportFrom):
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return aliases
 
 
 def full(node: ast.expr, known: dict[str, str]) -> str:
-    """What an expression names, as far as the text says."""
+    """The full name of an expression, as far as the text shows it."""
     first, dot, rest = ast.unparse(node).partition(".")
     return known.get(first, first) + dot + rest
 
 
-def wrongs(text: str) -> Iterator[str]:
-    """What a module writes and may not."""
+def violations(text: str) -> Iterator[str]:
+    """The forbidden calls of a module, each with its line."""
     tree = ast.parse(text)
     known = names(tree)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -55,25 +56,25 @@ def wrongs(text: str) -> Iterator[str]:
             yield f"{named.lineno}: {name}"
     for node in calls:
         name = full(node.func, known)
-        given = {k.arg: k.value for k in node.keywords if k.arg}
-        if name in NEEDED and NEEDED[name] not in given:
+        keywords = {k.arg: k.value for k in node.keywords if k.arg}
+        if name in NEEDED and NEEDED[name] not in keywords:
             yield f"{node.lineno}: {name} without {NEEDED[name]}"
-        if (name in NEEDED or name.startswith("subprocess.")) and len(given) < len(node.keywords):
-            yield f"{node.lineno}: {name} with keywords that stand elsewhere"
+        if (name in NEEDED or name.startswith("subprocess.")) and len(keywords) < len(node.keywords):
+            yield f"{node.lineno}: {name} with **keywords"
         if name.startswith("subprocess.") and len(node.args) > 1:
-            yield f"{node.lineno}: {name} with options by place"
+            yield f"{node.lineno}: {name} with positional options"
         if name.endswith(".extractall"):
             yield f"{node.lineno}: {name}"
         if name.endswith(".load_state_dict") and len(node.args) > 1:
-            yield f"{node.lineno}: load_state_dict with strict by place"
-        for keyword, value in given.items():
+            yield f"{node.lineno}: load_state_dict with positional strict"
+        for keyword, value in keywords.items():
             if keyword in KEYWORDS and not (isinstance(value, ast.Constant) and value.value is KEYWORDS[keyword]):
                 yield f"{node.lineno}: {keyword}={ast.unparse(value)}"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_module_runs_what_it_reads_or_forgives_what_does_not_fit(path: Path) -> None:
-    assert list(wrongs(path.read_text())) == []
+def test_no_module_runs_code_it_reads_or_ignores_misfits(path: Path) -> None:
+    assert list(violations(path.read_text())) == []
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,8 @@ def test_no_module_runs_what_it_reads_or_forgives_what_does_not_fit(path: Path) 
         "torch.serialization.add_safe_globals([C])",
     ],
 )  # fmt: skip
-def test_what_is_forbidden_is_seen(text: str) -> None:
-    assert list(wrongs(text))
+def test_forbidden_calls_are_found(text: str) -> None:
+    assert list(violations(text))
 
 
 @pytest.mark.parametrize(
@@ -103,5 +104,5 @@ def test_what_is_forbidden_is_seen(text: str) -> None:
         "zip(a, b, strict=True)", "m.load_state_dict(s)", "re.compile(p)", "torch.compile(m)", "json.load(f)",
     ],
 )  # fmt: skip
-def test_what_is_allowed_is_not(text: str) -> None:
-    assert not list(wrongs(text))
+def test_allowed_calls_are_not_reported(text: str) -> None:
+    assert not list(violations(text))

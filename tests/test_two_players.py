@@ -13,10 +13,10 @@ from helpers import assert_same, distance, leaves, metrics, newest_state
 from processes import command_line, exit_code, killed_at, spawn, tokenizer_command, torchrun
 from torch import Tensor
 
-from rdpm_cli import modelfile
+from rdpm_cli import checkpoint
 from rdpm_cli.cli.app import run as run_cli
-from rdpm_cli.threads import one_thread
-from rdpm_cli.training.logging import read_metrics
+from rdpm_cli.device import one_thread
+from rdpm_cli.training.log import read_metrics
 
 ADVERSARIAL = [
     "autoencoder.channels=4", "quantizer.codes=32", "quantizer.decay=0.5", "loss.adversarial=hinge",
@@ -46,7 +46,7 @@ def the_same_run(out: Path, whole: Path) -> None:
     assert_same(found, wanted)
     assert metrics(out) == metrics(whole)
     assert [row["step"] for row in metrics(out)] == list(range(1, STEPS + 1))
-    assert modelfile.load(out / "tokenizer.pt")["digest"] == modelfile.load(whole / "tokenizer.pt")["digest"]
+    assert checkpoint.load(out / "tokenizer.pt")["digest"] == checkpoint.load(whole / "tokenizer.pt")["digest"]
 
 
 def test_the_run_in_question_has_all_that_a_resume_must_keep(whole: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_stopped_run_saves_and_resumes_as_the_uninterrupted_one(whole: Path, t
 
 
 def test_the_model_file_holds_the_average_of_the_weights(whole: Path) -> None:
-    state, weights = newest_state(whole), modelfile.load(whole / "tokenizer.pt")["weights"]
+    state, weights = newest_state(whole), checkpoint.load(whole / "tokenizer.pt")["weights"]
     assert_same(weights, state["ema"]["model"])
     trained = state["players"]["tokenizer"]["model"]
     moved = [name for name, value in weights.items() if not torch.equal(value, trained[name])]
@@ -114,7 +114,7 @@ def test_two_processes_train_two_players_as_one_does(steps: int, batch: list[str
         more = [f"train.steps={steps}", "quantizer.restart_below=0.1", "train.lr=1e-3"]
         return tokenizer_command(tmp_path / name, *ADVERSARIAL, *batch, *more)
 
-    pair = [spawn(keep_what_a_rank_holds, args("two"), environment, tmp_path) for environment in torchrun(2)]
+    pair = [spawn(keep_rank_state, args("two"), environment, tmp_path) for environment in torchrun(2)]
     with one_thread():
         assert run_cli(args("one")) == 0
     assert [exit_code(process) for process in pair] == [0, 0]
@@ -132,8 +132,8 @@ def test_two_processes_train_two_players_as_one_does(steps: int, batch: list[str
         assert distance(ranks[0][f"/tokenizer/quantizer.{name}"], state[f"quantizer.{name}"]) < 1e-3, name
 
 
-def keep_what_a_rank_holds(args: list[str], environment: dict[str, str], out: Path) -> None:
-    """Be one of torchrun's processes; keep what its players hold at the end."""
+def keep_rank_state(args: list[str], environment: dict[str, str], out: Path) -> None:
+    """Be one of torchrun's processes; keep the state of its players at the end."""
     from rdpm_cli.training import loop
 
     plain = loop._save

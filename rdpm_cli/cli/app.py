@@ -1,7 +1,6 @@
 """The Typer app: options that commands share, the map from errors to exit codes, and how a result is printed."""
 
 import ctypes
-import functools
 import inspect
 import json as json_format
 import os
@@ -42,6 +41,7 @@ app = typer.Typer(
 )  # fmt: skip
 Function = Callable[..., "Result"]
 command_line: list[str] = []  # of the command that runs, without the program; --gpus starts it again
+LAUNCHER = "RDPM_LAUNCHER"  # environment variable of a process that --gpus has started
 
 
 # ---- shared options: a name means the same in every command --------------------------------------------------------
@@ -61,55 +61,50 @@ def _check_device(value: str) -> str:
     return value
 
 
-SOURCES = "folder or .zip of class folders, flat folder, .tar shards ('train-{0000..0009}.tar'), parquet, or digits"
-CLASSES = "1,2,3 or 0-9 or name:goldfish or @FILE of them or all, the default"
-CROP = "crop size; default: of the samples or recipe, else the first image's short side"
-REFERENCE = "images, or an .npz of statistics; default: recorded in the samples or checkpoint"
+IMAGES = "folder or .zip of class folders, flat folder, .tar shards ('train-{0000..0009}.tar'), parquet, or digits"
+FROM_WEIGHTS = "start from VAR, taming or LlamaGen weights, or a tokenizer.pt"
+PRINT_CONFIG = "print the resolved recipe, as a FILE for --recipe; write nothing"
+REF = "images, or an .npz of statistics; default: recorded in the samples or checkpoint"
+RESOLUTION = "crop size; default: of the samples or recipe, else the first image's short side"
+TARGET = "checkpoint, run, store, samples, images, recipe"
 
 _ckpt = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")
-_dry_run = typer.Option("--dry-run", help="print what the run would take; write nothing")
-_from_weights = typer.Option(metavar="FILE", help="start from VAR, taming or LlamaGen weights, or a tokenizer.pt")
-_gpu = typer.Option(metavar="NAME", help="with --dry-run: h200 (default), h100, a100, l40s, rtx4090")
-_gpus = typer.Option("--gpus", metavar="N", min=1, help="processes, one a GPU of this node; default: only this one")
-_overrides = typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides, e.g. train.steps=100")
-_print_config = typer.Option("--print-config", help="print the resolved recipe, as a FILE for --recipe; write nothing")
-_recipe = typer.Option(metavar="NAME|FILE", help="shipped recipe, or a YAML file", autocompletion=_recipe_names)
 _seed = typer.Option(min=0, max=2**63 - 1, help="of everything that is drawn at random")
-_target = typer.Argument(
-    metavar="PATH|RECIPE", help="checkpoint, run, store, samples, images, recipe", autocompletion=_recipe_names
-)
+_overrides = typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides, e.g. train.steps=100")
+_recipe = typer.Option(metavar="NAME|FILE", help="shipped recipe, or a YAML file", autocompletion=_recipe_names)
+_target = typer.Argument(metavar="PATH|RECIPE", help=TARGET, autocompletion=_recipe_names)
 _tokenizer = typer.Option(metavar="FILE", help="default: $RDPM_TOKENIZER, else tokenizer.pt in this folder")
-_utilisation = typer.Option(help="with --dry-run: share of the GPU's bf16 peak; default 0.4")
+_gpus = typer.Option("--gpus", metavar="N", min=1, help="processes, one a GPU of this node; default: only this one")
 
 Ckpt = Annotated[Path, _ckpt]
 CkptOrNone = Annotated[Path | None, _ckpt]
-Classes = Annotated[str | None, typer.Option(help=CLASSES)]
+Classes = Annotated[str | None, typer.Option(help="1,2,3 or 0-9 or name:goldfish or @FILE of them or all, the default")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N", callback=_check_device)]
 Download = Annotated[bool, typer.Option("--download", help="fetch Inception's weights if they are absent")]
-DryRun = Annotated[bool, _dry_run]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what the run would take; write nothing")]
 Extractor = Annotated[str | None, typer.Option(metavar="inception|FILE", help="a judge.pt instead of Inception")]
-FromWeights = Annotated[Path | None, _from_weights]
-Gpu = Annotated[str | None, _gpu]
+FromWeights = Annotated[Path | None, typer.Option(metavar="FILE", help=FROM_WEIGHTS)]
+Gpu = Annotated[str | None, typer.Option(help="with --dry-run: h200 (default), h100, a100, l40s, rtx4090")]
 Gpus = Annotated[int | None, _gpus]
-Images = Annotated[str, typer.Argument(metavar="IMAGES", help=SOURCES)]
+Images = Annotated[str, typer.Argument(metavar="IMAGES", help=IMAGES)]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Keep = Annotated[int | None, typer.Option(metavar="N", min=2, help="checkpoints to keep, as train.keep=N")]
 Limit = Annotated[int | None, typer.Option(min=1, help="only N images, evenly spaced")]
 Overrides = Annotated[list[str] | None, _overrides]
 PerClass = Annotated[int | None, typer.Option(min=1, help="samples a class; default 8")]
 Preset = Annotated[str | None, typer.Option(help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")]
-PrintConfig = Annotated[bool, _print_config]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help=PRINT_CONFIG)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, only warnings and errors")]
 Recipe = Annotated[str, _recipe]
-Ref = Annotated[str | None, typer.Option(help=REFERENCE)]
-Resolution = Annotated[int | None, typer.Option(min=8, help=CROP)]
+Ref = Annotated[str | None, typer.Option(help=REF)]
+Resolution = Annotated[int | None, typer.Option(min=8, help=RESOLUTION)]
 RunFolder = Annotated[Path | None, typer.Option(metavar="RUN", help="run folder; default runs/<recipe>-...")]
 Seed = Annotated[int, _seed]
 SeedOrNone = Annotated[int | None, _seed]
 Target = Annotated[str, _target]
 Tokenizer = Annotated[Path | None, _tokenizer]
 Track = Annotated[Literal["wandb"] | None, typer.Option(help="also send the log to Weights & Biases")]
-Utilisation = Annotated[float | None, _utilisation]
+Utilisation = Annotated[float | None, typer.Option(help="with --dry-run: share of the GPU's bf16 peak; default 0.4")]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Inception weight file")]
 
 
@@ -131,52 +126,41 @@ class Result(Protocol):
     text: str
 
 
-def command(group: typer.Typer, name: str | None = None, several: bool = False) -> Callable[[Function], Function]:
-    """Add a function that returns a Result as a command, with the options --json and --quiet.
+def command(
+    group: typer.Typer, example: str, name: str | None = None, several: bool = False
+) -> Callable[[Function], Function]:
+    """Add a function that returns a Result as a command with the options --json and --quiet.
 
-    several: also add --gpus N, which runs the command in N processes instead; a function with a parameter `gpus` has
-    it in any case, and is called with it if it has the option --dry-run and that is set.
+    several: also with --gpus N, which runs the command in N processes.
     """
 
     def add(function: Function) -> Function:
         signature = inspect.signature(function, eval_str=True)
-        options = {"gpus": Gpus, "json": Json, "quiet": Quiet}
-        extra = [
-            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None if option == "gpus" else False,
-                              annotation=annotation)
-            for option, annotation in options.items()
-            if option not in signature.parameters and (option != "gpus" or several)
-        ]  # fmt: skip
+        options: dict[str, tuple[Any, Any]] = {"json": (Json, False), "quiet": (Quiet, False)}
+        if several:
+            options = {"gpus": (Gpus, None), **options}
+        added = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for key, (annotation, default) in options.items()
+        ]
 
-        @functools.wraps(function)
         def run_command(*, json: bool, quiet: bool, **values: Any) -> None:
             progress.quiet = quiet or not _is_first()
-            gpus = values.get("gpus")
-            if gpus is not None and not (values.get("dry_run") or values.get("print_config")):
+            only_planned = values.get("dry_run") or values.get("print_config")
+            if values.get("gpus") and not only_planned and LAUNCHER not in os.environ:
                 from rdpm_cli.distributed import launch
 
-                code = launch(gpus, values["device"], without_option(command_line, "--gpus"))
-                raise typer.Exit(code)
-            show(function(**{key: value for key, value in values.items() if key in signature.parameters}), json)
+                raise typer.Exit(launch(values["gpus"], values["device"], command_line))
+            show(function(**{key: values[key] for key in signature.parameters}), json)
 
-        run_command.__signature__ = signature.replace(  # type: ignore[attr-defined]  # what Typer reads
-            parameters=[*signature.parameters.values(), *extra], return_annotation=None
+        run_command.__signature__ = signature.replace(  # type: ignore[attr-defined]  # Typer reads the options from it
+            parameters=[*signature.parameters.values(), *added], return_annotation=None
         )
-        group.command(name)(run_command)
+        text = f"{inspect.cleandoc(function.__doc__ or '')}\n\nExample: rdpm {example}"
+        group.command(name or function.__name__.replace("_", "-"), help=text)(run_command)
         return function
 
     return add
-
-
-def without_option(arguments: Sequence[str], option: str) -> list[str]:
-    """The arguments without `option VALUE` and `option=VALUE`."""
-    rest = list(arguments)
-    end = rest.index("--") if "--" in rest else len(rest)
-    while option in rest[:end]:
-        index = rest.index(option)
-        del rest[index : index + 2]
-        end -= 2
-    return [word for index, word in enumerate(rest) if index >= end or not word.startswith(f"{option}=")]
 
 
 def _is_first() -> bool:
@@ -258,9 +242,6 @@ def root(
 
 def main() -> None:
     """Run a command and leave with its exit code. A bug keeps its traceback."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the shell closed it: `rdpm ... >&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     tune_allocator()
     if "RANK" in os.environ:
@@ -304,7 +285,7 @@ def run(args: list[str] | None = None) -> int:
         sys.stdout.flush()
         return int(code or 0)
     except RdpmError as error:
-        if isinstance(error, LostProcessError) and "RDPM_LAUNCHER" in os.environ:
+        if isinstance(error, LostProcessError) and LAUNCHER in os.environ:
             return error.exit_code  # the process that has gone is reported by itself or by the launcher
         return _fail(error.exit_code, error.message, error.hint, trace)
     except typer.TyperException as error:

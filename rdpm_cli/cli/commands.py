@@ -9,27 +9,23 @@ from rdpm_cli.cli import app as cli
 from rdpm_cli.cli.app import app, changes, command
 from rdpm_cli.errors import DataError, UsageError
 
+Format = Literal["html", "md", "csv", "json"]  # of a report
 evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Scores that record how they were computed.")
 
 
-@command(app)
+@command(app, "demo --out demo")
 def demo(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. generator.train.steps=100")
-    ] = None,
+    overrides: cli.Overrides = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder of everything it makes")] = Path("demo"),
     seed: cli.Seed = 0,
 ) -> cli.Result:
-    """From images to scores on real handwritten digits, in minutes on a CPU: train, tokenize, sample, score.
-
-    Example: rdpm demo --out demo
-    """
+    """From images to scores on real handwritten digits, in minutes on a CPU: train, tokenize, sample, score."""
     from rdpm_cli.engine import demo as engine
 
     return engine.run(out, seed, overrides or [])
 
 
-@command(app)
+@command(app, "train-tokenizer imagenet/ --recipe imagenet256-tokenizer --out runs/tok schedule.kind=sin")
 def train_tokenizer(
     images: cli.Images,
     overrides: cli.Overrides = None,
@@ -46,10 +42,7 @@ def train_tokenizer(
     print_config: cli.PrintConfig = False,
     device: cli.Device = "auto",
 ) -> cli.Result:
-    """Train a tokenizer on IMAGES. The same command again resumes.
-
-    Example: rdpm train-tokenizer imagenet/ --recipe imagenet256-tokenizer --out runs/tok schedule.kind=sin
-    """
+    """Train a tokenizer on IMAGES. The same command again resumes."""
     overrides = changes(overrides, seed, keep)
     if print_config:
         return _resolve(recipe, overrides, "tokenizer")
@@ -69,33 +62,24 @@ def _resolve(recipe: str, overrides: list[str], section: str) -> cli.Result:
     return look.resolve(recipe, overrides, section)
 
 
-@command(app, several=True)
+@command(app, "tokenize imagenet/ out/codes", several=True)
 def tokenize(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the code store")],
     tokenizer: cli.Tokenizer = None,
     views: Annotated[int, typer.Option(min=1, help="noise draws an image")] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="mirror the image in every second view")] = False,
-    keep: Annotated[
-        Literal["latents"] | None, typer.Option(help="store z next to the codes, for objective.noise=fresh")
-    ] = None,
+    keep: Annotated[Literal["latents"] | None, typer.Option(help="store z too, for objective.noise=fresh")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 4096,
     seed: cli.Seed = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
-    on_bad: Annotated[
-        Literal["stop", "skip"], typer.Option(help="at an image that cannot be read: stop, or leave it out")
-    ] = "stop",
+    on_bad: Annotated[Literal["stop", "skip"], typer.Option(help="stop at an unreadable image, or skip it")] = "stop",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="share that --on-bad skip may leave out")] = 0.0001,
-    precision: Annotated[
-        Literal["fp32", "bf16"] | None, typer.Option(help="of the encoder, on a GPU; default there: bf16")
-    ] = None,
+    precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="on a GPU; default there: bf16")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="images a forward pass, on a GPU")] = None,
     device: cli.Device = "auto",
 ) -> cli.Result:
-    """Turn IMAGES into a store of the codes of every step. The same command again resumes.
-
-    Example: rdpm tokenize imagenet/ out/codes
-    """
+    """Turn IMAGES into a store of the codes of every step. The same command again resumes."""
     from rdpm_cli.engine import tokenizer as engine
 
     options = engine.StoreOptions(
@@ -107,7 +91,7 @@ def tokenize(
     )
 
 
-@command(app)
+@command(app, "reconstruct imagenet/ out/recon --limit 64")
 def reconstruct(
     images: Annotated[str, typer.Argument(metavar="IMAGES|CODES", help="images, or a code store to decode")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the PNGs")],
@@ -116,16 +100,13 @@ def reconstruct(
     limit: cli.Limit = None,
     device: cli.Device = "auto",
 ) -> cli.Result:
-    """Pass images through the tokenizer and back: PNGs, a side-by-side grid, PSNR and SSIM.
-
-    Example: rdpm reconstruct imagenet/ out/recon --limit 64
-    """
+    """Pass images through the tokenizer and back: PNGs, a side-by-side grid, PSNR and SSIM."""
     from rdpm_cli.engine import tokenizer as engine
 
     return engine.reconstruct(images, out, tokenizer, seed=seed, limit=limit, device=device)
 
 
-@command(app)
+@command(app, "train-gen out/codes --recipe imagenet256-d16 --out runs/d16 train.batch=256")
 def train_gen(
     codes: Annotated[Path, typer.Argument(metavar="CODES", help="code store written by rdpm tokenize")],
     overrides: cli.Overrides = None,
@@ -141,10 +122,7 @@ def train_gen(
     print_config: cli.PrintConfig = False,
     device: cli.Device = "auto",
 ) -> cli.Result:
-    """Train a generator on CODES. The same command again resumes.
-
-    Example: rdpm train-gen out/codes --recipe imagenet256-d16 --out runs/d16 train.batch=256
-    """
+    """Train a generator on CODES. The same command again resumes."""
     overrides = changes(overrides, seed, keep)
     if print_config:
         return _resolve(recipe, overrides, "generator")
@@ -157,24 +135,20 @@ def train_gen(
     return engine.train_gen(codes, out, recipe, overrides, device=device, track=track)
 
 
-@command(app, several=True)
+SETTINGS = "any other sampling option of the family, e.g. precision=bf16 draw=inverse"
+CFG_SCHEDULE = "of lambda over t: constant, linear (0 at t = 1, lambda at t = T), cosine, power, interval"
+
+
+@command(app, "sample --ckpt d16.pt --classes 1,2,3 --per-class 8 --cfg 1.5", several=True)
 def sample(
     ckpt: cli.Ckpt,
-    more: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="any other sampling option, e.g. precision=bf16 draw=inverse"),
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=SETTINGS)] = None,
     classes: cli.Classes = None,
     per_class: cli.PerClass = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the samples")] = Path("samples"),
     cfg: Annotated[float | None, typer.Option(min=0, help="guidance lambda; 0 = off")] = None,
-    cfg_schedule: Annotated[
-        str | None,
-        typer.Option(help="of lambda over t: constant, linear (0 at t = 1, lambda at t = T), cosine, power, interval"),
-    ] = None,
-    tau: Annotated[
-        float | None, typer.Option(help="inverse temperature; 1 samples exactly, larger is greedier")
-    ] = None,
+    cfg_schedule: Annotated[str | None, typer.Option(help=CFG_SCHEDULE)] = None,
+    tau: Annotated[float | None, typer.Option(help="inverse temperature; 1 samples exactly, larger: greedier")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="draw among the K likeliest codes; 0 = all")] = None,
     top_p: Annotated[float | None, typer.Option(help="draw among the fewest codes of this probability")] = None,
     skip_steps: Annotated[int | None, typer.Option(min=0, help="first steps without a network pass")] = None,
@@ -195,10 +169,7 @@ def sample(
 ) -> cli.Result:
     """Draw samples. Sampling options that are left out are those recorded in the checkpoint.
 
-    Each family has options of its own, given as KEY=VALUE. The same command again resumes.
-
-    Example: rdpm sample --ckpt d16.pt --classes 1,2,3 --per-class 8 --cfg 1.5
-    """
+    Each family has options of its own, given as KEY=VALUE. The same command again resumes."""
     from rdpm_cli.engine import sample as engine
 
     options: dict[str, Any] = {
@@ -208,14 +179,14 @@ def sample(
     sampling = {name: value for name, value in options.items() if value is not None}
     return engine.sample(
         ckpt, "all" if classes is None else classes, per_class or 8, out, seed=seed,
-        sampling={**sampling, **engine.key_values(more or ())}, preset=preset,
+        sampling={**sampling, **engine.key_values(settings or ())}, preset=preset,
         outputs=engine.Outputs(png=not no_png, npz=npz, grid=grid, gif=gif),
         edit=engine.edit_options(init, mask, from_step), reject=engine.reject_options(reject, judge),
         shard=shard, device=device,
     )  # fmt: skip
 
 
-@command(app)
+@command(app, "tune-sampling d16.pt --samples 5000 --budget 24")
 def tune_sampling(
     ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="generator checkpoint")],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="the new checkpoint; default CKPT-tuned.pt")] = None,
@@ -229,16 +200,11 @@ def tune_sampling(
 ) -> cli.Result:
     """Search guidance, its schedule, tau and skipped steps; write a checkpoint that has the best as its defaults.
 
-    All candidates share the noise of --seed.
+    All candidates share the noise of --seed."""
+    from rdpm_cli.engine import score, tune
 
-    Example: rdpm tune-sampling d16.pt --samples 5000 --budget 24
-    """
-    from rdpm_cli.engine import tune as engine
-
-    ruler = engine.Ruler(extractor, weights)
-    return engine.tune_sampling(
-        ckpt, out, samples=samples, budget=budget, seed=seed, ref=ref, ruler=ruler, device=device
-    )
+    ruler = score.Ruler(extractor, weights)
+    return tune.tune_sampling(ckpt, out, samples=samples, budget=budget, seed=seed, ref=ref, ruler=ruler, device=device)
 
 
 # ---- eval ------------------------------------------------------------------------------------------------------------
@@ -251,16 +217,17 @@ METRICS = {
     "kid": "Kernel distance (KID), with its spread over subsets.",
     "all": "Every score of images, from one pass over them.",
 }
+TARGET = "samples, images or .npz; or options of --ckpt"
+FEATURES = "save the target's activations, or reuse them"
+DRAWN = """With --ckpt instead of TARGET the samples are drawn without files in between, as --classes, --per-class,
+--seed, --preset and any sampling option as KEY=VALUE say."""
 
 
 def _add_metric(metric: str, summary: str) -> None:
     """Add `eval METRIC`. The commands differ only in what they compute."""
 
     def evaluate(
-        arguments: Annotated[
-            list[str] | None,
-            typer.Argument(metavar="TARGET|[KEY=VALUE]...", help="samples, images or .npz; or options of --ckpt"),
-        ] = None,
+        arguments: Annotated[list[str] | None, typer.Argument(metavar="TARGET|[KEY=VALUE]...", help=TARGET)] = None,
         ref: cli.Ref = None,
         ckpt: cli.CkptOrNone = None,
         classes: cli.Classes = None,
@@ -270,35 +237,26 @@ def _add_metric(metric: str, summary: str) -> None:
         extractor: cli.Extractor = None,
         weights: cli.Weights = None,
         download: cli.Download = False,
-        features: Annotated[
-            Path | None, typer.Option(metavar="FILE.npz", help="save the target's activations, or reuse them")
-        ] = None,
+        features: Annotated[Path | None, typer.Option(metavar="FILE.npz", help=FEATURES)] = None,
         subset: Annotated[int | None, typer.Option(min=2, help="fid: mean over balanced subsets of N images")] = None,
         ci: Annotated[bool, typer.Option("--ci", help="fid, is: 95% intervals, by leaving images out")] = False,
         resolution: cli.Resolution = None,
         device: cli.Device = "auto",
     ) -> cli.Result:
-        from rdpm_cli.engine import score as engine
+        from rdpm_cli.engine import sample, score
 
-        target: Any
+        drawing = {"--classes": classes, "--per-class": per_class, "--seed": seed, "--preset": preset}
+        target: str | sample.Drawn
         if ckpt is None:
-            drawing = {"--classes": classes, "--per-class": per_class, "--seed": seed, "--preset": preset}
             target = _one_target(arguments or [], [name for name, value in drawing.items() if value is not None])
         else:
-            target = engine.Drawn(ckpt, classes or "all", per_class or 8, seed or 0, tuple(arguments or []), preset)
-        ruler = engine.Ruler(extractor, weights, download, features)
-        return engine.eval_images(
-            metric, target, ref, ruler, subset=subset, ci=ci, resolution=resolution, device=device
-        )
+            target = sample.Drawn(ckpt, classes or "all", per_class or 8, seed or 0, tuple(arguments or []), preset)
+        ruler = score.Ruler(extractor, weights, download, features)
+        return score.eval_images(metric, target, ref, ruler, subset=subset, ci=ci, resolution=resolution, device=device)
 
-    evaluate.__doc__ = f"""{summary}
-
-    With --ckpt instead of TARGET the samples are drawn without files in between, as --classes, --per-class, --seed,
-    --preset and any sampling option as KEY=VALUE say.
-
-    Example: rdpm eval {metric} samples/{"" if metric == "is" else " --ref reference.npz"}
-    """
-    command(evaluation, metric, several=True)(evaluate)
+    evaluate.__doc__ = f"{summary}\n\n{DRAWN}"
+    reference = "" if metric == "is" else " --ref reference.npz"
+    command(evaluation, f"eval {metric} samples/{reference}", metric, several=True)(evaluate)
 
 
 def _one_target(arguments: list[str], drawing: list[str]) -> str:
@@ -316,7 +274,7 @@ for _metric, _summary in METRICS.items():
     _add_metric(_metric, _summary)
 
 
-@command(evaluation, several=True)
+@command(evaluation, "eval reference imagenet/train imagenet256.npz --resolution 256", several=True)
 def reference(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="REF.npz", help="the file to write")],
@@ -327,17 +285,14 @@ def reference(
     download: cli.Download = False,
     device: cli.Device = "auto",
 ) -> cli.Result:
-    """Statistics of IMAGES, cropped as in training, as an .npz for --ref that records its extractor.
-
-    Example: rdpm eval reference imagenet/train imagenet256.npz --resolution 256
-    """
+    """Statistics of IMAGES, cropped as in training, as an .npz for --ref that records its extractor."""
     from rdpm_cli.engine import score as engine
 
     ruler = engine.Ruler(extractor, weights, download)
     return engine.eval_reference(images, out, ruler, features=features, resolution=resolution, device=device)
 
 
-@command(evaluation, several=True)
+@command(evaluation, "eval recon digits:heldout --tokenizer tokenizer.pt --seeds 4", several=True)
 def recon(
     images: cli.Images,
     tokenizer: cli.Tokenizer = None,
@@ -353,10 +308,7 @@ def recon(
 ) -> cli.Result:
     """rFID, PSNR, SSIM, LPIPS, MSE and latent error of reconstructions, with their spread over noise seeds.
 
-    rFID and LPIPS need weights: if they are absent, the score is left out and names the file it needs.
-
-    Example: rdpm eval recon digits:heldout --tokenizer tokenizer.pt --seeds 4
-    """
+    rFID and LPIPS need weights: if they are absent, the score is left out and names the file it needs."""
     from rdpm_cli.engine import score as engine
 
     return engine.eval_recon(
@@ -365,7 +317,7 @@ def recon(
     )  # fmt: skip
 
 
-@command(evaluation, several=True)
+@command(evaluation, "eval judge cifar10-train.zip runs/judge width=64", several=True)
 def judge(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="run folder; the judge is OUT/judge.pt")],
@@ -379,10 +331,7 @@ def judge(
 ) -> cli.Result:
     """Train a small classifier of IMAGES that scores samples where Inception says little.
 
-    Its accuracy on held-out images is in its file and next to every score it makes. The same command again resumes.
-
-    Example: rdpm eval judge cifar10-train.zip runs/judge width=64
-    """
+    Its accuracy on held-out images is in its file and next to every score it makes. The same command again resumes."""
     overrides = changes(overrides, seed)
     if print_config:
         return _resolve(recipe, overrides, "judge")
@@ -391,19 +340,14 @@ def judge(
     return engine.eval_judge(images, out, recipe, overrides, heldout=heldout, resolution=resolution, device=device)
 
 
-@command(evaluation)
+@command(evaluation, "eval report demo score.json -o report.html")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="runs, stores, samples, .pt and score files")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write; default report.FORMAT")] = None,
-    form: Annotated[
-        Literal["html", "md", "csv", "json"] | None, typer.Option("--format", help="default: by the suffix of --out")
-    ] = None,
+    form: Annotated[Format | None, typer.Option("--format", help="default: by the suffix of --out")] = None,
     title: Annotated[str | None, typer.Option(help="of the page")] = None,
 ) -> cli.Result:
-    """One page of runs and their scores: provenance, scores, curves, pictures. It needs no network.
-
-    Example: rdpm eval report demo score.json -o report.html
-    """
+    """One page of runs and their scores: provenance, scores, curves, pictures. It needs no network."""
     from rdpm_cli.engine import report as engine
 
     return engine.make_report(runs, out, form, title)
@@ -415,25 +359,19 @@ app.add_typer(evaluation, name="eval")
 # ---- looking ---------------------------------------------------------------------------------------------------------
 
 
-@command(app)
+@command(app, "inspect imagenet256-d16 --json")
 def inspect(target: cli.Target) -> cli.Result:
-    """Describe a file, folder or recipe: kind, config, parameters, provenance, digests.
-
-    Example: rdpm inspect imagenet256-d16 --json
-    """
+    """Describe a file, folder or recipe: kind, config, parameters, provenance, digests."""
     from rdpm_cli.engine import look
 
     return look.inspect(target)
 
 
-@command(app)
+@command(app, "verify out/codes")
 def verify(
     target: Annotated[Path, typer.Argument(metavar="STORE|CKPT", help="code store, or a tokenizer, generator, judge")],
 ) -> cli.Result:
-    """Compare every byte of a store or checkpoint with its checksums. Exit code 3 and the files' names if any differ.
-
-    Example: rdpm verify out/codes
-    """
+    """Compare every byte of a store or checkpoint with its checksums. Exit code 3, with names, if any differs."""
     from rdpm_cli.engine import look
 
     return look.verify(target)
@@ -441,10 +379,7 @@ def verify(
 
 @app.command()
 def doctor(json: cli.Json = False, quiet: cli.Quiet = False) -> None:
-    """Report versions, devices, disk, weight files and extras, with a line on how to fix what is missing.
-
-    Exit code 0: commands can run. 3: something that they need is broken, such as a package, a GPU that torch cannot
-    use or a damaged weight file. What only some scores or options need may be absent.
+    """Report versions, devices, disk, weight files and extras, and how to fix what is missing. Exit code 3: not ready.
 
     Example: rdpm doctor --json
     """

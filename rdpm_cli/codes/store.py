@@ -269,8 +269,8 @@ class CodeStore:
         _allow_open(len(m.shards) * (2 if m.latents else 1))  # numpy keeps a file open for every map
         self.exceeds_memory = m.image_bytes() * m.images > files.memory_bytes()
         self.offsets = np.cumsum([0, *(shard.rows for shard in m.shards)])
-        self._codes = self._map("codes")
-        self._latents = self._map("latents") if m.latents else []
+        self._codes = self._map_flat("codes")
+        self._latents = self._map_flat("latents") if m.latents else []
         self.index: Ints = np.concatenate(self._map("index"))
         self.columns: dict[str, NDArray[Any]] = {name: np.concatenate(self._map(name)) for name in COLUMNS}
 
@@ -281,6 +281,10 @@ class CodeStore:
     def _map(self, kind: str) -> list[NDArray[Any]]:
         """The arrays of a kind, one a shard."""
         return [self._map_shard(number, shard.images, kind) for number, shard in enumerate(self.manifest.shards)]
+
+    def _map_flat(self, kind: str) -> list[NDArray[Any]]:
+        """The same with flattened grids, (rows, T or C, S)."""
+        return [array.reshape(*array.shape[:2], math.prod(self.manifest.grid)) for array in self._map(kind)]
 
     def _map_shard(self, shard: int, images: int, kind: str) -> NDArray[Any]:
         m = self.manifest
@@ -318,13 +322,12 @@ class CodeStore:
         return self._gather(self._latents, latent_rows, self.offsets // m.views * m.mirrored)
 
     def _gather(self, shards: list[NDArray[Any]], rows: Ints, offsets: Ints) -> NDArray[Any]:
-        """Rows of the joined shards, flattened to (n, T or C, S). Row by row: sorting hundreds of shards costs more."""
-        steps_or_channels, *grid = shards[0].shape[1:]
-        out = np.empty((len(rows), steps_or_channels, math.prod(grid)), dtype=shards[0].dtype)
+        """Rows of the joined shards, one by one: with hundreds of shards, sorting by shard costs more than it saves."""
+        out = np.empty((len(rows), *shards[0].shape[1:]), dtype=shards[0].dtype)
         shard_of = np.searchsorted(offsets, rows, side="right") - 1
         rows_in_shard = rows - offsets[shard_of]
         for position, (shard, row) in enumerate(zip(shard_of.tolist(), rows_in_shard.tolist(), strict=True)):
-            out[position] = shards[shard][row].reshape(steps_or_channels, -1)
+            out[position] = shards[shard][row]
         return out
 
     def split(self) -> tuple[Ints, Ints]:

@@ -23,6 +23,7 @@ from rdpm_cli.data.source import Source
 from rdpm_cli.errors import DataError, UsageError
 
 LARGEST = 1 << 30  # bytes of one encoded image: damaged tables claim any size
+ZIP_FIELDS = ("header_offset", "compress_size", "file_size", "CRC", "compress_type")
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: length of its name, length of its extra field
 IMAGES, LABELS = {"jpg", "jpeg", "png", "webp"}, {"cls", "json"}  # kinds of members of a WebDataset shard
 SHARD_HINT = "shards hold key.jpg, .jpeg, .png or .webp, and key.cls (a number) or key.json (`label` or `cls`)"
@@ -32,9 +33,9 @@ PARQUET_HINT = "the columns are `image` (a struct of bytes and path) and `label`
 def check_member(name: str, is_link: bool, archive: Path) -> None:
     """Raise DataError for a member that no archive of images holds: a link, or a path out of the archive."""
     plain = name.replace("\\", "/")
-    if is_link or plain.startswith("/") or re.match("[A-Za-z]:/", plain) or ".." in plain.split("/"):
-        kind = "is a link" if is_link else "points outside the archive"
-        raise DataError(f"{archive}: member '{name}' {kind}", "pack the image files themselves again")
+    if is_link or re.match("/|[A-Za-z]:/", plain) or ".." in plain.split("/"):
+        message = f"{archive}: member '{name}' is a link or points outside the archive"
+        raise DataError(message, "pack the image files themselves again")
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -65,45 +66,34 @@ class ZipSource(Source):
         self.path, self.spec = path, str(path.resolve())
         try:
             with zipfile.ZipFile(path) as archive:
-                self._list(archive)
+                members = [member for member in archive.infolist() if not member.is_dir()]
+                for member in members:
+                    check_member(member.filename, stat.S_ISLNK(member.external_attr >> 16), path)
+                names = [member.filename for member in members]
+                self.names, self.labels, self.class_names = arrange(names, self.spec, archive.read)
+                # An array (n, 5), since zipfile's own objects take a gigabyte for ImageNet.
+                images = map(archive.getinfo, self.names)
+                self.table = np.array([[getattr(m, field) for field in ZIP_FIELDS] for m in images], dtype=np.int64)
         except DataError:
             raise
         except Exception as error:  # zipfile raises almost anything for damaged bytes
             raise DataError(f"{path} cannot be read as a zip: {error}", HINT) from error
 
-    def _list(self, archive: zipfile.ZipFile) -> None:
-        members = [member for member in archive.infolist() if not member.is_dir()]
-        for member in members:
-            check_member(member.filename, stat.S_ISLNK(member.external_attr >> 16), Path(self.spec))
-        paths = [member.filename for member in members]
-        self.names, self.labels, self.class_names = arrange(paths, self.spec, archive.read)
-        # Arrays, since zipfile's own objects take a gigabyte for ImageNet.
-        images = [archive.getinfo(name) for name in self.names]
-        self.offsets = np.array([m.header_offset for m in images], dtype=np.int64)
-        self.packed_sizes = np.array([m.compress_size for m in images], dtype=np.int64)
-        self.sizes = np.array([m.file_size for m in images], dtype=np.int64)
-        self.checksums = np.array([m.CRC for m in images], dtype=np.uint32)
-        self.methods = np.array([m.compress_type for m in images], dtype=np.uint16)
-
     def open(self, index: int) -> Image.Image:
-        return open_image(io.BytesIO(self._read(index)))
-
-    def _read(self, index: int) -> bytes:
-        """The unpacked bytes of a member. Raises OSError, or an error of its packing, where they are damaged."""
-        offset, size = int(self.offsets[index]), int(self.sizes[index])
+        """Raises OSError, or an error of the member's packing, where its bytes are damaged."""
+        offset, packed_size, size, checksum, method = map(int, self.table[index])
         if size > LARGEST:
             raise OSError(f"{size:,} bytes are more than an image may have")
         # The extra field of the local header may differ from that of the directory, so its length is read here.
         name, extra = LOCAL_HEADER.unpack(read_at(self.path, offset, LOCAL_HEADER.size))
-        packed = read_at(self.path, offset + LOCAL_HEADER.size + name + extra, int(self.packed_sizes[index]))
+        packed = read_at(self.path, offset + LOCAL_HEADER.size + name + extra, packed_size)
         member = zipfile.ZipInfo(self.names[index])
-        member.compress_size, member.file_size = len(packed), size
-        member.compress_type, member.CRC = int(self.methods[index]), int(self.checksums[index])
+        member.compress_size, member.file_size, member.CRC, member.compress_type = packed_size, size, checksum, method
         with zipfile.ZipExtFile(io.BytesIO(packed), "r", member) as file:
-            data: bytes = file.read()  # never more than `size`, and compared with the checksum
+            data = file.read()  # never more than `size`, and compared with the checksum
         if len(data) != size:
             raise OSError("it unpacks to fewer bytes than the zip says")
-        return data
+        return open_image(io.BytesIO(data))
 
 
 class TarSource(Source):
@@ -116,7 +106,7 @@ class TarSource(Source):
 
     def __init__(self, spec: str, shards: Sequence[Path], lines: list[str] | None) -> None:
         self.spec, self.paths = spec, list(shards)
-        self.shards, self.offsets, self.sizes = array("i"), array("q"), array("q")
+        self.table = array("q")  # shard, offset and size of every image in a row
         self.names: list[str] = []
         labels: list[int | None] = []
         members: list[str] = []
@@ -125,9 +115,7 @@ class TarSource(Source):
                 members.append(member)
                 self.names.append(f"{short}/{member}")
                 labels.append(label)
-                self.shards.append(number)
-                self.offsets.append(offset)
-                self.sizes.append(size)
+                self.table.extend((number, offset, size))
         if not self.names:
             raise DataError(f"{spec} holds no images", SHARD_HINT)
         self.labels, self.class_names = numbered(labels, self.names, spec, lines)
@@ -135,14 +123,15 @@ class TarSource(Source):
             self.labels, self.class_names = by_folder(members, spec, lines)
 
     def open(self, index: int) -> Image.Image:
-        return open_image(io.BytesIO(read_at(self.paths[self.shards[index]], self.offsets[index], self.sizes[index])))
+        shard, offset, size = self.table[3 * index : 3 * index + 3]
+        return open_image(io.BytesIO(read_at(self.paths[shard], offset, size)))
 
 
 def _shard_rows(path: Path) -> list[tuple[str, int, int, Any]]:
     """(member, offset, size, label) of every image of a shard. Raises DataError."""
     images: dict[str, tuple[str, int, int]] = {}  # by key
     labels: dict[str, Any] = {}  # by key; `numbered` checks that they are whole numbers
-    lonely: set[str] = set()  # keys with a .cls, which must have an image
+    numbers: set[str] = set()  # keys with a .cls, which must have an image
     try:
         with tarfile.open(path, "r:") as tar:
             for member in _members(tar):
@@ -156,20 +145,18 @@ def _shard_rows(path: Path) -> list[tuple[str, int, int, Any]]:
                 content = tar.extractfile(member)
                 if content is None or member.issparse():
                     raise ValueError(f"member '{name}' is not a regular file")
-                if kind in LABELS:
-                    label = _label(content.read(1 << 20), name)
-                    if label is not None and labels.setdefault(key, label) != label:
-                        raise ValueError(f"there are two labels for '{key}'")
-                    if kind == "cls":
-                        lonely.add(key)
-                elif key in images:
+                if kind in IMAGES and key in images:
                     raise ValueError(f"there are two images for '{key}'")
-                else:
+                if kind in IMAGES:
                     images[key] = name, member.offset_data, member.size
+                elif (label := _label(content.read(1 << 20), name)) is not None:
+                    numbers |= {key} if kind == "cls" else set()
+                    if labels.setdefault(key, label) != label:
+                        raise ValueError(f"there are two labels for '{key}'")
+            if lonely := numbers - images.keys():
+                raise ValueError(f"'{min(lonely)}' has a label but no image")
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a plain .tar: {error}", SHARD_HINT) from error
-    if lonely := lonely - images.keys():
-        raise DataError(f"{path}: '{min(lonely)}' has a label but no image", SHARD_HINT)
     return [(*image, labels.get(key)) for key, image in images.items()]
 
 
@@ -187,11 +174,11 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _label(content: bytes, name: str) -> Any:
     """The label in a .cls (a number as text) or .json (`label` or `cls`; None without either)."""
     try:
-        if name.lower().endswith("cls"):
-            return int(content)
-        whole = json.loads(content)
+        whole = int(content) if name.lower().endswith("cls") else json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{name}' holds no label: {error}") from error
+    if name.lower().endswith("cls"):
+        return whole
     return whole.get("label", whole.get("cls")) if isinstance(whole, dict) else None
 
 
@@ -208,19 +195,18 @@ class ParquetSource(Source):
         self.groups: list[tuple[int, int]] = []  # (file, row group) of each group that has rows
         self.starts: list[int] = []  # its first row
         self.names: list[str] = []
-        self._group = -1  # the last group read
-        self._rows: Any = None
+        self._group, self._rows = -1, None  # the last group read
         labels: list[int | None] = []
         class_names: list[list[str] | None] = []
         for number, short in enumerate(short_names(paths)):
             try:
-                file = self._open(number)
-                labels += self._list(file, number, short)
-                class_names.append(_schema_classes(file))
+                numbers, names = self._list(number, short)
             except UsageError:
                 raise
             except Exception as error:  # pyarrow raises almost anything for damaged bytes
                 raise DataError(f"{paths[number]} cannot be read as parquet: {error}", PARQUET_HINT) from error
+            labels += numbers
+            class_names.append(names)
         if not self.names:
             raise DataError(f"{spec} holds no images", PARQUET_HINT)
         if any(names != class_names[0] for names in class_names):
@@ -253,8 +239,9 @@ class ParquetSource(Source):
             raise UsageError(f"{path} is parquet, which needs pyarrow", 'uv pip install "rdpm[parquet]"') from error
         return parquet.ParquetFile(path)
 
-    def _list(self, file: Any, number: int, short: str) -> list[int | None]:
-        """Add the row groups and names of a file -> its labels."""
+    def _list(self, number: int, short: str) -> tuple[list[int | None], list[str] | None]:
+        """Add the row groups and names of a file -> its labels, and the class names that `datasets` keeps in it."""
+        file = self._open(number)
         columns, metadata = file.schema_arrow.names, file.metadata
         if "image" not in columns:
             raise ValueError(f"it has no column `image`, only {', '.join(columns)}")
@@ -265,17 +252,11 @@ class ParquetSource(Source):
                 self.starts.append(start)
                 start += rows
         self.names += [f"{short}/{row:06d}" for row in range(metadata.num_rows)]
-        if "label" not in columns:
-            return [None] * metadata.num_rows
-        labels: list[int | None] = file.read(columns=["label"], use_threads=False).column(0).to_pylist()
-        return labels
-
-
-def _schema_classes(file: Any) -> list[str] | None:
-    """The class names that Hugging Face's `datasets` keeps in the schema, if there are any."""
-    try:
-        features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features["label"]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return [str(name) for name in names] if isinstance(names, list) and names else None
+        labels: list[int | None] = [None] * metadata.num_rows
+        if "label" in columns:
+            labels = file.read(columns=["label"], use_threads=False).column(0).to_pylist()
+        try:
+            notes = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])
+            return labels, list(map(str, notes["info"]["features"]["label"]["names"])) or None
+        except (KeyError, TypeError, ValueError):
+            return labels, None

@@ -271,10 +271,10 @@ class SampleFiles:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, place: int, count: int) -> Iterator[None]:
-    """Hold part `place` of `count` of a job for writing. Raises RunError if another process writes it."""
+def writing(folder: Path, index: int, count: int) -> Iterator[None]:
+    """Hold part `index` of `count` of a job for writing. Raises RunError if another process writes it."""
     if count > 1:
-        with files.only_writer(folder / NOTES / f"{place + 1}-of-{count}"):
+        with files.only_writer(folder / NOTES / f"{index + 1}-of-{count}"):
             yield
         return
     with files.only_writer(folder):

@@ -19,28 +19,6 @@ HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?(?:/|\Z))|__MACOSX)")  # a part that sta
 HINT = "give a folder or .zip of class folders, a flat folder of images, plain .tar shards, parquet, or `digits`"
 
 
-def arrange(
-    paths: Iterable[str], source: str, read: Callable[[str], bytes]
-) -> tuple[list[str], list[int] | None, list[str]]:
-    """The images among relative paths -> (sorted names, labels or None, class names in label order).
-
-    EDM's `dataset.json` decides the labels where there is one (or says that there are none); else the first folder of
-    a path is its class. `classes.txt` names the classes. read(path): the content of one of these two files.
-    """
-    members = list(paths)
-    names = sorted(name for name in members if is_image(name) and not is_hidden(name))
-    if not names:
-        raise DataError(f"{source} holds no images", HINT)
-    notes = _notes(members, names)
-    lines = read_classes(read(notes[CLASSES]), source) if CLASSES in notes else None
-    if EDM in notes and (recorded := _edm_labels(read(notes[EDM]), source)) is not None:
-        start = len(notes[EDM]) - len(EDM)  # EDM's names are relative to the folder of its file
-        labels, class_names = numbered([recorded.get(name[start:]) for name in names], names, source, lines)
-    else:
-        labels, class_names = by_folder(names, source, lines)
-    return names, labels, class_names
-
-
 def is_image(name: str) -> bool:
     """Whether the suffix of `name` is one of an image."""
     return posixpath.splitext(name)[1].lower() in SUFFIXES
@@ -51,26 +29,37 @@ def is_hidden(name: str) -> bool:
     return HIDDEN.search(name) is not None
 
 
-def _notes(members: list[str], names: list[str]) -> dict[str, str]:
-    """{base name: path} of `classes.txt` and `dataset.json` at the root, or in a folder that wraps everything."""
+def arrange(
+    paths: Iterable[str], source: str, read: Callable[[str], bytes]
+) -> tuple[list[str], list[int] | None, list[str]]:
+    """The images among relative paths -> (sorted names, labels or None, class names in label order).
+
+    EDM's `dataset.json` decides the labels where there is one (or says that there are none); else the first folder of
+    a path is its class. `classes.txt` names the classes. read(path): the content of one of these two files, which are
+    at the root or in a folder that wraps everything.
+    """
+    members = list(paths)
+    names = sorted(name for name in members if is_image(name) and not is_hidden(name))
+    if not names:
+        raise DataError(f"{source} holds no images", HINT)
     shared = posixpath.commonprefix([names[0], names[-1]]).rpartition("/")[0]  # sorted, so common to all of them
     notes: dict[str, str] = {}
     for path in sorted((m for m in members if posixpath.basename(m) in (CLASSES, EDM)), key=len, reverse=True):
         folder, base = posixpath.split(path)
         if not folder or f"{shared}/".startswith(f"{folder}/"):
             notes[base] = path  # the outermost one comes last and wins
-    return notes
+    lines = read_classes(read(notes[CLASSES]), source) if CLASSES in notes else None
+    if EDM in notes and (recorded := _edm_labels(read(notes[EDM]), source)) is not None:
+        start = len(notes[EDM]) - len(EDM)  # EDM's names are relative to the folder of its file
+        return names, *numbered([recorded.get(name[start:]) for name in names], names, source, lines)
+    return names, *by_folder(names, source, lines)
 
 
 def read_classes(content: bytes, source: str) -> list[str]:
     """The lines of `classes.txt`: one name a line, in label order."""
-    try:
-        lines = [line.strip() for line in content.decode().rstrip().splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: {CLASSES} is not UTF-8 text", "write one class name a line") from error
-    if not lines or "" in lines:
-        number = lines.index("") + 1 if lines else 1
-        raise DataError(f"{source}: line {number} of {CLASSES} is empty", "write one class name a line")
+    lines = [line.strip() for line in content.decode(errors="replace").rstrip().splitlines()]
+    if not lines or "" in lines or "\ufffd" in "".join(lines):
+        raise DataError(f"{source}: {CLASSES} has an empty line or is not UTF-8 text", "write one class name a line")
     return lines
 
 
@@ -93,20 +82,16 @@ def numbered(
 
     lines: the class names where they are known; else the numbers themselves become the names.
     """
-    missing = sum(value is None for value in values)
-    if missing == len(values):
+    if all(value is None for value in values):
         return None, []
-    if missing:
-        first = names[next(index for index, value in enumerate(values) if value is None)]
-        message = f"{source}: {missing:,} of {len(values):,} images have no label, such as '{first}'"
-        raise DataError(message, "label all images, or none")
     limit = len(lines) if lines else MOST_CLASSES
     labels: list[int] = []
     numbers: dict[int, int] = {}  # one object a class instead of one an image: 50 MB less for ImageNet
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
-            message = f"{source}: '{name}' has the label {value!r}, which is not one of 0..{limit - 1}"
-            raise DataError(message, f"labels are whole numbers from 0, one for each line of {CLASSES} if there is one")
+            label = "no label" if value is None else f"the label {value!r}, which is not one of 0..{limit - 1}"
+            hint = f"label all images by whole numbers from 0, one for each line of {CLASSES} if there is one; or none"
+            raise DataError(f"{source}: '{name}' has {label}", hint)
         labels.append(numbers.setdefault(value, value))
     return labels, lines or [str(label) for label in range(max(labels) + 1)]
 
@@ -117,34 +102,25 @@ def by_folder(names: Sequence[str], source: str, lines: list[str] | None = None)
     lines: the names in `classes.txt`: the folders themselves, whose order they fix, or names for the sorted folders.
     """
     inner = without_wrapper(names)
-    tops = [name.partition("/")[0] if "/" in name else None for name in inner]
-    splits = sorted(SPLITS.intersection(top for top in tops if top))
+    tops = [name.partition("/")[0] if "/" in name else "" for name in inner]
+    splits = sorted(SPLITS.intersection(tops))
     if splits and all(name.count("/") >= 2 for name in inner):
-        split = "train" if "train" in splits else splits[0]
-        hint = f"give {source}/{split}" if Path(source).is_dir() else "pack each of them into a file of its own"
+        hint = f"name one of them, such as {source}/{splits[0]}, or pack each into a file of its own"
         raise DataError(f"{source} holds data splits ({', '.join(splits)}), not classes", hint)
-    if all(top is None for top in tops):
+    folders = order = sorted(set(tops))
+    if folders == [""]:
         return None, []
-    if None in tops:
-        loose = names[tops.index(None)]
+    if "" in folders:
+        loose = names[tops.index("")]
         raise DataError(f"{source} mixes class folders with loose images such as '{loose}'", HINT)
-    folders = sorted({top for top in tops if top is not None})
-    class_names, order = _named_folders(folders, lines, source)
+    if lines and len(set(lines)) == len(lines) and set(folders) <= set(lines):
+        order = lines
+    elif lines and (len(lines) != len(folders) or set(folders) & set(lines)):
+        lacking = some_of(sorted(set(folders) - set(lines)), 3)
+        message = f"{source}: {CLASSES} has {len(lines):,} lines for {len(folders):,} class folders and lacks {lacking}"
+        raise DataError(message, f"correct or remove {CLASSES}")
     label_of = {name: label for label, name in enumerate(order)}
-    return [label_of[top] for top in tops if top is not None], class_names
-
-
-def _named_folders(folders: list[str], lines: list[str] | None, source: str) -> tuple[list[str], list[str]]:
-    """(class names, folders), both in label order."""
-    if lines is None:
-        return folders, folders
-    if len(set(lines)) == len(lines) and set(folders) <= set(lines):
-        return lines, lines
-    if len(lines) == len(folders) and not set(folders) & set(lines):
-        return lines, folders
-    lacking = some_of(sorted(set(folders) - set(lines)), 3)
-    message = f"{source}: {CLASSES} has {len(lines):,} lines for {len(folders):,} class folders and lacks {lacking}"
-    raise DataError(message, f"correct or remove {CLASSES}")
+    return [label_of[top] for top in tops], lines or folders
 
 
 def without_wrapper(names: Sequence[str]) -> Sequence[str]:
@@ -152,9 +128,6 @@ def without_wrapper(names: Sequence[str]) -> Sequence[str]:
     while all(name.count("/") >= 2 for name in names) and len({name.partition("/")[0] for name in names}) == 1:
         names = [name.partition("/")[2] for name in names]
     return names
-
-
-# ---- the classes that a user asks for ------------------------------------------------------------------------------
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
@@ -170,31 +143,23 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     classes: list[int] = []
     words = text.split(",")
     while words:
-        count, numbers = _take_classes(words, class_names)
-        classes += numbers
-        words = words[count:]
-    if outside := [number for number in classes if number >= len(class_names)]:
-        hint = f"this checkpoint has 0..{len(class_names) - 1}"
-        raise UsageError(f"--classes: there is no class {outside[0]}", hint)
+        word, used = words[0].strip(), 1
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        if word.startswith("name:"):
+            candidates = [",".join(words[:count]).strip()[5:] for count in range(len(words), 0, -1)]
+            name = next((name for name in candidates if name in class_names), None)
+            if name is None:
+                near = difflib.get_close_matches(word[5:], class_names, 3)
+                hint = f"did you mean {', '.join(near)}?" if near else "see the names with `rdpm inspect CKPT`"
+                raise UsageError(f"--classes: no class is named '{word[5:]}'", hint)
+            used = len(words) - candidates.index(name)
+            classes.append(list(class_names).index(name))
+        elif word == "all":
+            classes += range(len(class_names))
+        elif span and int(span[1]) <= int(span[2] or span[1]) < len(class_names):
+            classes += range(int(span[1]), int(span[2] or span[1]) + 1)
+        else:
+            hint = f"write 1,2,3 or 0-9, of 0..{len(class_names) - 1}, or all or name:goldfish"
+            raise UsageError(f"--classes: '{word}' is not a class", hint)
+        words = words[used:]
     return list(dict.fromkeys(classes))
-
-
-def _take_classes(words: list[str], class_names: Sequence[str]) -> tuple[int, Iterable[int]]:
-    """The classes that the first of the comma-separated words name -> (number of words used, classes)."""
-    word = words[0].strip()
-    if word.startswith("name:"):
-        for count in range(len(words), 0, -1):
-            name = ",".join(words[:count]).strip().removeprefix("name:")
-            if name in class_names:
-                return count, [list(class_names).index(name)]
-        near = difflib.get_close_matches(word.removeprefix("name:"), class_names, 3)
-        hint = f"did you mean {', '.join(near)}?" if near else "see the names with `rdpm inspect CKPT`"
-        raise UsageError(f"--classes: no class is named '{word.removeprefix('name:')}'", hint)
-    if word == "all":
-        return 1, range(len(class_names))
-    if match := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
-        low, high = int(match[1]), int(match[2] or match[1])
-        if low <= high:
-            # One class too many is enough for the error, and 0-999999999 must not fill the memory.
-            return 1, range(low, min(high, max(low, len(class_names))) + 1)
-    raise UsageError(f"--classes: '{word}' is not a class", "write 1,2,3 or 0-9 or all or name:goldfish")

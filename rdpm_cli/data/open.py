@@ -38,12 +38,7 @@ def is_builtin(spec: str) -> bool:
 
 def is_there(spec: str) -> bool:
     """Whether what `spec` names exists: the built-in data, a path, every file of a pattern."""
-    if is_builtin(spec) or Path(spec).exists():
-        return True
-    try:
-        return _is_pattern(spec) and bool(expand(spec))
-    except UsageError:
-        return False
+    return is_builtin(spec) or Path(spec).exists() or all(map(glob.glob, _braces(spec)))
 
 
 def open_source(spec: str) -> Source:
@@ -55,11 +50,7 @@ def open_source(spec: str) -> Source:
         return _open_folder(path)
     if path.is_file() and path.suffix.lower() == ".zip":
         return ZipSource(path)
-    if path.is_file():
-        return _open_shards(os.path.abspath(spec), [path])
-    if _is_pattern(spec):
-        return _open_shards(os.path.abspath(spec), expand(spec))
-    raise UsageError(f"{path} does not exist", HINT)
+    return _open_shards(os.path.abspath(spec), [path] if path.is_file() else expand(spec))
 
 
 def open_item(spec: str) -> Image.Image:
@@ -113,13 +104,11 @@ class FolderSource(Source):
         if (root / "samples.json").is_file():  # a folder of samples: the grids in it are not images of the set
             members = [name for name in members if not name.startswith("previews/")]
         self.names, self.labels, self.class_names = arrange(members, self.spec, lambda name: (root / name).read_bytes())
-        if self.labels is not None and not any(Path(name).name in (CLASSES, EDM) for name in members):
-            self._need_no_empty_class()
-
-    def _need_no_empty_class(self) -> None:
-        """Refuse a class folder without images, as ImageFolder does: it would shift the labels of later classes."""
+        if self.labels is None or any(Path(name).name in (CLASSES, EDM) for name in members):
+            return
+        # A class folder without images would shift the labels of later classes; ImageFolder refuses it, too.
         first = self.names[0]
-        wrapper = self.root / first[: len(first) - len(without_wrapper(self.names)[0])]
+        wrapper = root / first[: len(first) - len(without_wrapper(self.names)[0])]
         folders = {entry.name for entry in _entries(wrapper) if entry.is_dir(follow_symlinks=False)}
         if empty := sorted(folders - set(self.class_names)):
             hint = f"name the folder that holds the images, or list its classes in {CLASSES}, one a line"
@@ -127,6 +116,11 @@ class FolderSource(Source):
 
     def open(self, index: int) -> Image.Image:
         return open_image(self.root / self.names[index])
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not is_hidden(entry.name)]
 
 
 def _visible_files(root: Path) -> list[str]:
@@ -152,43 +146,29 @@ def _visible_files(root: Path) -> list[str]:
     return names
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not is_hidden(entry.name)]
-
-
 def _open_folder(root: Path) -> Source:
     """A folder of images, or of shards. Refuses one of both: neither is silently left out."""
     members = _visible_files(root)
     shards = sorted(name for name in members if name.lower().endswith(SHARDS))
     images = [name for name in members if is_image(name)]
-    if shards and images:
-        raise DataError(
-            f"{root} holds both images such as '{min(images)}' and shards such as '{shards[0]}'",
-            f"name the shards: '{(root / shards[0]).parent}/*{Path(shards[0]).suffix}'; or move them to another folder",
-        )
     if not shards:
         return FolderSource(root, members)
-    splits = {_split(name): name for name in shards}
+    hint = f"name the shards, such as '{(root / shards[0]).parent}/*{Path(shards[0]).suffix}'"
+    if images:
+        raise DataError(f"{root} holds both images such as '{min(images)}' and shards such as '{shards[0]}'", hint)
+    # Splits are told by the first words of folders and files: data/train-00000-of-00294.parquet, train/0000.tar.
+    word_rows = ([re.split("[-_.]", step)[0] for step in name.lower().split("/")] for name in shards)
+    splits = {next((word for word in words if word in SPLITS), "") for words in word_rows}
     if len(splits) > 1:
-        names = ", ".join(sorted(split for split in splits if split))
-        hint = f"name one, such as '{(root / shards[0]).parent}/train*{Path(shards[0]).suffix}'"
-        raise DataError(f"{root} holds data splits ({names}), not one set of images", hint)
+        raise DataError(f"{root} holds data splits ({', '.join(sorted(filter(None, splits)))}), not one set", hint)
     return _open_shards(str(root.resolve()), [root / name for name in shards])
-
-
-def _split(name: str) -> str:
-    """The split of a data set that `data/train-00000-of-00294.parquet` or `train/0000.tar` belongs to, or ''."""
-    words = (re.split("[-_.]", part)[0].lower() for part in name.split("/"))
-    return next((word for word in words if word in SPLITS), "")
 
 
 def _open_shards(spec: str, paths: Sequence[Path]) -> Source:
     """One or more files of one kind, with `classes.txt` next to the first, or in the folder that was named."""
     kinds = {path.suffix.lower(): path for path in paths}
-    for kind, path in kinds.items():
-        if kind not in SHARDS:
-            raise DataError(f"{path} is not a folder, .zip, .tar or .parquet", HINT)
+    if foreign := kinds.keys() - set(SHARDS):
+        raise DataError(f"{kinds[min(foreign)]} is not a folder, .zip, .tar or .parquet", HINT)
     if len(kinds) > 1:
         raise DataError(f"{spec} names both .tar and .parquet", "name one kind")
     note = next((f / CLASSES for f in (paths[0].parent, Path(spec)) if (f / CLASSES).is_file()), None)
@@ -196,17 +176,13 @@ def _open_shards(spec: str, paths: Sequence[Path]) -> Source:
     return (TarSource if ".tar" in kinds else ParquetSource)(spec, paths, lines)
 
 
-def _is_pattern(spec: str) -> bool:
-    return any(mark in spec for mark in "{*?[")
-
-
 def expand(spec: str) -> list[Path]:
     """The files of a pattern, in its order. Raises UsageError where one is absent, since all must be there."""
     paths: list[Path] = []
     for name in _braces(spec):
-        matches = sorted(glob.glob(name)) if _is_pattern(name) else [name]
-        if not matches or not Path(matches[0]).is_file():
-            raise UsageError(f"{name} does not exist", f"{spec} must name files that all exist")
+        matches = sorted(glob.glob(name))
+        if not matches:
+            raise UsageError(f"{name} does not exist", HINT)
         paths += map(Path, matches)
     return paths
 

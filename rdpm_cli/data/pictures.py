@@ -39,14 +39,9 @@ def read_png(path: Path) -> Pixels:
         raise DataError(f"{path} cannot be read as an image: {error}", hint) from error
 
 
-def enlargement(side: int, target: int = 64) -> int:
-    """Whole factor that brings a small image near `target` pixels, so that a person can judge it."""
-    return max(1, round(target / side))
-
-
 def grid(images_BHWC: Pixels, columns: int, row_labels: Sequence[str] = (), title: str = "") -> Pixels:
     """Images row by row, `columns` a row, enlarged without smoothing, each row with its label. -> (H, W, 3) uint8."""
-    side = images_BHWC.shape[1] * enlargement(images_BHWC.shape[1])
+    side = images_BHWC.shape[1] * max(1, round(64 / images_BHWC.shape[1]))  # near 64 pixels, for people to judge
     rows = -(-len(images_BHWC) // columns)
     font = ImageFont.load_default(size=14)
     left = max((int(font.getlength(text)) for text in row_labels), default=-8) + 8
@@ -66,13 +61,10 @@ def grid(images_BHWC: Pixels, columns: int, row_labels: Sequence[str] = (), titl
 
 def save_gif(path: Path, frames: Sequence[Pixels], seconds: float = 0.4) -> None:
     """An endless GIF; the last frame stays four times as long."""
-    pictures = [Image.fromarray(frame) for frame in frames]
-    durations = [int(1000 * seconds)] * (len(frames) - 1) + [int(4000 * seconds)]
-
-    def write(file: BinaryIO) -> None:
-        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-
-    files.write_atomic(path, write)
+    first, *rest = map(Image.fromarray, frames)
+    times = [int(1000 * seconds)] * len(rest) + [int(4000 * seconds)]
+    options = {"save_all": True, "append_images": rest, "duration": times, "loop": 0}
+    files.write_atomic(path, lambda file: first.save(file, "GIF", **options))
 
 
 def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panels: Sequence[str] = ()) -> None:
@@ -102,30 +94,25 @@ def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panel
 
 def save_npz(path: Path, shape: tuple[int, int, int, int], batches: Iterable[Pixels], labels: Sequence[int]) -> None:
     """ADM's sample format: arr_0 uint8 NHWC in C-order, arr_1 labels; uncompressed, streamed batch by batch."""
+    # Without a date, so that equal content makes equal bytes; without permissions an extracted file is unreadable.
+    images, numbers = zipfile.ZipInfo("arr_0.npy"), zipfile.ZipInfo("arr_1.npy")
+    images.external_attr = numbers.external_attr = 0o644 << 16
 
     def write(file: BinaryIO) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with zipfile.ZipFile(file, "w") as archive:
-            with archive.open(_member("arr_0.npy"), "w", force_zip64=True) as member:
+            with archive.open(images, "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for batch in batches:
                     member.write(np.ascontiguousarray(batch).tobytes())
-            with archive.open(_member("arr_1.npy"), "w") as member:
+            with archive.open(numbers, "w") as member:
                 np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64), allow_pickle=False)
 
     files.write_atomic(path, write)
 
 
-def _member(name: str) -> zipfile.ZipInfo:
-    """A member of a zip, uncompressed and without a date, so that equal content makes equal bytes."""
-    member = zipfile.ZipInfo(name)
-    member.external_attr = 0o644 << 16  # else the extracted file has no permissions
-    return member
-
-
 @contextlib.contextmanager
 def _npz_errors(path: Path) -> Iterator[None]:
-    """Raise DataError naming the file that cannot be read."""
     try:
         yield
     except (OSError, ValueError, EOFError, KeyError, struct.error, zlib.error, zipfile.BadZipFile) as error:
@@ -150,15 +137,15 @@ class NpzImages:
 
     def __init__(self, path: Path) -> None:
         """Raises DataError for a file without such an array."""
-        self.path, self.arrays = path, npz_names(path)
-        if "arr_0" not in self.arrays:
-            raise DataError(f"{path} holds no images: it has {', '.join(self.arrays)}, not arr_0", NPZ_HINT)
+        self.path = path
         with self._open() as (file, size):
-            self.shape, fortran, dtype = _npy_header(file)
-            unusable = dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[-1] != 3
-            if unusable or size - file.tell() != math.prod(self.shape):
-                order = "Fortran" if fortran else "C"
-                raise DataError(f"{path}: arr_0 is {dtype} {self.shape} in {order} order, {size:,} bytes", NPZ_HINT)
+            np.lib.format.read_magic(file)
+            self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            self.start = file.tell()  # of the pixels
+        unusable = dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[-1] != 3
+        if unusable or size - self.start != math.prod(self.shape):
+            order = "Fortran" if fortran else "C"
+            raise DataError(f"{path}: arr_0 is {dtype} {self.shape} in {order} order, {size:,} bytes", NPZ_HINT)
         self.count = self.shape[0]
 
     @contextlib.contextmanager
@@ -170,25 +157,12 @@ class NpzImages:
         """The images of ascending ranges, an array (n, H, W, 3) a range."""
         image_bytes = math.prod(self.shape[1:])
         with self._open() as (file, _):
-            _npy_header(file)
-            start = file.tell()
             for piece in pieces:
-                file.seek(start + piece.start * image_bytes)
+                file.seek(self.start + piece.start * image_bytes)
                 content = bytearray(file.read(len(piece) * image_bytes))  # torch warns about read-only arrays
                 yield np.frombuffer(content, dtype=np.uint8).reshape(len(piece), *self.shape[1:])
 
     def labels(self) -> list[int] | None:
         """`arr_1`, where it holds one whole number an image."""
-        if "arr_1" not in self.arrays:
-            return None
-        array = npz_array(self.path, "arr_1")
-        if array.shape != (self.count,) or array.dtype.kind not in "iu":
-            return None
-        return [int(label) for label in array]
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """(shape, whether it is in Fortran order, dtype) of the .npy that begins here."""
-    if np.lib.format.read_magic(file) == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+        array = npz_array(self.path, "arr_1") if "arr_1" in npz_names(self.path) else np.zeros(0)
+        return array.tolist() if array.shape == (self.count,) and array.dtype.kind in "iu" else None

@@ -45,8 +45,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> Pixels:
     """ADM's `center_crop_arr`: halve with BOX while the short side is at least 2·size, BICUBIC to size, crop.
 
-    -> (size, size, 3) uint8, the same pixels as DiT, MAR, LlamaGen and EDM2's dhariwal crop.
+    -> (size, size, 3) uint8, the same pixels as DiT, MAR, LlamaGen and EDM2's dhariwal crop. Raises ValueError for an
+    image so thin that enlarging its short side to `size` makes the long one gigantic.
     """
+    # Pillow's own limit on pixels applies to the stored image, not to what resizing makes of it.
+    if Image.MAX_IMAGE_PIXELS and size * size * max(image.size) > Image.MAX_IMAGE_PIXELS * min(image.size):
+        raise ValueError(f"{image.width}×{image.height} pixels are too thin to be enlarged to {size}")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if min(image.size) != size:
@@ -56,18 +60,9 @@ def center_crop(image: Image.Image, size: int) -> Pixels:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def need_room(image: Image.Image, size: int) -> None:
-    """Raise ValueError for an image so thin that enlarging its short side to `size` makes the long one gigantic."""
-    # Pillow's own limit on pixels applies to the stored image, not to what resizing makes of it.
-    limit, (short, long) = Image.MAX_IMAGE_PIXELS, sorted(image.size)
-    if limit and size * size * long > limit * short:
-        raise ValueError(f"{image.width}×{image.height} pixels are too thin to be enlarged to {size}")
-
-
 def crop(image: Image.Image, size: int, name: str) -> Pixels:
     """An RGB image after the ADM centre crop -> (size, size, 3) uint8. Raises ImageError with this name."""
     with image_errors("", name):
-        need_room(image, size)
         return center_crop(image, size)
 
 
@@ -85,17 +80,16 @@ def image_errors(source: str, name: str) -> Iterator[None]:
             yield
     except (RdpmError, MemoryError):
         raise
-    except UnidentifiedImageError as error:
-        raise unreadable(source, name, "it is empty or of no known image format") from error
-    except OSError as error:
-        if error.errno in ABSENT:
+    except Exception as error:  # decoders of damaged bytes raise almost anything
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is empty or of no known image format"
+        elif isinstance(error, OSError) and error.errno in ABSENT:
             raise DataError(f"{source}: {name} cannot be opened: {error.strerror}", "check the path") from error
         # Pillow's own errors, and those of damaged bytes, carry no error number or EINVAL.
-        if error.errno not in (None, errno.EINVAL):
+        elif isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise RunError(f"{source}: reading {name} failed: {error.strerror}", "run the command again") from error
-        raise unreadable(source, name, str(error) or type(error).__name__) from error
-    except Exception as error:  # decoders of damaged bytes raise almost anything
-        raise unreadable(source, name, str(error) or type(error).__name__) from error
+        raise unreadable(source, name, reason) from error
 
 
 def unreadable(source: str, name: str, reason: str, alternative: str = "") -> ImageError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from rdpm_cli import files
-from rdpm_cli.data.pixels import Pixels, center_crop, image_errors, need_room, to_rgb
+from rdpm_cli.data.pixels import Pixels, center_crop, image_errors, to_rgb
 from rdpm_cli.errors import DataError
 
 
@@ -42,7 +42,6 @@ class Source(ABC):
     def pixels(self, index: int, size: int) -> Pixels:
         """(size, size, 3) uint8 after the ADM centre crop. Raises ImageError naming an image that cannot be read."""
         with image_errors(self.spec, self.names[index]), self.open(index) as image:
-            need_room(image, size)  # before the pixels are decoded
             return center_crop(to_rgb(image), size)
 
     def need_labels(self) -> Sequence[int]:

@@ -20,7 +20,7 @@ from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.training.log import last_metrics
 
 # Values of the log in the result; each group is taken from the last line that has its first name.
-ANSWERS = (
+REPORTED = (
     ("ce", "accuracy"), ("nll",), ("heldout/accuracy", "heldout/baseline"), ("heldout/nll", "heldout/baseline"),
     ("proxy/frechet_distance", "proxy/class_accuracy"),
 )  # fmt: skip
@@ -48,7 +48,7 @@ def train_gen(
     if cfg.proxy.samples:
         watch.check_proxy(cfg.proxy, store)
     final = (out or default_folder(resolved, "generator")) / "generator.pt"
-    if is_first() and not final.exists():
+    if not final.exists():
         store.verify()  # before the run folder is claimed
 
     def make(training: Training) -> dict[str, Any]:
@@ -104,6 +104,6 @@ def _answer(final: Path) -> Result:
         "digest": loaded.digest,
         "parameters": registry.parameters(loaded.generator),
     }
-    for names in ANSWERS:
+    for names in REPORTED:
         values |= last_metrics(final.parent, names)
     return Result("generator trained", values, f"rdpm sample --ckpt {final} --classes all")

@@ -17,7 +17,7 @@ from rdpm_cli import __version__, checkpoint, files, recipes
 from rdpm_cli.codes import store
 from rdpm_cli.data import folder as samples
 from rdpm_cli.data.open import ARCHIVES, is_builtin, open_source
-from rdpm_cli.errors import AbsentWeightsError, CheckpointError, DataError, RecipeError, UsageError
+from rdpm_cli.errors import AbsentWeightsError, CheckpointError, DataError, UsageError
 from rdpm_cli.evaluation import features, judge
 from rdpm_cli.generator import registry
 from rdpm_cli.runs import Result, read_run
@@ -26,6 +26,12 @@ from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
 
 HINT = "name a code store, a folder of samples, a tokenizer.pt, generator.pt, judge.pt or checkpoints/step-*.pt"
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}  # of packages whose module has another name
+FAILED = "cannot be imported"
+DRIVER = Path("/proc/driver/nvidia/version")
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it sets all of them
+SETTINGS = ("RDPM_", "CUDA_", "OMP_", "PYTORCH_", "TORCH_")  # beginnings of environment variables
+
 Values = dict[str, Any]
 
 # ---- inspect -------------------------------------------------------------------------------------------------------
@@ -33,7 +39,17 @@ Values = dict[str, Any]
 
 def inspect(target: str) -> Result:
     """The kind, config, digests and provenance of a checkpoint, run, store, folder of samples, source or recipe."""
-    kind, values = _describe(target)
+    path, is_digits = Path(target), is_builtin(target) and target not in recipes.recipe_names()
+    if path.suffix == ".pt":
+        kind, values = _model_file(path)
+    elif path.is_dir() and (folder := _folder(path)):
+        kind, values = folder
+    elif path.is_dir() or path.suffix.lower() in ARCHIVES or is_digits:
+        kind, values = "images", _images(target)
+    elif path.is_file() and path.suffix not in {".yaml", ".yml"}:
+        raise DataError(f"{path} is not a checkpoint, store, recipe or image archive", "name the folder it is in")
+    else:
+        kind, values = "recipe", _recipe(target)
     return Result(kind, {"kind": kind, **values})
 
 
@@ -43,25 +59,6 @@ def resolve(recipe: str, overrides: Sequence[str], section: str) -> Result:
     return Result("recipe", resolved.model_dump(mode="json"), text=recipes.to_yaml(resolved))
 
 
-def _describe(target: str) -> tuple[str, Values]:
-    path = Path(target)
-    if path.suffix == ".pt":
-        return _model_file(path)
-    if path.is_dir() and (folder := _folder(path)):
-        return folder
-    is_images = path.is_dir() or path.suffix.lower() in ARCHIVES
-    if is_images or (is_builtin(target) and target not in recipes.recipe_names()):
-        return _images(target)
-    if path.is_file() and path.suffix not in {".yaml", ".yml"}:
-        raise DataError(f"{path} is not a checkpoint, store, recipe or image archive", "name the folder it is in")
-    try:
-        return _recipe(target)
-    except RecipeError as error:
-        if path.exists() or "/" in target:
-            raise
-        raise UsageError(f"'{target}' is neither a path nor a recipe", error.hint) from error
-
-
 def _folder(path: Path) -> tuple[str, Values] | None:
     """A folder by the record in it; None for one without, which may hold images."""
     if (path / "result.json").is_file():
@@ -69,7 +66,7 @@ def _folder(path: Path) -> tuple[str, Values] | None:
     if (path / "manifest.json").is_file():
         manifest = store.Manifest.load(path)
         return "code store", {"digest": manifest.digest(), **manifest.model_dump(mode="json")}
-    if (path / "samples.json").is_file():
+    if (path / samples.RECORD).is_file():
         record = samples.read_record(path)
         return "samples", {**record, "samples": len(record["samples"])}
     if run := read_run(path):
@@ -80,17 +77,16 @@ def _folder(path: Path) -> tuple[str, Values] | None:
     return None
 
 
-def _recipe(target: str) -> tuple[str, Values]:
+def _recipe(target: str) -> Values:
     """parameters: of the generator where the recipe has one, else of the tokenizer."""
     recipe = recipes.load_recipe(target)
     values: Values = {"name": recipe.name, "digest": recipe.digest()}
+    architecture = recipe.tokenizer or TokenizerArchitecture()
     with torch.device("meta"):  # shapes alone, so that the largest networks take no memory
+        tokenizer = tokenizer_model.Tokenizer(architecture)
         if recipe.tokenizer:
-            sizes = tokenizer_model.parameters(tokenizer_model.Tokenizer(recipe.tokenizer))
-            values["tokenizer_parameters"] = values["parameters"] = sizes
+            values["tokenizer_parameters"] = values["parameters"] = tokenizer_model.parameters(tokenizer)
         if recipe.generator:
-            architecture = recipe.tokenizer or TokenizerArchitecture()
-            tokenizer = tokenizer_model.Tokenizer(architecture)
             values["parameters"] = registry.parameters(registry.build(recipe.generator, tokenizer, recipe.classes))
             values["parameters_assume"] = {
                 "classes": recipe.classes,
@@ -98,7 +94,7 @@ def _recipe(target: str) -> tuple[str, Values]:
                 "codes": architecture.quantizer.codes,
                 "channels": architecture.autoencoder.channels,
             }
-    return "recipe", {**values, "recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    return {**values, "recipe": recipe.model_dump(mode="json", exclude_none=True)}
 
 
 def _model_file(path: Path) -> tuple[str, Values]:
@@ -118,9 +114,9 @@ def _model_file(path: Path) -> tuple[str, Values]:
     return kind, values
 
 
-def _images(target: str) -> tuple[str, Values]:
+def _images(target: str) -> Values:
     source = open_source(target)
-    return "images", {
+    return {
         "source": source.spec,
         "images": len(source),
         "classes": len(source.class_names),
@@ -139,8 +135,15 @@ def verify(path: Path) -> Result:
     if not path.exists():
         raise UsageError(f"{path} does not exist", HINT)
     if path.is_file():
-        return Result("the checkpoint is intact", _verify_file(path))
-    if (path / "samples.json").is_file():
+        values = {"file": str(path), "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+        if step := checkpoint.STATE_NAME.fullmatch(path.name):
+            checkpoint.load_state(path)
+            return Result("the training state is intact", {**values, "kind": "training state", "step": int(step[1])})
+        content = checkpoint.load(path)  # compares the weights with their digest
+        kind = checkpoint.FORMATS[content["format"]]
+        {"generator": registry.load, "tokenizer": tokenizer_model.load, "judge": judge.load}[kind](path)
+        return Result("the checkpoint is intact", {**values, "kind": kind, "digest": content["digest"]})
+    if (path / samples.RECORD).is_file():
         images = samples.open_samples(path)
         for _ in images.read([range(i, min(i + 64, images.count)) for i in range(0, images.count, 64)]):
             pass  # reading raises DataError for the first file that is damaged
@@ -149,37 +152,13 @@ def verify(path: Path) -> Result:
         raise DataError(f"{path} has no manifest.json or samples.json", HINT)
     manifest = store.verify(path)
     names = [*manifest.files, *(name for shard in manifest.shards for name in shard.sha256)]
-    values = {
-        "store": str(path),
-        "digest": manifest.digest(),
-        **{key: getattr(manifest, key) for key in ("tokenizer", "images", "bad", "rows")},
-        "shards": len(manifest.shards),
-        "files": len(names) + 1,
-        "bytes": sum((path / name).stat().st_size for name in names),
-    }
-    return Result("the code store is intact", values)
-
-
-def _verify_file(path: Path) -> Values:
-    values: Values = {"file": str(path)}
-    if step := checkpoint.STATE_NAME.fullmatch(path.name):
-        checkpoint.load_state(path)
-        values |= {"kind": "training state", "step": int(step[1])}
-    else:
-        content = checkpoint.load(path)  # compares the weights with their digest
-        kind = checkpoint.FORMATS[content["format"]]
-        {"generator": registry.load, "tokenizer": tokenizer_model.load, "judge": judge.load}[kind](path)
-        values |= {"kind": kind, "digest": content["digest"]}
-    return {**values, "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    values = {"store": str(path), "digest": manifest.digest()}
+    values |= {key: getattr(manifest, key) for key in ("tokenizer", "images", "bad", "rows")}
+    values |= {"shards": len(manifest.shards), "files": len(names) + 1}
+    return Result("the code store is intact", {**values, "bytes": sum((path / n).stat().st_size for n in names)})
 
 
 # ---- doctor --------------------------------------------------------------------------------------------------------
-
-MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}  # of packages whose module has another name
-FAILED = "cannot be imported"
-DRIVER = Path("/proc/driver/nvidia/version")
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it sets all of them
-SETTINGS = ("RDPM_", "CUDA_", "OMP_", "PYTORCH_", "TORCH_")  # beginnings of environment variables
 
 
 def doctor() -> Result:
@@ -190,42 +169,38 @@ def doctor() -> Result:
     """
     fix: dict[str, str] = {}
     broken: dict[str, str] = {}
-    versions, extras = {"rdpm": __version__, "python": platform.python_version()}, {}
-    for requirement in metadata.requires("rdpm") or []:
-        name, extra = re.split(r"[^\w-]", requirement)[0], re.search(r"extra == .(\w+)", requirement)
-        version = _version(name)
-        if extra:
-            extras[extra[1]] = version
-            if version.startswith(FAILED):
-                fix[f"extras.{extra[1]}"] = f"uv pip install 'rdpm[{extra[1]}]' --no-build-isolation"  # for flash-attn
-        else:
-            versions[name] = version
-            if version.startswith(FAILED):
-                broken[f"versions.{name}"] = f"uv pip install --reinstall {name}"
     launcher = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    if 0 < len(launcher) < len(TORCHRUN):
-        broken["launcher"] = f"unset {' '.join(launcher)}, or start by torchrun or --gpus N"
-    values = {
-        # Other versions of the JPEG decoder may give other pixels.
-        "versions": {**versions, "libjpeg-turbo": pillow.version_feature("libjpeg_turbo") or "absent"},
-        "extras": extras,
+    values: Values = {
+        **_packages(fix, broken),
         "devices": _devices(fix, broken),
         "weights": _weights(fix, broken),
         "disk": {"folder": str(Path.cwd()), "free_gib": round(files.free_bytes(Path.cwd()) / 2**30, 1)},
         "launcher": launcher,
         "settings": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
-        "broken": list(broken),
-        "fix": fix | broken,
     }
-    return Result("not ready" if broken else "ready", {"ready": not broken, **values}, "" if broken else "rdpm demo")
+    if 0 < len(launcher) < len(TORCHRUN):
+        broken["launcher"] = f"unset {' '.join(launcher)}, or start by torchrun or --gpus N"
+    values |= {"ready": not broken, "broken": list(broken), "fix": fix | broken}
+    return Result("not ready" if broken else "ready", values, "" if broken else "rdpm demo")
 
 
-def _version(name: str) -> str:
-    try:
-        importlib.import_module(MODULES.get(name, name.replace("-", "_")))
-        return metadata.version(name)
-    except (ImportError, OSError, RuntimeError) as error:  # no such package; no such library; built for another torch
-        return f"{FAILED}: {str(error)[:200]}"
+def _packages(fix: dict[str, str], broken: dict[str, str]) -> Values:
+    versions = {"rdpm": __version__, "python": platform.python_version()}
+    extras: dict[str, str] = {}
+    for requirement in metadata.requires("rdpm") or []:
+        name, extra = re.split(r"[^\w-]", requirement)[0], re.search(r"extra == .(\w+)", requirement)
+        try:
+            importlib.import_module(MODULES.get(name, name.replace("-", "_")))
+            version = metadata.version(name)
+        except (ImportError, OSError, RuntimeError) as error:  # absent; a library is absent; built for another torch
+            version = f"{FAILED}: {str(error)[:200]}"
+            if extra:  # flash-attn is built here, against the installed torch
+                fix[f"extras.{extra[1]}"] = f"uv pip install 'rdpm[{extra[1]}]' --no-build-isolation"
+            else:
+                broken[f"versions.{name}"] = f"uv pip install --reinstall {name}"
+        (extras if extra else versions)[extra[1] if extra else name] = version
+    # Other versions of the JPEG decoder may give other pixels.
+    return {"versions": {**versions, "libjpeg-turbo": pillow.version_feature("libjpeg_turbo")}, "extras": extras}
 
 
 def _devices(fix: dict[str, str], broken: dict[str, str]) -> Values:
@@ -247,18 +222,19 @@ def _devices(fix: dict[str, str], broken: dict[str, str]) -> Values:
 
 def _weights(fix: dict[str, str], broken: dict[str, str]) -> Values:
     """Published weight files, by the lookup that scores and losses use."""
-    values: Values = {}
-    for name, (published, option) in {
+    options = {
         "inception": (features.INCEPTION, features.OPTION),
         "vgg16": (losses.BACKBONES["vgg"].published, "loss.perceptual_weights=FILE"),
         "alexnet": (losses.BACKBONES["alex"].published, "--lpips-alex FILE"),
-    }.items():
-        values[name] = {"state": "found", "file": published.file}
+    }
+    values: Values = {}
+    for name, (published, option) in options.items():
         try:
             file = checkpoint.find_weights(published, None, option)
-            values[name] |= {"path": str(file.path), "sha256": file.sha256}
+            state = {"state": "found", "path": str(file.path), "sha256": file.sha256}
+        except AbsentWeightsError as error:
+            state, fix[f"weights.{name}"] = {"state": "absent"}, error.hint
         except CheckpointError as error:
-            absent = isinstance(error, AbsentWeightsError)
-            values[name]["state"] = "absent" if absent else error.message
-            (fix if absent else broken)[f"weights.{name}"] = error.hint
+            state, broken[f"weights.{name}"] = {"state": error.message}, error.hint
+        values[name] = {"file": published.file, **state}
     return values

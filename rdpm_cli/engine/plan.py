@@ -87,7 +87,7 @@ def generator_players(cfg: GeneratorConfig, codes: TokenizerArchitecture, classe
         family = registry.FAMILIES[cfg.family]
         generator = family.make(cfg, quantizer, classes)
         registry.prepare(generator, cfg)
-        return [GeneratorTask(generator)], family.blank(cfg, quantizer, rows)
+        return [GeneratorTask(generator)], family.batches.blank(cfg, quantizer, rows)
 
     return make
 

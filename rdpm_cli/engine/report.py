@@ -8,35 +8,29 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rdpm_cli import __version__, checkpoint, files, recipes
-from rdpm_cli.codes.store import Manifest
-from rdpm_cli.data import folder
+from rdpm_cli import __version__, files, recipes
+from rdpm_cli.engine import look
 from rdpm_cli.errors import DataError, UsageError
-from rdpm_cli.generator import registry
 from rdpm_cli.runs import Result
-from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.training.log import read_metrics
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".csv": "csv", ".json": "json"}
 STAGES = ("judge", "tokenizer", "store", "generator", "samples", "reconstructions", "score")  # in the data's order
 COMMANDS = {"train-tokenizer": "tokenizer", "train-gen": "generator", "train-judge": "judge"}
 DEMO_PARTS = ("runs/judge", "runs/tokenizer", "codes", "runs/generator", "samples", "reconstructions", "result.json")
-HINT = (
-    "give run folders, code stores, sample folders, a demo's folder, .pt files or what `rdpm eval ... --json` printed"
-)
+HINT = "give runs, code stores, sample folders, a demo's folder, .pt files or what `rdpm eval ... --json` printed"
 MAX_PICTURES = 24  # on a page
 MAX_PICTURE_SIZE = (1120, 1400)  # pixels
 
@@ -50,7 +44,6 @@ METRICS = {
     "lpips_alex": ("LPIPS (alex)", -1), "lpips_vgg": ("LPIPS (vgg)", -1), "mse": ("MSE", -1),
     "latent_mse": ("latent error", -1), "parameters": ("parameters", 0),
 }  # fmt: skip
-KNOBS = ("cfg", "tau")  # sampling options whose trade-offs are drawn
 
 
 @dataclass
@@ -85,134 +78,115 @@ class Score:
     note: str = ""
     best: bool = False  # among the scores that it can be compared with
 
+    @property
+    def text(self) -> str:
+        """`12.34 ± 0.05 (11.9 to 12.8)`: value, spread, 95% interval."""
+        if self.value is None:
+            return "not computed"
+        spread = f" ± {self.spread:.2g}" if self.spread is not None else ""
+        interval = f" ({self.interval[0]:.4g} to {self.interval[1]:.4g})" if self.interval else ""
+        return f"{self.value:.4g}{spread}{interval}"
 
-# ---- reading -----------------------------------------------------------------------------------------------------
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What two scores must share to be compared; edits and best-of-n samples only with their like."""
+        special = tuple(str(self.options.get(name)) for name in ("edit", "reject"))
+        return self.metric, self.n, self.extractor, self.reference, *special
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_items(paths: Sequence[Path]) -> list[Item]:
     """Read everything, in the order of the data; a demo's folder counts as its parts. Raises DataError, UsageError."""
+    parts: list[Path] = []
     for path in paths:
         if not path.exists():
             raise UsageError(f"{path} does not exist", HINT)
-    parts = [part for path in paths for part in _parts(path)]
+        demo = (path / "result.json").is_file() and (path / "runs").is_dir()
+        parts += [path / part for part in DEMO_PARTS if (path / part).exists()] if demo else [path]
     return sorted((_read(part) for part in dict.fromkeys(parts)), key=lambda item: STAGES.index(item.stage))
 
 
-def _parts(path: Path) -> Iterator[Path]:
-    demo = (path / "result.json").is_file() and (path / "runs").is_dir()
-    yield from (path / part for part in DEMO_PARTS if (path / part).exists()) if demo else [path]
-
-
 def _read(path: Path) -> Item:
-    readers: dict[str, Callable[[Path], Item]] = {
-        "manifest.json": _read_store, "samples.json": _read_folder, "run.json": _read_run,
-    }  # fmt: skip
-    for name, reader in readers.items():
-        if (path / name).is_file():
-            return reader(path)
-    if path.suffix == ".pt":
-        return _read_model(path)
+    """An item by its content, as `rdpm inspect` describes it. Raises DataError."""
     if path.suffix == ".json":
-        return _read_score(path)
-    raise DataError(f"{path} is nothing that a report can show", HINT)
+        record = files.read_json(path)
+        if not isinstance(record, dict) or not any(name in record for name in (*METRICS, "value")):
+            raise DataError(f"{path} holds no scores", HINT)
+        roles = {"generator": "checkpoint", "tokenizer": "tokenizer"}
+        made_from = {role: record[key] for role, key in roles.items() if record.get(key)}
+        return Item("score", str(path), made_from=made_from, record=record)
+    described = look.inspect(str(path))
+    readers = {"code store": _read_store, "samples": _read_pictures, "run": _read_run}
+    reader = _read_model if path.suffix == ".pt" else readers.get(described.title)
+    if reader is None:
+        raise DataError(f"{path} is nothing that a report can show", HINT)
+    return reader(path, described.values)
 
 
-def _read_model(path: Path) -> Item:
-    content = checkpoint.load(path)
-    stage, config, provenance = checkpoint.FORMATS[content["format"]], content["config"], content["provenance"]
-    made_from = {"images": (provenance.get("data") or {}).get("digest", "")} if stage == "tokenizer" else {}
-    facts: dict[str, Any] = {"parameters": f"{_parameters(stage, path, content):,}"}
+def _read_model(path: Path, values: dict[str, Any]) -> Item:
+    stage, config, provenance = values["kind"], values["config"], values["provenance"]
+    facts, made_from = {"parameters": values["parameters"]}, {}
     if stage == "generator":
-        made_from = {"tokenizer": content["tokenizer"]["digest"], "store": provenance["store"]["digest"]}
+        made_from = {"tokenizer": values["tokenizer"]["digest"], "store": provenance["store"]["digest"]}
         facts |= {"family": config["family"], "depth": config["network"]["depth"], "classes": config["classes"]}
     elif stage == "tokenizer":
-        quantizer = config["quantizer"]
-        facts |= {"T": quantizer["steps"], "K": quantizer["codes"], "schedule": config["schedule"]["kind"]}
+        made_from = {"images": (provenance.get("data") or {}).get("digest", "")}
+        facts |= {"T": config["quantizer"]["steps"], "K": config["quantizer"]["codes"], **config["schedule"]}
     else:
         facts |= {"held-out accuracy": provenance["heldout_accuracy"]}
-    settings = dict(_flat((provenance.get("recipe") or {}).get(stage) or config))
-    return Item(stage, str(path), content["digest"], made_from, facts, settings)
+    settings = _flat((provenance.get("recipe") or {}).get(stage) or config)
+    return Item(stage, str(path), values["digest"], made_from, facts, settings)
 
 
-def _parameters(stage: str, path: Path, content: dict[str, Any]) -> int:
-    if stage == "generator":
-        return registry.parameters(registry.load(path).generator)
-    if stage == "tokenizer":
-        return tokenizer_model.parameters(tokenizer_model.unpack(content, str(path)))
-    return sum(weight.numel() for weight in content["weights"].values() if isinstance(weight, torch.Tensor))
-
-
-def _read_run(path: Path) -> Item:
+def _read_run(path: Path, values: dict[str, Any]) -> Item:
     """A training's folder, finished or not."""
-    record = files.read_json(path / "run.json")
-    settings = record.get("settings") or {}
-    stage = COMMANDS.get(settings.get("command", ""))
-    if stage is None:
-        raise DataError(f"{path} is not a training's folder", HINT)
-    log = read_metrics(path)
+    settings = values["settings"]
+    stage, log = COMMANDS[settings["command"]], read_metrics(path)
     final = path / f"{stage}.pt"
-    item = _read_model(final) if final.is_file() else Item(stage, "", facts={"finished": "no"})
-    item.name, item.log = str(path), log
+    item = _read(final) if final.is_file() else Item(stage, "", facts={"finished": "no"})
+    item.name, item.log, item.settings = str(path), log, _flat(settings["recipe"][stage])
     item.facts["steps"] = log[-1]["step"] if log else 0
-    item.settings = dict(_flat(settings.get("recipe", {}).get(stage, {})))
-    previews = sorted((path / "previews").glob("step-*.png"))
-    pictures = [("Curves", path / "curves.png"), *([("Last preview", previews[-1])] if previews else [])]
-    item.pictures = [(f"{title}: {path}", file) for title, file in pictures if file.is_file()]
+    item.pictures = _pictures(path, {"Curves": "curves.png", "Preview": "previews/step-*"})
     return item
 
 
-def _read_store(path: Path) -> Item:
-    m = Manifest.load(path)
-    shape = " × ".join(map(str, (m.steps, *m.grid)))
-    facts = {"images": m.images, "views": m.views, "codes": f"{shape} of {m.codes}", "classes": len(m.class_names)}
-    if m.bad:
-        facts["left out"] = m.bad
-    settings = m.model_dump(mode="json", include={"steps", "grid", "views", "flip", "latents", "seed", "transform"})
-    made_from = {"images": m.data.digest, "tokenizer": m.tokenizer}
-    return Item("store", str(path), m.digest(), made_from, facts, settings)
+def _read_store(path: Path, values: dict[str, Any]) -> Item:
+    facts = {key: values[key] for key in ("images", "views", "steps", "grid", "codes", "bad")}
+    made_from = {"images": values["data"]["digest"], "tokenizer": values["tokenizer"]}
+    settings = {key: values[key] for key in ("flip", "latents", "seed", "transform", "resolution")}
+    return Item("store", str(path), values["digest"], made_from, facts, settings)
 
 
-def _read_folder(path: Path) -> Item:
+def _read_pictures(path: Path, record: dict[str, Any]) -> Item:
     """A folder of samples or reconstructions."""
-    record = folder.read_record(path)
     stage = "samples" if record["format"] == "rdpm-samples" else "reconstructions"
     made_from = {("generator" if role == "checkpoint" else role): str(d) for role, d in record["made_from"].items()}
-    facts = {"images": len(record["samples"]), "resolution": record["resolution"]}
-    titles = {"grid.png": "Grid", "steps.png": "Partial decodes, t = 1 to T"}
-    shown = [(f"{title}: {path}", path / "previews" / name) for name, title in titles.items()]
-    reference = (record.get("reference") or {}).get("source", "")
-    scores = {"metric": "reconstruction", "target": {"name": str(path)}, "reference": {"name": reference}}
-    return Item(
-        stage,
-        str(path),
-        made_from=made_from,
-        facts=facts,
-        settings=dict(_flat(record["options"])),
-        pictures=[(title, file) for title, file in shown if file.is_file()],
-        record={**scores, **record["scores"]} if record.get("scores") else {},
-    )
+    facts = {"images": record["samples"], "resolution": record["resolution"]}
+    pictures = _pictures(path, {"Grid": "previews/grid.png", "Partial decodes, t = 1 to T": "previews/steps.png"})
+    if scores := record.get("scores") or {}:
+        reference = {"name": (record.get("reference") or {}).get("source", "")}
+        scores = {"metric": "reconstruction", "target": {"name": str(path)}, "reference": reference, **scores}
+    settings = _flat(record["options"])
+    return Item(stage, str(path), "", made_from, facts, settings, pictures=pictures, record=scores)
 
 
-def _read_score(path: Path) -> Item:
-    record = files.read_json(path)
-    if not isinstance(record, dict) or not any(name in record for name in (*METRICS, "value")):
-        raise DataError(f"{path} holds no scores", HINT)
-    made_from = {"generator": record["checkpoint"]} if record.get("checkpoint") else {}
-    if record.get("tokenizer"):
-        made_from["tokenizer"] = record["tokenizer"]
-    return Item("score", str(path), made_from=made_from, record=record)
+def _pictures(folder: Path, patterns: Mapping[str, str]) -> list[tuple[str, Path]]:
+    """The last file of each pattern, with its title."""
+    matches = {title: sorted(folder.glob(pattern)) for title, pattern in patterns.items()}
+    return [(f"{title}: {folder}", paths[-1]) for title, paths in matches.items() if paths]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested mappings by dotted name."""
+    leaves: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return leaves
 
 
-# ---- scores ------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------------------------
 
 
 def read_scores(items: Sequence[Item]) -> list[Score]:
@@ -220,49 +194,35 @@ def read_scores(items: Sequence[Item]) -> list[Score]:
     scores = [score for item in items if item.record for score in _scores_of(item)]
     for score in scores:
         better = METRICS.get(score.metric, ("", 0))[1]
-        values = [s.value for s in scores if _comparable(s) == _comparable(score) and s.value is not None]
+        values = [s.value for s in scores if s.setting == score.setting and s.value is not None]
         if score.value is not None and better and len(values) > 1:
             score.best = score.value == (max(values) if better > 0 else min(values))
     return scores
 
 
-def _comparable(score: Score) -> tuple[Any, ...]:
-    # Edits and best-of-n samples are compared only with their like.
-    special = tuple(str(score.options.get(name)) for name in ("edit", "reject"))
-    return score.metric, score.n, score.extractor, score.reference, *special
-
-
 def _scores_of(item: Item) -> Iterator[Score]:
     """A record of one metric has `value`, one of several has the metrics as keys and `METRIC_...` for what follows."""
-    record = item.record
-    reasons = record.get("not_computed") or {}
+    record, single = item.record, "value" in item.record
     named = {name: record[name] for name in METRICS if name in record}
-    single = "value" in record
     if single:
         named = {record["metric"]: record["value"], **{k: v for k, v in named.items() if v is not None}}
     for metric, value in named.items():
         main = single and metric == record["metric"]
-
-        def entry(key: str, main: bool = main, metric: str = metric) -> Any:
-            return record.get(key if main else f"{metric}_{key}")
-
-        spread = entry("spread_over_subsets") or entry("spread_over_splits")
-        spread = spread or (record.get("spread_over_seeds") or {}).get(metric)
-        reason = reasons.get("value" if main else metric, "")
-        options = {k: v for k, v in (record.get("options") or {}).items() if not isinstance(v, dict) or v}
-        notes = record.get("notes") or []
+        prefix = "" if main else f"{metric}_"
+        spreads = [record.get(f"{prefix}spread_over_{kind}") for kind in ("subsets", "splits")]
+        reason = (record.get("not_computed") or {}).get("value" if main else metric, "")
         yield Score(
             source=item.name,
             target=_name(record.get("target")) or item.name,
             metric=metric,
             value=value,
-            n=entry("n") or record.get("n"),
-            spread=spread,
-            interval=entry("ci95"),
+            n=record.get(f"{prefix}n") or record.get("n"),
+            spread=spreads[0] or spreads[1] or (record.get("spread_over_seeds") or {}).get(metric),
+            interval=record.get(f"{prefix}ci95"),
             extractor=_name(record.get("extractor")),
             reference=_name(record.get("reference")),
-            options=options,
-            note=reason if value is None else "; ".join(notes),
+            options={key: v for key, v in (record.get("options") or {}).items() if v != {}},
+            note=reason if value is None else "; ".join(record.get("notes") or []),
         )
 
 
@@ -277,41 +237,33 @@ def _name(part: Any) -> str:
 def beside_published(items: Sequence[Item], scores: Sequence[Score]) -> list[dict[str, Any]]:
     """The published figures, each with our scores of the same metric and why the two cannot be compared."""
     rows: list[dict[str, Any]] = []
-    for published in yaml.safe_load((recipes.recipe_folder() / "published.yaml").read_text()):
-        ours = _ours(published, items, scores)
-        rows += [{**published, "ours": value, "our_source": source, "reasons": why} for value, source, why in ours]
-        if not ours:
-            rows.append({**published, "ours": None, "our_source": "", "reasons": []})
+    for figure in yaml.safe_load((recipes.recipe_folder() / "published.yaml").read_text()):
+        ours: list[tuple[float, str, list[str]]] = []
+        if figure["metric"] == "parameters":
+            sized = [i for i in items if i.stage == "generator" and i.facts.get("depth") == figure["depth"]]
+            ours = [(float(item.facts["parameters"]), item.name, []) for item in sized]
+        elif figure["kind"] != "method":
+            for score in scores:
+                other_set = figure["kind"] == "evaluator" and "admnet_guided_upsampled_imagenet256" not in score.target
+                if score.metric == figure["metric"] and score.value is not None and not other_set:
+                    ours.append((score.value, score.source, _reasons(figure, score)))
+        rows += [{**figure, "ours": v, "our_source": source, "reasons": r} for v, source, r in ours or [(None, "", [])]]
     return rows
 
 
-def _ours(
-    published: Mapping[str, Any], items: Sequence[Item], scores: Sequence[Score]
-) -> list[tuple[float, str, list[str]]]:
-    if published["metric"] == "parameters":
-        sized = [item for item in items if item.stage == "generator" and item.facts.get("depth") == published["depth"]]
-        return [(float(item.facts["parameters"].replace(",", "")), item.name, []) for item in sized]
-    if published["kind"] == "method":
-        return []
-    alike = [s for s in scores if s.metric == published["metric"] and s.value is not None]
-    if published["kind"] == "evaluator":
-        alike = [s for s in alike if "admnet_guided_upsampled_imagenet256" in s.target]
-    return [(s.value, s.source, _reasons(published, s)) for s in alike if s.value is not None]
-
-
-def _reasons(published: Mapping[str, Any], score: Score) -> list[str]:
+def _reasons(figure: Mapping[str, Any], score: Score) -> list[str]:
     """Why a score of ours and a published figure cannot be compared; empty where they can."""
     reasons = []
-    if published.get("data") and published["data"] not in (score.reference + score.target).lower():
+    if figure.get("data", "") not in (score.reference + score.target).lower():
         reasons.append(f"other images: {score.reference or score.target}")
-    if published.get("n") != score.n:
-        reasons.append(f"N = {score.n}, not {published['n']}" if published.get("n") else "its N is not stated")
-    if published.get("extractor") and not score.extractor.startswith(published["extractor"]):
+    if figure.get("n") != score.n:
+        reasons.append(f"N = {score.n}, not {figure['n']}" if "n" in figure else "its N is not stated")
+    if not score.extractor.startswith(figure.get("extractor", "")):
         reasons.append(f"extractor {score.extractor or 'not recorded'}")
-    return [*reasons, *([published["note"]] if published.get("note") else [])]
+    return [*reasons, figure["note"]] if "note" in figure else reasons
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------------------------
 
 
 def data_uri(image: Image.Image) -> str:
@@ -323,55 +275,32 @@ def data_uri(image: Image.Image) -> str:
 
 
 def trade_offs(scores: Sequence[Score]) -> list[tuple[str, str]]:
-    """(title, data URI) of every distance or accuracy against guidance or temperature, at one N and extractor."""
+    """(title, data URI) of every score against guidance or temperature, where several values of it were scored."""
     plots = []
-    for knob in KNOBS:
+    for knob in ("cfg", "tau"):
         usable = [s for s in scores if s.value is not None and isinstance(s.options.get(knob), int | float)]
-        for key, group in groupby(sorted(usable, key=lambda s: repr(_comparable(s))), key=_comparable):
+        for setting, group in groupby(sorted(usable, key=lambda s: repr(s.setting)), key=lambda s: s.setting):
             points = sorted((float(s.options[knob]), s.value) for s in group if s.value is not None)
-            if len({x for x, _ in points}) > 1:
-                label = METRICS.get(key[0], (key[0], 0))[0]
-                plots.append((f"{label} against {knob}, N = {key[1]}", _plot(points, knob, label)))
+            if len({x for x, _ in points}) < 2:
+                continue
+            label = METRICS.get(setting[0], (setting[0], 0))[0]
+            figure, buffer = Figure(figsize=(4.6, 2.9), dpi=120, layout="constrained"), io.BytesIO()
+            axis = figure.add_subplot()
+            axis.plot(*zip(*points, strict=True), marker="o")
+            axis.set(xlabel=knob, ylabel=label)
+            axis.grid(alpha=0.3)
+            FigureCanvasAgg(figure).print_png(buffer)
+            plots.append((f"{label} against {knob}, N = {setting[1]}", data_uri(Image.open(buffer))))
     return plots
 
 
-def _plot(points: Sequence[tuple[float, float]], x: str, y: str) -> str:
-    figure = Figure(figsize=(4.6, 2.9), dpi=120, layout="constrained")
-    axis = figure.add_subplot()
-    axis.plot(*zip(*points, strict=True), marker="o")
-    axis.set(xlabel=x, ylabel=y)
-    axis.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return data_uri(Image.open(buffer))
-
-
-def held_out_rows(item: Item) -> list[dict[str, float]]:
-    """The last held-out measurement of a run by t: accuracy, model-free baseline, gap; empty for other families."""
-    measured = [row for row in item.log if "heldout/accuracy" in row]
-    if not measured:
-        return []
-    pairs = zip(measured[-1]["heldout/accuracy"], measured[-1]["heldout/baseline"], strict=True)
-    return [{"t": t, "model": a, "baseline": b, "gap": a - b} for t, (a, b) in enumerate(pairs, 1)]
-
-
-# ---- writing -----------------------------------------------------------------------------------------------------
-
-
-def text_of(score: Score) -> str:
-    """`12.34 ± 0.05 (11.9 to 12.8)`: value, spread, 95% interval."""
-    if score.value is None:
-        return "not computed"
-    spread = f" ± {score.spread:.2g}" if score.spread is not None else ""
-    interval = f" ({score.interval[0]:.4g} to {score.interval[1]:.4g})" if score.interval else ""
-    return f"{score.value:.4g}{spread}{interval}"
+# ---- writing -------------------------------------------------------------------------------------------------------
 
 
 def as_html(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """The page."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    names = {item.digest: item.name for item in items if item.digest}
     pictures = [entry for item in items for entry in item.pictures]
     images = []
     for caption, path in pictures[:MAX_PICTURES]:
@@ -380,41 +309,31 @@ def as_html(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
                 images.append((caption, data_uri(image.convert("RGB"))))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}", "remove it, or make it again") from error
+    held_out = []  # accuracies by t at the last held-out measurement of a run
+    for item in items:
+        if measured := [row for row in item.log if "heldout/accuracy" in row]:
+            pairs = zip(measured[-1]["heldout/accuracy"], measured[-1]["heldout/baseline"], strict=True)
+            held_out.append((item.name, list(pairs)))
     return environment.get_template("report.html.jinja").render(
         title=title,
         version=__version__,
         items=items,
-        names=names,
+        names={item.digest: item.name for item in items if item.digest},
         scores=scores,
-        text_of=text_of,
         label_of=lambda metric: METRICS.get(metric, (metric, 0))[0],
         published=beside_published(items, scores),
         trade_offs=trade_offs(scores),
-        held_out=[(item.name, rows) for item in items if (rows := held_out_rows(item))],
+        held_out=held_out,
         pictures=images,
         pictures_left_out=max(0, len(pictures) - MAX_PICTURES),
     )
 
 
-COLUMNS = (
-    "source",
-    "target",
-    "metric",
-    "value",
-    "n",
-    "spread",
-    "interval",
-    "extractor",
-    "reference",
-    "options",
-    "note",
-)
-
-
 def as_csv(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """One row a score."""
     out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    columns = [entry.name for entry in fields(Score) if entry.name != "best"]
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({**asdict(s), "options": json.dumps(s.options, sort_keys=True)} for s in scores)
     return out.getvalue()
@@ -423,7 +342,7 @@ def as_csv(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
 def as_markdown(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """A table of the scores."""
     header = ["of", "metric", "value", "N", "extractor", "reference", "note"]
-    rows = [[s.target, s.metric, text_of(s), str(s.n), s.extractor, s.reference, s.note] for s in scores]
+    rows = [[s.target, s.metric, s.text, str(s.n), s.extractor, s.reference, s.note] for s in scores]
     lines = [header, ["---"] * len(header), *rows]
     table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
     return f"# {title}\n\n{table}"
@@ -447,10 +366,8 @@ def make_report(
     if form is None:
         raise UsageError(f"{out}: no format has this suffix", "add --format html, md, csv or json")
     target = out or Path(f"report.{form}")
-    if target.resolve() in [path.resolve() for path in runs]:
-        raise UsageError(f"{target} would overwrite an input", "name another file with --out")
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder", "name a file with --out")
+    if target.is_dir() or target.resolve() in [path.resolve() for path in runs]:
+        raise UsageError(f"{target} is a folder or an input", "name another file with --out")
     items = read_items(runs)
     scores = read_scores(items)
     content = FORMATS[form](title or "RDPM runs and scores", items, scores).encode()

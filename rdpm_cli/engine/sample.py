@@ -3,7 +3,6 @@
 Legend: B samples, T steps, S positions of the flattened grid, H W height and width.
 """
 
-import difflib
 import hashlib
 import os
 import time
@@ -111,9 +110,9 @@ def sample(
 
     micro_batch = options.sampling.images_at_once(picked.type)
     files = SampleFiles(out, len(labels), micro_batch, png=outputs.png, npz=outputs.npz)
-    known = original.known_codes(loaded.to(picked).tokenizer, seed, picked) if original else None
     loaded.to(picked, options.sampling.compile)
-    job = sampler.job(loaded.generator, loaded.tokenizer, options, micro_batch, known)
+    known = original.known_codes(loaded.tokenizer, seed, picked) if original else None
+    job = sampler.Job(loaded.generator, loaded.tokenizer, options, micro_batch, known)
     with folder.writing(out, share.index, share.count), stop_on_signal(interrupt=share.ranks > 1) as stop:
         drawing = Drawing(job, labels, loaded.class_names, files, stop, judge, reject.tries if reject else 1)
         drawing.draw_batches(files.batches[share.index :: share.count])
@@ -257,14 +256,13 @@ class Drawing:
                 self.files.write(batch, pixels)
                 bar.advance(len(batch))
                 if bar.done < total:
-                    kept = f"finished ones are kept in {self.files.folder}"
-                    self.stop.leave(f"{bar.done} of {total} samples are there; {kept}")
+                    self.stop.leave(f"{bar.done} of {total} samples are in {self.files.folder}")
 
     def wait_for(self, batches: Sequence[range]) -> None:
         """Wait until the other processes of this command have drawn these micro-batches."""
         for batch in batches:
             while self.files.is_missing(batch):
-                self.stop.leave(f"finished samples are kept in {self.files.folder}")
+                self.stop.leave(f"finished samples are in {self.files.folder}")
                 time.sleep(WAIT_SECONDS)
 
     def finish(self, record: dict[str, Any], outputs: Outputs) -> None:
@@ -279,7 +277,7 @@ class Drawing:
             self._save_steps()
         if outputs.npz:
             files.save_npz(record["resolution"], self.labels)
-        # An earlier run of the same command may have written the other of the two: the record lists what is there.
+        # An earlier run may have written the other kind of file: the record lists all that the folder has.
         packed = {"npz": folder.NPZ} if (files.folder / folder.NPZ).is_file() else {}
         rows = folder.sample_rows(self.labels, files.has_pngs)
         folder.finish(files.folder, {**record, **packed, "made_with": files.notes(), "samples": rows})
@@ -334,8 +332,8 @@ class Original:
     def known_codes(self, tokenizer: Tokenizer, seed: int, device: torch.device) -> sampler.KnownCodes:
         """The function from sample indices to the codes to keep. The tokenizer is on the device.
 
-        The kept codes of sample i are the image's codes under the noise of sample i, so the network sees of them what
-        the tokenizer would have made; and each sample has different codes of the same image.
+        The codes kept in sample i are the image's codes under the noise of sample i: the network sees a pair of noise
+        and codes that the tokenizer would produce, and each sample has different codes of the same image.
         """
         with one_thread():
             z_BCS = tokenizer.latents(to_model(chw(np.stack([self.pixels]))).to(device))
@@ -391,20 +389,18 @@ def edit_options(init: str | None, mask: str | None, from_step: int | None) -> E
 
 
 def reject_options(text: str | None, judge: str | None) -> Reject | None:
-    """--reject keep=RATE and --judge; None without either. Raises UsageError if they do not go together."""
+    """--reject keep=RATE and --judge; None without either. Raises UsageError unless RATE is 1/2, 1/3, ..."""
     if text is None and judge is None:
         return None
     name, _, rate = (text or "").partition("=")
     try:
-        share = float(rate) if name == "keep" else 0.0
-    except ValueError:
-        share = 0.0
-    tries = round(1 / share) if 0 < share <= 1 else 0
-    if judge is None or tries < 2:
+        share = float(rate)
+        tries = round(1 / share)
+    except (ValueError, ZeroDivisionError):
+        share, tries = 0.0, 0
+    if name != "keep" or judge is None or tries < 2 or abs(share * tries - 1) > 0.01:
         hint = "write --reject keep=0.25 --judge judge.pt for the best of 4"
-        raise UsageError("--reject keeps one of several candidates by a judge", hint)
-    if abs(share * tries - 1) > 0.01:
-        raise UsageError(f"--reject keep={rate} is not one of a whole number", f"keep={1 / tries:.4g} is 1 of {tries}")
+        raise UsageError("--reject keeps one of a whole number of candidates, by a judge", hint)
     return Reject(tries, judge)
 
 
@@ -428,14 +424,9 @@ def sampling_options(recorded: SamplingConfig, preset: str | None, requested: Ma
     if preset is not None and preset not in section.presets:
         names = ", ".join(section.presets) or "none"
         raise UsageError(f"--preset {preset}: this checkpoint's family has no such preset", f"it has {names}")
-    for name in requested:
-        if name not in section.model_fields:
-            near = difflib.get_close_matches(name, list(section.model_fields), 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UsageError(
-                f"{name} is not a sampling option of {section.family}, this checkpoint's family",
-                f"{hint}it has {', '.join(section.model_fields)}",
-            )
+    if unknown := [name for name in requested if name not in section.model_fields]:
+        message = f"{unknown[0]} is not a sampling option of {section.family}, this checkpoint's family"
+        raise UsageError(message, f"it has {', '.join(section.model_fields)}")
     values = {**recorded.model_dump(), **(section.presets[preset] if preset else {}), **requested}
     options = validate(section, values, "sampling options")
     if preset in section.guided and options.cfg == 0 and "cfg" not in requested:
@@ -471,7 +462,7 @@ class Drawn:
 
         def read(pieces: Iterable[range]) -> Iterator[Pixels]:
             loaded.to(device, options.sampling.compile)
-            job = sampler.job(loaded.generator, loaded.tokenizer, options, micro_batch)
+            job = sampler.Job(loaded.generator, loaded.tokenizer, options, micro_batch)
             batch, samples = range(0), np.empty(0, np.uint8)
             for piece in pieces:
                 images = []

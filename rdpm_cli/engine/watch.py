@@ -335,17 +335,15 @@ def tokenizer_curves(folder: Path) -> Panels:
         return {}
     per_t = sorted(k.removeprefix("usage/") for k in rows[-1] if k.startswith("usage/t"))
     shown = [per_t[0], per_t[len(per_t) // 2], per_t[-1]] if len(per_t) > 3 else per_t
-    panels = {
-        "tokenizer losses|step": _over_time(rows, ["recon", "quant", "lpips"]),
-        "adversary|step": _over_time(
-            rows, ["gan", "discriminator/loss", "discriminator/logits_real", "discriminator/logits_fake"]
-        ),
-        "codebook usage|step": _over_time(rows, ["usage/book", *(f"usage/{t}" for t in shown), "latent_spread"]),
-        "dead codes|step": _over_time(rows, [f"dead/{t}" for t in shown]),
-        "codebook perplexity|step": _over_time(rows, [f"perplexity/{t}" for t in shown]),
+    names = {
+        "tokenizer losses|step": ["recon", "quant", "lpips"],
+        "adversary|step": ["gan", *(f"discriminator/{name}" for name in ("loss", "logits_real", "logits_fake"))],
+        "codebook usage|step": ["usage/book", *(f"usage/{t}" for t in shown), "latent_spread"],
+        "dead codes|step": [f"dead/{t}" for t in shown],
+        "codebook perplexity|step": [f"perplexity/{t}" for t in shown],
     }
-    last = ([float(t[1:]) for t in per_t], [rows[-1][f"perplexity/{t}"] for t in per_t])
-    panels["codebook perplexity at the end|t"] = {"perplexity": last}
+    panels = {title: _over_time(rows, listed) for title, listed in names.items()}
+    panels["codebook perplexity at the end|t"] = {"perplexity": _per_t([rows[-1][f"perplexity/{t}"] for t in per_t])}
     return {title: lines for title, lines in panels.items() if lines}
 
 

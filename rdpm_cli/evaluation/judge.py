@@ -132,8 +132,8 @@ class JudgeBatches:
         for index, (dy, dx), mirror in zip(indices, shifts, mirrored, strict=True):
             pixels = self.source.pixels(int(index), self.resolution)
             padded = np.pad(pixels, ((self.reach,) * 2,) * 2 + ((0, 0),), "edge")
-            top, left = self.reach + dy, self.reach + dx
-            shifted = padded[top : top + self.resolution, left : left + self.resolution]
+            y, x = self.reach + dy, self.reach + dx
+            shifted = padded[y : y + self.resolution, x : x + self.resolution]
             images.append(shifted[:, ::-1] if mirror else shifted)
         labels = self.source.need_labels()
         return LabelledImages(chw(np.stack(images)), torch.tensor([labels[int(i)] for i in indices]))

@@ -48,23 +48,28 @@ class Moments:
     scatter_DD: Array
     count: int
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return self._join(other, 1)
+    def __add__(self, part: "Moments") -> "Moments":
+        if not (self.count and part.count):
+            return part if part.count else self
+        return self._join(part, 1)
 
     def __sub__(self, part: "Moments") -> "Moments":
         """The moments of the rest, without a part that is in this set."""
         return self._join(part, -1)
 
-    def _join(self, other: "Moments", sign: int) -> "Moments":
-        total, step_D = self.count + sign * other.count, other.mean_D - self.mean_D
-        between_DD = np.outer(step_D, step_D * (sign * self.count * other.count / total))
-        mean_D = self.mean_D + step_D * (sign * other.count / total)
-        return Moments(mean_D, self.scatter_DD + sign * other.scatter_DD + between_DD, total)
+    def _join(self, part: "Moments", sign: int) -> "Moments":
+        total, step_D = self.count + sign * part.count, part.mean_D - self.mean_D
+        between_DD = np.outer(step_D, step_D * (sign * self.count * part.count / total))
+        mean_D = self.mean_D + step_D * (sign * part.count / total)
+        return Moments(mean_D, self.scatter_DD + sign * part.scatter_DD + between_DD, total)
 
     def statistics(self) -> Statistics:
         """Raises DataError for fewer than 2 images."""
         need_images(self.count, 2, "a covariance")
         return Statistics(self.mean_D, self.scatter_DD / (self.count - 1), self.count)
+
+
+NO_MOMENTS = Moments(np.empty(0), np.empty((0, 0)), 0)  # to add to
 
 
 def moments(features_ND: AnyFloats) -> Moments:

@@ -34,7 +34,7 @@ from rdpm_cli.evaluation.features import (
     set_digest,
     shared_pieces,
 )
-from rdpm_cli.evaluation.metrics import Moments, Statistics, moments
+from rdpm_cli.evaluation.metrics import NO_MOMENTS, Statistics, moments
 
 # ---- sets of images ------------------------------------------------------------------------------------------------
 
@@ -131,35 +131,29 @@ def measure(extractor: Extractor, images: ImageSet, spatial: bool, rows: Sequenc
     Summed piece by piece: a reference of a million images would fill 10 GB with features. spatial: also of the spatial
     features, where the extractor has any. rows: of the images whose features are kept.
     """
-    is_kept_N = np.zeros(images.count, dtype=bool)
-    is_kept_N[list(rows)] = True
-    sums: dict[str, Moments] = {}
-    digests_and_rows: list[tuple[list[bytes], Floats]] = []
+    with_features_N = np.zeros(images.count, dtype=bool)
+    with_features_N[list(rows)] = True
+    pieces: list[tuple[list[bytes], Floats]] = []  # digests, and features of the rows
+    pool = spatial_pool = NO_MOMENTS
     for piece, part in zip(rank_pieces(images.count), shared_pieces(extractor, images, spatial), strict=True):
-        digests_and_rows.append((part.digests, part.features_ND[is_kept_N[piece.start : piece.stop]]))
-        add_moments(sums, {"pool": moments(part.features_ND)})
-        add_moments(sums, {} if part.spatial_NP is None else {"spatial": moments(part.spatial_NP)})
-    by_rank, sums_by_rank = gather(digests_and_rows), gather(sums)
-    if by_rank is None or sums_by_rank is None:
+        pieces.append((part.digests, part.features_ND[with_features_N[piece.start : piece.stop]]))
+        pool += moments(part.features_ND)
+        if part.spatial_NP is not None:
+            spatial_pool += moments(part.spatial_NP)
+    by_rank = gather((pieces, pool, spatial_pool))
+    if by_rank is None:
         return None
-    for other in sums_by_rank[1:]:
-        add_moments(sums, other)
-    digests, kept = zip(*in_order(by_rank), strict=True)
-    statistics = {name: total.statistics() for name, total in sums.items()}
+    pieces_by_rank, pools, spatial_pools = zip(*by_rank, strict=True)
+    pool, spatial_pool = sum(pools, NO_MOMENTS), sum(spatial_pools, NO_MOMENTS)
+    digests, features = zip(*in_order(list(pieces_by_rank)), strict=True)
     return Reference(
         images.name,
         images.count,
-        set_digest(digest for part in digests for digest in part),
-        statistics["pool"],
-        statistics.get("spatial"),
-        np.concatenate(kept),
+        set_digest(digest for piece_digests in digests for digest in piece_digests),
+        pool.statistics(),
+        spatial_pool.statistics() if spatial_pool.count else None,
+        np.concatenate(features),
     )
-
-
-def add_moments(sums: dict[str, Moments], parts: dict[str, Moments]) -> None:
-    """Add the parts to the sums of the same name, in place."""
-    for name, part in parts.items():
-        sums[name] = sums[name] + part if name in sums else part
 
 
 # ---- files of statistics -------------------------------------------------------------------------------------------
@@ -175,8 +169,8 @@ class StatisticsFile:
     def __init__(self, path: Path) -> None:
         """Raises DataError for a file that cannot be read."""
         self.path, self.name, self.arrays = path, str(path), npz_names(path)
-        ours = STATISTICS in self.arrays
-        self.record = npz_record(path, STATISTICS, VERSION, FIELDS, AGAIN) if ours else None
+        recorded = STATISTICS in self.arrays
+        self.record = npz_record(path, STATISTICS, VERSION, FIELDS, AGAIN) if recorded else None
         self.resolution = int(self.record["resolution"]) if self.record else None
 
     def load(self, extractor: Extractor) -> Reference:
@@ -205,8 +199,8 @@ class StatisticsFile:
             if not is_published_inception(extractor):
                 raise DataError(f"{self.path} holds statistics of {PUBLISHED}, but {in_use}", AGAIN)
         elif (maker := self.record["extractor"])["sha256"] != extractor.sha256:
-            made = f"{self.path} was made with {maker['name']} ({maker['sha256'][:12]})"
-            raise DataError(f"{made}, but {in_use} ({extractor.sha256[:12]})", AGAIN)
+            message = f"{self.path} was made with {maker['name']} ({maker['sha256'][:12]})"
+            raise DataError(f"{message}, but {in_use} ({extractor.sha256[:12]})", AGAIN)
 
     def _statistics(self, mean: str, covariance: str, width: int) -> Statistics:
         arrays = [npz_array(self.path, name) for name in (mean, covariance)]

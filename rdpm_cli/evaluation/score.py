@@ -24,7 +24,7 @@ from rdpm_cli.evaluation.features import (
 from rdpm_cli.evaluation.reference import Reference, StatisticsFile, measure, open_target
 
 METRICS = ("fid", "sfid", "is", "pr", "kid")
-PARTS = {**{name: (name,) for name in METRICS}, "all": METRICS}
+GROUPS = {**{name: (name,) for name in METRICS}, "all": METRICS}
 # Only scores by the published Inception weights have the names that papers use.
 PUBLISHED_NAMES = {"fid": "fid", "sfid": "sfid", "is": "inception_score", "kid": "kid"}
 OTHER_NAMES = {
@@ -52,9 +52,9 @@ def check(metric: str, options: Options, judged: bool = False) -> None:
     """Raises UsageError for an option that this metric does not use. judged: whether a judge is the extractor."""
     if judged and metric == "sfid":
         raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out, or take `eval fid`")
-    if options.subset and "fid" not in PARTS[metric]:
+    if options.subset and "fid" not in GROUPS[metric]:
         raise UsageError(f"--subset belongs to the Fréchet distance, not to `eval {metric}`", "leave it out")
-    if options.ci and not {"fid", "is"} & set(PARTS[metric]):
+    if options.ci and not {"fid", "is"} & set(GROUPS[metric]):
         raise UsageError(f"--ci belongs to fid and is, not to `eval {metric}`", "leave it out")
     if options.ci and options.subset:
         raise UsageError("--ci and --subset both give a spread", "give one of them")
@@ -71,33 +71,33 @@ def score(
 
     reference: None for `is`, which compares with nothing. Raises DataError.
     """
-    options, parts = options or Options(), PARTS[metric]
+    options, requested = options or Options(), GROUPS[metric]
     counts = [target.count, *([reference.count] if isinstance(reference, ImageSet) else [])]
-    fewest = [metrics.FEWEST_FOR_INTERVAL] * options.ci + [FEWEST[part] for part in parts]
+    fewest = [metrics.FEWEST_FOR_INTERVAL] * options.ci + [FEWEST[part] for part in requested]
     metrics.need_images(min(counts), max(fewest), f"`eval {metric}`{' --ci' * options.ci}")
     if options.subset is not None:
         _subsets(target, options.subset)
-    compared = None if reference is None else _measure(extractor, reference, parts)
-    reasons = {part: _reason(part, extractor, compared) for part in parts}
+    compared = None if reference is None else _measure(extractor, reference, requested)
+    reasons = {part: _reason(part, extractor, compared) for part in requested}
     if all(reasons.values()):
-        raise DataError(str(reasons[parts[0]]), "give images as --ref, or a file that has them")
-    features = collect_shared(extractor, target, "sfid" in parts, options.features)
+        raise DataError(str(reasons[requested[0]]), "give images as --ref, or a file that has them")
+    features = collect_shared(extractor, target, "sfid" in requested, options.features)
     if features is None:
         return None
     scores = _Scores(extractor, target, features, compared, options)
     rows: dict[str, Row] = {}
-    for part in parts:
+    for part in requested:
         rows |= {name: {"": None} for name in scores.names(part)} if reasons[part] else scores.rows(part)
     absent = {name: reason for part, reason in reasons.items() if reason for name in scores.names(part)}
     return scores.record(metric, rows, {**absent, **scores.absent})
 
 
-def _measure(extractor: Extractor, reference: ImageSet | StatisticsFile, parts: Sequence[str]) -> Reference | None:
+def _measure(extractor: Extractor, reference: ImageSet | StatisticsFile, requested: Sequence[str]) -> Reference | None:
     """The reference's statistics and features, computed or read. Computed: None in all processes but the first."""
-    needs_features = not {"pr", "kid"}.isdisjoint(parts)
+    needs_features = not {"pr", "kid"}.isdisjoint(requested)
     if isinstance(reference, ImageSet):
         rows = spread(reference.count, REFERENCE_FEATURES) if needs_features else ()
-        return measure(extractor, reference, "sfid" in parts, rows)
+        return measure(extractor, reference, "sfid" in requested, rows)
     compared = reference.load(extractor)
     if needs_features and "features" in compared.absent and "arr_0" in reference.arrays:
         images = open_target(str(reference.path), None)
@@ -226,8 +226,9 @@ class _Scores:
             values |= {main if not key else f"{name}_{key}" if whole else key: value for key, value in row.items()}
             absent = {main if key == name else key: reason for key, reason in absent.items()}
         target, compared, features = self.target, self.reference, self.features
+        values.setdefault("n", len(features))
         return {
-            **{"n": len(features), **values},
+            **values,
             "target": {"name": target.name, "count": len(features), "sha256": features.sha256},
             "reference": compared and {"name": compared.name, "count": compared.count, "sha256": compared.sha256},
             "extractor": identity(self.extractor),

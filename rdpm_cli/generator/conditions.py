@@ -1,6 +1,6 @@
-"""From a store's condition columns to a Condition. Today's one kind is the class label.
+"""Conditions: columns of the store -> labels -> what the transformer takes. A class is the only kind today.
 
-The tables are the trunk's own, so that their initialisation keeps its place in the order of random draws.
+Legend: B rows, S positions, M tokens, D width. The null class, of unconditional rows, is number `classes`.
 """
 
 from collections.abc import Mapping
@@ -8,31 +8,45 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.generator.contract import Condition
-from rdpm_cli.generator.transformer import Transformer
+from rdpm_cli.generator.transformer import Transformer, trunk_of
 
 
-def class_condition(trunk: Transformer, columns: Mapping[str, Tensor]) -> Condition:
-    """Class labels (B,) int64 in 0..classes, where `classes` is the null class, as a Condition of B rows."""
-    labels_B = columns["labels"]
-    B, latents_BSD, tokens_BMD = len(labels_B), None, None
-    if trunk.class_latents is not None and trunk.class_latents_in is not None:
-        latents_BSD = trunk.class_latents_in(trunk.class_latents(labels_B).view(B, trunk.length, -1))
+def store_columns(
+    store: CodeStore, rows: NDArray[np.int64], uniform_B: NDArray[np.float32] | None = None, drop: float = 0.0
+) -> dict[str, Tensor]:
+    """The condition columns of rows of a store, (B,) int64 each; the null class where uniform_B < drop."""
+    labels = store.columns["labels"][rows].astype(np.int64)
+    if uniform_B is not None:
+        labels = np.where(uniform_B < drop, len(store.manifest.class_names), labels)
+    return {"labels": torch.from_numpy(labels)}
+
+
+def class_condition(trunk: Transformer, labels_B: Tensor) -> Condition:
+    """The condition of labels 0..classes. The tables are the trunk's, where a seed's initialisation expects them."""
+    B, tokens, latents = len(labels_B), None, None
     if trunk.class_tokens is not None:
-        tokens_BMD = trunk.class_tokens(labels_B).view(B, -1, trunk.cfg.hidden)
-    return Condition(trunk.class_embedding(labels_B), tokens_BMD, None, latents_BSD)
+        tokens = trunk.class_tokens(labels_B).view(B, -1, trunk.cfg.hidden)
+    if trunk.class_latents is not None and trunk.class_latents_in is not None:
+        latents = trunk.class_latents_in(trunk.class_latents(labels_B).view(B, trunk.length, -1))
+    return Condition(trunk.class_embedding(labels_B), tokens, latents_BSD=latents)
 
 
-def null_condition(trunk: Transformer, classes: int, count: int) -> Condition:
-    """The condition of `count` rows without a class, for guidance."""
-    device = trunk.class_embedding.weight.device
-    return class_condition(trunk, {"labels": torch.full((count,), classes, device=device)})
+class ClassConditional:
+    """The part of a family that is conditional on classes."""
 
+    network: nn.Module
+    classes: int
 
-def drop_labels(
-    labels_B: NDArray[np.int64], uniform_B: NDArray[np.float32], probability: float, classes: int
-) -> NDArray[np.int64]:
-    """The labels, with the null class where the row's uniform number is below the probability."""
-    return np.where(uniform_B < probability, classes, labels_B)
+    def condition(self, columns: Mapping[str, Tensor]) -> Condition:
+        """The condition of the classes in the column `labels`, (B,)."""
+        return class_condition(trunk_of(self.network), columns["labels"])
+
+    def null_condition(self, count: int) -> Condition:
+        """The condition of the null class, for guidance."""
+        trunk = trunk_of(self.network)
+        device = trunk.class_embedding.weight.device
+        return class_condition(trunk, torch.full((count,), self.classes, device=device))

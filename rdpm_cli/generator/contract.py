@@ -1,6 +1,6 @@
-"""The contract between a generator family and everything else. It imports no family.
+"""The whole contract between a generator family and everything else. It imports no family.
 
-Legend: B rows, T quantisation steps, S positions of the flattened grid, D width, M tokens of a condition.
+Legend: B samples or images, T steps, S positions of the flattened grid, M tokens of the condition, D width.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,42 +12,45 @@ from torch import Tensor, nn
 
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep
-from rdpm_cli.generator.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig
+from rdpm_cli.generator.config import GeneratorArchitecture, SamplingConfig
+from rdpm_cli.tokenizer.config import TokenizerArchitecture
+from rdpm_cli.tokenizer.quantizer import Quantizer
 
 
 class Condition(NamedTuple):
-    """What samples are asked to be, one row each, embedded. A class is one kind of it (`conditions.py`)."""
+    """What samples are asked to be, embedded, one row each. A class is one kind of it (`conditions.py`)."""
 
     vector_BD: Tensor  # added to the embedding of t, for AdaLN
-    tokens_BMD: Tensor | None = None  # tokens to attend to, in front of the positions
-    mask_BM: Tensor | None = None  # bool, True where such a token exists; None: all of them do
-    latents_BSD: Tensor | None = None  # added to the input tokens
+    tokens_BMD: Tensor | None = None  # to attend to, in front of the positions
+    mask_BM: Tensor | None = None  # bool, True where such a token exists; None: all do
+    latents_BSD: Tensor | None = None  # added to the input of the positions
 
     def joined(self, second: "Condition") -> "Condition":
-        """The rows of this condition, then those of another one of the same kind."""
+        """The rows of both, for one pass of the network. They must have the same parts."""
         pairs = zip(self, second, strict=True)
-        return Condition(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+        vector, *rest = (None if a is None or b is None else torch.cat([a, b]) for a, b in pairs)
+        assert vector is not None
+        return Condition(vector, *rest)
 
 
-@dataclass(frozen=True)
-class SampleOptions:
-    """The family's sampling options and the seed; with checkpoint, condition and index they fix a sample."""
-
-    sampling: SamplingConfig
-    seed: int = 0
-
-
-@dataclass
-class Known:
-    """Codes that are given, as for in-painting."""
+class Known(NamedTuple):
+    """Codes that samples keep: for editing."""
 
     codes_BTS: Tensor  # int64
     keep_BTS: Tensor  # bool, True where the code is kept
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """What fixes a sample, together with checkpoint, condition and index."""
+
+    sampling: SamplingConfig  # the family's
+    seed: int = 0
+
+
 @dataclass
 class Tally:
-    """A held-out measurement as sums and counts, by step t or by the number of masked depths."""
+    """Sums and counts of a held-out measurement, by step t or by the number of masked depths."""
 
     total: Tensor
     count: Tensor
@@ -64,12 +67,19 @@ class Tally:
 class GeneratorBatches(Protocol):
     """A family's batches from a code store: those of training, and the held-out ones."""
 
+    def __init__(self, store: CodeStore, cfg: Any, quantizer: Quantizer, seed: int) -> None:
+        """cfg: the family's config."""
+
+    @staticmethod
+    def blank(cfg: Any, quantizer: Quantizer, rows: int) -> Any:
+        """A batch without content, for measuring what a step costs."""
+
     @property
     def images(self) -> int:
         """Training images, the unit of an epoch."""
 
     def batch_at(self, step: int, rows: range) -> Any:
-        """rows of the global batch of this step, with a method `to(device)`; a function of (seed, step)."""
+        """These rows of the step's global batch, with a method `to(device)`; a function of (seed, step)."""
 
     def describe(self, step: int, rows: range) -> str:
         """The items of those rows, for an error message."""
@@ -79,37 +89,50 @@ class GeneratorBatches(Protocol):
 
 
 class Generator(Protocol):
-    """One family. `network` holds the trainable parameters of the generator alone; its `trunk` is the Transformer."""
+    """One family. `network` holds the trainable parameters of the generator only; its `trunk` is the Transformer."""
 
     network: nn.Module
     classes: int
+
+    def __init__(self, cfg: Any, quantizer: Quantizer, classes: int) -> None:
+        """cfg: the family's architecture. quantizer: the frozen tokenizer's."""
+
+    @staticmethod
+    def check_codes(tokenizer: TokenizerArchitecture, origin: str) -> None:
+        """Raise UsageError, naming a recipe that fits, if the family cannot learn this tokenizer's codes.
+
+        origin: what holds the codes, for the message.
+        """
 
     @property
     def cfg(self) -> GeneratorArchitecture:
         """Its family and sizes."""
 
-    def begin(self, cfg: GeneratorConfig, store: CodeStore) -> dict[str, Any]:
-        """Take what training needs of the recipe, and measure what the network keeps of the store. -> provenance."""
+    def begin(self, cfg: Any, store: CodeStore) -> dict[str, Any]:
+        """Take the training options, and measure the constants that the network keeps of the store. -> provenance."""
+
+    def condition(self, columns: Mapping[str, Tensor]) -> Condition:
+        """The condition of rows with these columns of the store, e.g. {"labels": (B,) int64}."""
+
+    def null_condition(self, count: int) -> Condition:
+        """The condition of rows that are asked for nothing, for guidance."""
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and logs of one of the family's batches."""
 
-    def condition(self, columns: Mapping[str, Tensor]) -> Condition:
-        """The store's condition columns, e.g. {"labels": (B,) int64}, as a Condition."""
+    def held_out(self, batch: Any) -> dict[str, Tally]:
+        """Measurements of a held-out batch; `baseline` is the model-free one."""
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this family or its tokenizer cannot use."""
 
     def passes(self, options: SampleOptions, first: int = 1) -> int:
-        """Rows that go through the network for one sample: two at a guided step, one at any other evaluated step.
+        """Rows through the network for one sample: two at a guided step, none at one without a network call.
 
-        first: codes of the steps before it are given.
+        first: the first step whose codes are drawn.
         """
 
     def sample(
         self, condition: Condition, indices_B: Tensor, options: SampleOptions, known: Known | None = None
     ) -> Tensor:
-        """codes_BTS int64. Row i depends on (options, condition row i, indices_B[i]) alone."""
-
-    def held_out(self, batch: Any) -> dict[str, Tally]:
-        """Measurements of a held-out batch; `baseline` is the model-free one."""
+        """codes (B, T, S) int64. Row i depends on row i of condition, indices_B and known, and on the options."""

@@ -1,6 +1,6 @@
 """From logits to codes: guidance, temperature, top-k and top-p, and the draw itself.
 
-Legend: B rows, L positions, K codes, t = 1..T, u = (t - 1) / (T - 1) from 0 at t = 1 to 1 at t = T (1 where T = 1).
+Legend: B rows, S positions, K codes, t = 1..T, u = (t - 1) / (T - 1) from 0 at t = 1 to 1 at t = T (1 where T = 1).
 Noise is addressed by (seed, index, t), so a row does not depend on its neighbours.
 """
 
@@ -53,47 +53,47 @@ def guide(cond: Tensor, uncond: Tensor, lambda_t: float) -> Tensor:
     return cond + lambda_t * (cond - uncond)
 
 
-def to_device(values: NDArray[np.float32] | Sequence[int], device: torch.device) -> Tensor:
+def to_device(values: NDArray[np.float32], device: torch.device) -> Tensor:
     """Host values on the device; a GPU goes on computing meanwhile."""
-    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values)
+    tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def narrow(logits_BLK: Tensor, top_k: int, top_p: float) -> Tensor:
+def narrow(logits_BSK: Tensor, top_k: int, top_p: float) -> Tensor:
     """-inf for all codes but those that may be drawn.
 
     top_k: the k largest logits, and what equals the smallest of them; 0 = all. top_p: of these the fewest, largest
     first, whose probabilities sum up to at least p, so never none; 1 = all (nucleus sampling, arXiv 1904.09751).
     """
-    if 0 < top_k < logits_BLK.shape[-1]:
-        least = logits_BLK.topk(top_k, -1).values[..., -1:]
-        logits_BLK = logits_BLK.masked_fill(logits_BLK < least, -torch.inf)
+    if 0 < top_k < logits_BSK.shape[-1]:
+        least = logits_BSK.topk(top_k, -1).values[..., -1:]
+        logits_BSK = logits_BSK.masked_fill(logits_BSK < least, -torch.inf)
     if top_p < 1:
-        ordered, order = logits_BLK.sort(dim=-1, descending=True, stable=True)
+        ordered, order = logits_BSK.sort(dim=-1, descending=True, stable=True)
         chance = ordered.softmax(-1)
         likelier = chance.cumsum(-1) - chance  # probability of all likelier codes
         beyond = torch.zeros_like(likelier, dtype=torch.bool).scatter(-1, order, likelier >= top_p)
         beyond = beyond.scatter(-1, order[..., :1], False)  # the likeliest stays, whatever rounding says
-        logits_BLK = logits_BLK.masked_fill(beyond, -torch.inf)
-    return logits_BLK
+        logits_BSK = logits_BSK.masked_fill(beyond, -torch.inf)
+    return logits_BSK
 
 
-def draw(logits_BLK: Tensor, sampling: RDPMSampling, indices: Sequence[int], t: int, seed: int) -> Tensor:
-    """Codes (B, L) int64 from softmax(logits), where tau is in the logits already; or the likeliest.
+def draw(logits_BSK: Tensor, sampling: RDPMSampling, indices: Sequence[int], t: int, seed: int) -> Tensor:
+    """Codes (B, S) int64 from softmax(logits), where tau is in the logits already; or the likeliest.
 
     gumbel: argmax(logits + Gumbel), K numbers a position. inverse: the first code at which the cumulative
     probability exceeds a uniform number, one a position: the same distribution, without the cost of the noise.
     """
     if sampling.draw == "argmax":
-        return logits_BLK.argmax(-1)
-    _, L, K = logits_BLK.shape
+        return logits_BSK.argmax(-1)
+    _, S, K = logits_BSK.shape
     if sampling.draw == "gumbel":
         rows = [
-            (row + to_device(noise.gumbel(seed, index, t, (L, K)), row.device)).argmax(-1)
-            for row, index in zip(logits_BLK, indices, strict=True)
+            (row + to_device(noise.gumbel(seed, index, t, (S, K)), row.device)).argmax(-1)
+            for row, index in zip(logits_BSK, indices, strict=True)
         ]
         return torch.stack(rows)
-    uniform = np.stack([noise.stream("uniform", seed, index, 0, t).random((L, 1), np.float32) for index in indices])
-    cumulative = logits_BLK.softmax(-1).cumsum(-1)
-    threshold = to_device(uniform, logits_BLK.device) * cumulative[..., -1:]
+    uniform = np.stack([noise.stream("uniform", seed, index, 0, t).random((S, 1), np.float32) for index in indices])
+    cumulative = logits_BSK.softmax(-1).cumsum(-1)
+    threshold = to_device(uniform, logits_BSK.device) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=K - 1)

@@ -1,6 +1,5 @@
 """The one table of generator families, and generator files, each of which carries its tokenizer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,11 @@ import torch
 from rdpm_cli import checkpoint, progress
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.errors import CheckpointError, UsageError
-from rdpm_cli.generator import rdpm, resgen, transformer
-from rdpm_cli.generator.config import (
-    GeneratorArchitecture,
-    GeneratorConfig,
-    RDPMArchitecture,
-    RDPMConfig,
-    RDPMSampling,
-    ResGenArchitecture,
-    ResGenConfig,
-    ResGenSampling,
-    SamplingConfig,
-)
+from rdpm_cli.generator import config, transformer
+from rdpm_cli.generator.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig
 from rdpm_cli.generator.contract import Generator, GeneratorBatches
+from rdpm_cli.generator.rdpm import RDPM, CodeBatches
+from rdpm_cli.generator.resgen import MaskBatches, ResGen
 from rdpm_cli.generator.transformer import Kernel
 from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
@@ -33,26 +24,19 @@ KIND = "rdpm-generator"
 
 @dataclass(frozen=True)
 class Family:
-    """What a generator family brings."""
+    """The classes that make up a generator family."""
 
+    make: type[Generator]
+    batches: type[GeneratorBatches]
     config: type[GeneratorConfig]
-    architecture: type[GeneratorArchitecture]  # what rebuilds the network; stored in its file
+    architecture: type[GeneratorArchitecture]  # the part of the config that rebuilds the network
     sampling: type[SamplingConfig]
-    make: Callable[..., Generator]  # (architecture, quantizer, classes)
-    check_codes: Callable[[TokenizerArchitecture, str], None]  # raises UsageError for codes it cannot learn from
-    batches: Callable[..., GeneratorBatches]  # (store, config, quantizer, seed)
-    blank: Callable[..., Any]  # (config, quantizer, rows) -> a batch without content, for memory and FLOP counts
 
 
 FAMILIES = {
-    "rdpm": Family(
-        RDPMConfig, RDPMArchitecture, RDPMSampling, rdpm.RDPM, rdpm.RDPM.check_codes, rdpm.CodeBatches, rdpm.blank
-    ),
-    "resgen": Family(
-        ResGenConfig, ResGenArchitecture, ResGenSampling, resgen.ResGen, resgen.ResGen.check_codes, resgen.MaskBatches,
-        resgen.blank,
-    ),
-}  # fmt: skip
+    "rdpm": Family(RDPM, CodeBatches, config.RDPMConfig, config.RDPMArchitecture, config.RDPMSampling),
+    "resgen": Family(ResGen, MaskBatches, config.ResGenConfig, config.ResGenArchitecture, config.ResGenSampling),
+}
 
 
 def build(cfg: GeneratorArchitecture, tokenizer: Tokenizer, classes: int) -> Generator:
@@ -65,13 +49,13 @@ def batches(cfg: GeneratorConfig, store: CodeStore, tokenizer: Tokenizer, seed: 
     return FAMILIES[cfg.family].batches(store, cfg, tokenizer.quantizer, seed)
 
 
-def check_codes(family: str, tokenizer: TokenizerArchitecture, where: str) -> None:
-    """Raise UsageError, naming a recipe that fits, where the family cannot learn from this tokenizer's codes."""
-    FAMILIES[family].check_codes(tokenizer, where)
+def check_codes(family: str, tokenizer: TokenizerArchitecture, origin: str) -> None:
+    """Raise UsageError, naming a recipe that fits, if the family cannot learn this tokenizer's codes."""
+    FAMILIES[family].make.check_codes(tokenizer, origin)
 
 
 def find_kernel(cfg: GeneratorConfig, device: str) -> Kernel:
-    """The recipe's attention kernel. Raises UsageError where flash-attn cannot run."""
+    """The recipe's attention kernel. Raises UsageError if flash-attn cannot run here."""
     if cfg.attention == "sdpa":
         return transformer.sdpa
     if device == "cpu" or not torch.cuda.is_available() or cfg.train.precision != "bf16":
@@ -82,32 +66,30 @@ def find_kernel(cfg: GeneratorConfig, device: str) -> Kernel:
 
 
 def prepare(generator: Generator, cfg: GeneratorConfig, kernel: Kernel = transformer.sdpa) -> None:
-    """Set the attention kernel and activation checkpointing for training."""
+    """Set the attention kernel, and whether the backward pass computes the blocks' activations again."""
     trunk = transformer.trunk_of(generator.network)
     trunk.use(kernel)
     trunk.recompute = cfg.recompute
 
 
 def parameters(generator: Generator) -> int:
-    """Trainable parameters of the generator alone, without tokenizer and EMA."""
+    """Trainable parameters of the generator only, without tokenizer and EMA."""
     return sum(p.numel() for p in generator.network.parameters())
 
 
-def pack(
-    generator: Generator, cfg: GeneratorConfig, tokenizer: dict[str, Any], class_names: list[str], **fields: Any
-) -> dict[str, Any]:
-    """The content of a generator file. tokenizer: the content of its file. fields: provenance.
+# ---- files ---------------------------------------------------------------------------------------------------------
 
-    The sampling defaults are outside config and digest: tuned defaults make no other model.
-    """
-    config = {
-        **cfg.model_dump(mode="json", include=set(GeneratorArchitecture.model_fields)),
-        "classes": len(class_names),
-        "tokenizer": tokenizer["digest"],
-    }
+
+def pack(
+    generator: Generator, cfg: GeneratorConfig, tokenizer: dict[str, Any], class_names: list[str], **extra: Any
+) -> dict[str, Any]:
+    """The content of a generator file. tokenizer: the content of its file. extra: provenance."""
+    architecture = cfg.model_dump(mode="json", include=set(GeneratorArchitecture.model_fields))
+    content = {**architecture, "classes": len(class_names), "tokenizer": tokenizer["digest"]}
+    # The sampling defaults are outside the config, and so outside the digest: tuned ones make no other model.
     sampling = cfg.sampling.model_dump(mode="json")
     return checkpoint.pack(
-        KIND, config, generator.network, tokenizer=tokenizer, class_names=class_names, sampling=sampling, **fields
+        KIND, content, generator.network, tokenizer=tokenizer, class_names=class_names, sampling=sampling, **extra
     )
 
 
@@ -137,25 +119,24 @@ def load(path: Path) -> LoadedGenerator:
     inner = f"the tokenizer inside {path}"
     checkpoint.check(content.get("tokenizer"), inner, tokenizer_model.KIND)
     tokenizer = tokenizer_model.unpack(content["tokenizer"], inner)
-    config = dict(content["config"])
-    classes = config.pop("classes")
-    if config.pop("tokenizer") != content["tokenizer"]["digest"]:
+    fields = dict(content["config"])
+    classes, old_sampling = fields.pop("classes"), fields.pop("sampling", None)  # files of 0.1.0 have the latter here
+    if fields.pop("tokenizer") != content["tokenizer"]["digest"]:
         raise CheckpointError(f"{path} carries another tokenizer than it was trained with", "copy or make it again")
-    family = FAMILIES.get(config["family"])
-    if family is None:
-        raise CheckpointError(f"{path} is of the family {config['family']}, which this rdpm does not know")
-    generator = build(checkpoint.config_of(family.architecture, config, str(path)), tokenizer, classes)
+    if fields["family"] not in FAMILIES:
+        raise CheckpointError(f"{path} is of the family {fields['family']}, which this rdpm does not know")
+    family = FAMILIES[fields["family"]]
+    generator = build(checkpoint.config_of(family.architecture, fields, str(path)), tokenizer, classes)
     checkpoint.fill(generator.network, content, str(path))
-    sampling = _sampling(family.sampling, content.get("sampling"), path)
     generator.network.eval().requires_grad_(False)
+    sampling = content.get("sampling", old_sampling)
+    if sampling is None:
+        progress.say(f"{path} records no sampling options; its family's defaults apply")
     return LoadedGenerator(
-        generator, tokenizer, sampling, content["class_names"], content["digest"], content["provenance"]
+        generator,
+        tokenizer,
+        checkpoint.config_of(family.sampling, sampling or {}, str(path)),
+        content["class_names"],
+        content["digest"],
+        content["provenance"],
     )
-
-
-def _sampling(section: type[SamplingConfig], recorded: Any, path: Path) -> SamplingConfig:
-    """The sampling defaults of a file; where it records none, those of the family, with a message."""
-    if recorded is None:
-        progress.say(f"{path} records no sampling options; the family's defaults are used")
-        return section()
-    return checkpoint.config_of(section, recorded, str(path))

@@ -5,10 +5,8 @@ of `Tokenizer`; shapes then decide what fits. Legend: M codebooks (1 or T), K co
 """
 
 import re
-import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdpm_cli import checkpoint, files
+from rdpm_cli import checkpoint
 from rdpm_cli.errors import CheckpointError
 from rdpm_cli.tokenizer.config import QuantizerConfig, TokenizerArchitecture
 from rdpm_cli.tokenizer.model import KIND, Tokenizer
@@ -44,7 +42,6 @@ class Imported:
     skipped: dict[str, str]  # name -> reason
     fresh: list[str]
     notes: list[str]
-    overrides: list[str]  # of the recipe, with which more would fit
 
     def record(self) -> dict[str, Any]:
         """For the tokenizer's provenance."""
@@ -61,8 +58,6 @@ class Imported:
             fresh = (f"{prefix} ({len(names)})" for prefix, names in _by_prefix(self.fresh).items())
             yield f"  not in the file, initialised: {', '.join(fresh)}"
         yield from (f"  note: {note}" for note in self.notes)
-        if self.overrides:
-            yield f"  overrides with the file's sizes: {' '.join(self.overrides)}"
 
 
 def _by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
@@ -88,6 +83,7 @@ class Layout:
     bias: str = "none"  # the quantizer.bias that its convolution stands for
     latents: str = "none"  # the normalisation of its latents, a key of LATENTS
     groups: int = 32  # of its GroupNorms
+    overrides: str = ""  # of the recipe, with which every layer of the published file fits
 
     def reason(self, name: str) -> str:
         """Why a tensor that is not renamed is left."""
@@ -124,6 +120,9 @@ def _llamagen(names: Collection[str]) -> dict[str, str]:
     return {public: rename(name) for public, name in _body(names).items()}
 
 
+VQGAN = (  # the overrides that the published networks share
+    "'autoencoder.multipliers=[1,1,2,2,4]' autoencoder.res_blocks=2 autoencoder.attention=true autoencoder.groups=32"
+)
 LAYOUTS = (
     Layout(
         "VAR", "encoder.mid.attn_1.qkv.weight", _var,
@@ -132,6 +131,8 @@ LAYOUTS = (
             "quantize.ema_vocab_hit_SV": "a count of its training",
         },
         bias="blend",
+        overrides=f"{VQGAN} autoencoder.width=160 autoencoder.channels=32 autoencoder.quant_kernel=3 "
+        "quantizer.codes=4096",
     ),
     Layout(
         "taming-transformers", "encoder.mid.attn_1.q.weight", _body,
@@ -140,11 +141,15 @@ LAYOUTS = (
             "quantize.embed.": "a Gumbel codebook: its codes are drawn by logits, not by distance",
             "quantize.proj.": "the logits of a Gumbel codebook",
         },
+        overrides=f"{VQGAN} autoencoder.width=128 autoencoder.channels=256 autoencoder.quant_kernel=1 "
+        "quantizer.codes=16384",
     ),
     Layout(
         "LlamaGen", "encoder.conv_blocks.0.res.0.conv1.weight", _llamagen,
         {"quantize.codebook_used": "a log of its training"},
         latents="l2",
+        overrides=f"{VQGAN} autoencoder.width=128 autoencoder.channels=8 autoencoder.features=256 "
+        "autoencoder.quant_kernel=1 quantizer.codes=16384",
     ),
 )  # fmt: skip
 
@@ -180,12 +185,13 @@ def load_weights(tokenizer: Tokenizer, path: Path) -> Imported:
     renamed = layout.rename(tensors)
     sources = _sources(renamed)
     values = {name: _join(path, tensors, publics) for name, publics in sources.items()}
-    overrides = _overrides(values, layout, cfg)
     _take_codebook(values, layout, state)
     filled, refused = _fit(values, state)
     if not any(name.startswith("encoder.") for name in filled):
         misfit = next((f": {name} is {why}" for name, why in refused.items() if name.startswith("encoder.")), "")
-        hint = f"these overrides fit it: {' '.join(overrides)}" if overrides else "it lacks layers; get the file again"
+        hint = (
+            f"its published file fits with {layout.overrides}" if layout.overrides else "use the recipe of its config"
+        )
         raise CheckpointError(f"no encoder layer of {path} ({layout.name}) fits this recipe{misfit}", hint)
     notes = _notes(layout, cfg)
     if _same_bias(filled, layout, cfg.quantizer):
@@ -195,7 +201,7 @@ def load_weights(tokenizer: Tokenizer, path: Path) -> Imported:
     skipped |= {public: reason for name, reason in refused.items() for public in sources.get(name, [])}
     taken = [public for name in filled for public in sources.get(name, [])]
     fresh = [name for name in state if name not in filled]
-    return Imported(path.name, layout.name, taken, skipped, fresh, notes, overrides)
+    return Imported(path.name, layout.name, taken, skipped, fresh, notes)
 
 
 def _sources(renamed: Mapping[str, str]) -> dict[str, list[str]]:
@@ -277,49 +283,4 @@ def _notes(layout: Layout, cfg: TokenizerArchitecture) -> list[str]:
     if layout.latents != auto.latent_norm:
         scales = f"{LATENTS[layout.latents]} in the file's model, {LATENTS[auto.latent_norm]} here"
         notes.append(f"latents are {scales}; decoder and codes first see another scale")
-    if layout.latents == "l2":
-        notes.append("codes are L2-normalised at use in the file's model: taken normalised")
-    if cfg.quantizer.bias == "none" and layout.bias != "none":
-        notes.append("quantizer.bias is none: the file's bias convolution is left")
     return notes
-
-
-def _overrides(values: Mapping[str, Tensor], layout: Layout, cfg: TokenizerArchitecture) -> list[str]:
-    """The recipe overrides with which every layer of the file would fit; empty if it lacks its outer layers."""
-    if not {"encoder.conv_in.weight", "quant_conv.weight"} <= values.keys():
-        return []
-    sizes, auto = _sizes(values, layout), cfg.autoencoder
-    inner, outer = sizes["autoencoder.channels"], sizes.pop("autoencoder.features")
-    if outer != (auto.features or inner):
-        sizes["autoencoder.features"] = None if outer == inner else outer
-    current = {f"autoencoder.{key}": value for key, value in auto.model_dump(mode="json").items()}
-    current |= {f"quantizer.{key}": value for key, value in cfg.quantizer.model_dump(mode="json").items()}
-    return [
-        shlex.quote(f"{key}={files.canonical_json(value)}") for key, value in sizes.items() if current[key] != value
-    ]
-
-
-def _sizes(values: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
-    """The sizes of a file, by recipe key."""
-
-    def numbered(pattern: str) -> list[Tensor]:
-        names = takewhile(values.__contains__, map(pattern.format, count()))
-        return [values[name] for name in names]
-
-    width = len(values["encoder.conv_in.weight"])
-    inner, outer, _, kernel = values["quant_conv.weight"].shape
-    sizes: dict[str, Any] = {
-        "autoencoder.width": width,
-        "autoencoder.multipliers": [len(v) // width for v in numbered("encoder.down.{}.block.0.conv2.weight")],
-        "autoencoder.res_blocks": len(numbered("encoder.down.0.block.{}.conv2.weight")),
-        "autoencoder.attention": "encoder.mid.attn_1.qkv.weight" in values,
-        "autoencoder.groups": layout.groups,
-        "autoencoder.channels": inner,
-        "autoencoder.features": outer,
-        "autoencoder.quant_kernel": kernel,
-    }
-    if (books := values.get(BOOKS)) is not None:
-        sizes["quantizer.codes"] = books.shape[-2]
-        if books.ndim == 3 and len(books) > 1:
-            sizes |= {"quantizer.codebooks": "per_step", "quantizer.steps": len(books)}
-    return sizes

@@ -145,13 +145,13 @@ class Backbone:
     smallest: int
 
 
-def _torchvisions(file: str) -> checkpoint.Published:
+def _torchvision_file(file: str) -> checkpoint.Published:
     return checkpoint.Published(file, f"https://download.pytorch.org/models/{file}")
 
 
 BACKBONES: dict[Net, Backbone] = {
-    "alex": Backbone(_torchvisions("alexnet-owt-7be5be79.pth"), 31),
-    "vgg": Backbone(_torchvisions("vgg16-397923af.pth"), 16),
+    "alex": Backbone(_torchvision_file("alexnet-owt-7be5be79.pth"), 31),
+    "vgg": Backbone(_torchvision_file("vgg16-397923af.pth"), 16),
 }
 
 

@@ -58,8 +58,8 @@ class Search:
     """Q(.) of Eq. 2 over one codebook: argmin_k |v - e_k|² = argmin_k |e_k|²/2 - v·e_k, as |v|² is constant in k.
 
     The keys -e_k, with |e_k|²/2 as an additional row that meets a constant 1 in every vector, depend on the codebook
-    only and are computed once. The scores are fp32 also inside autocast, since bf16 scores change 5% of the codes. No
-    gradient passes.
+    only and are computed once. The scores are fp32 also inside autocast, where bf16 ones would change some percent of
+    the codes. No gradient passes.
     """
 
     def __init__(self, codebook_KC: Tensor) -> None:

@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -20,20 +20,13 @@ WANDB_FILE = "wandb.json"  # in the run folder: the id of the wandb run that a r
 PROJECT = "rdpm"  # unless WANDB_PROJECT names another
 
 
-class Tracker(Protocol):
-    """Receives every logged number."""
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """The numbers of one line."""
-
-
 class MetricsLog:
     """RUN/metrics.jsonl and RUN/tensorboard/, a line or a point each logged step.
 
     On resume, lines after the resumed step are dropped.
     """
 
-    def __init__(self, folder: Path, resumed_at: int, tracker: Tracker | None = None) -> None:
+    def __init__(self, folder: Path, resumed_at: int, tracker: "Wandb | None" = None) -> None:
         self.path, self.tracker = folder / METRICS, tracker
         lines = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= resumed_at]
         files.write_atomic(self.path, lambda file: file.write("".join(lines).encode()))
@@ -127,7 +120,7 @@ class Wandb:
 
 
 @contextlib.contextmanager
-def open_tracker(track: str | None, folder: Path, settings: dict[str, Any]) -> Iterator[Tracker | None]:
+def open_tracker(track: str | None, folder: Path, settings: dict[str, Any]) -> Iterator[Wandb | None]:
     """The tracker that --track names, until the run ends or stops."""
     if track is None:
         yield None

@@ -24,7 +24,7 @@ from rdpm_cli.distributed import TrainStep, is_first, world
 from rdpm_cli.errors import RunError
 from rdpm_cli.runs import StopRequest, serve_parent
 from rdpm_cli.training.config import TrainConfig
-from rdpm_cli.training.log import MetricsLog, Tracker
+from rdpm_cli.training.log import MetricsLog, Wandb
 from rdpm_cli.training.optim import Ema, lr_at, make_optimizer
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -84,7 +84,7 @@ class Run:
     step: int = 0
     skipped: int = 0  # steps skipped for a non-finite loss
     ema: Ema | None = None
-    tracker: Tracker | None = None
+    tracker: Wandb | None = None
 
     @property
     def done(self) -> bool:

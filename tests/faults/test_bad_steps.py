@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite: named, passed over as often as the recipe allows, and of no effect."""
+"""A step whose loss or gradient is not finite: named, skipped as often as the recipe allows, and of no effect."""
 
 import math
 import os
@@ -9,21 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, assert_same, digits, leaves, metrics, newest_state, tiny_config, tiny_players, train
+from helpers import assert_same, digits, leaves, metrics, newest_state, tiny_config, tiny_players, train
 from processes import exit_code, spawn, torchrun
 from rows import Rows
 from torch import Tensor
 
-from rdpm_cli.config import TokenizerConfig
-from rdpm_cli.engine import monitoring
+from rdpm_cli import distributed
+from rdpm_cli.device import one_thread
+from rdpm_cli.distributed import TrainStep, world
 from rdpm_cli.errors import RunError
-from rdpm_cli.signals import StopRequest
-from rdpm_cli.step import TrainStep, world
-from rdpm_cli.threads import one_thread
-from rdpm_cli.tokenizer import task as task_module
-from rdpm_cli.tokenizer.task import DiscriminatorTask, Players, TokenizerTask
-from rdpm_cli.training import distributed
-from rdpm_cli.training.loop import Run
+from rdpm_cli.tokenizer import training as task_module
+from rdpm_cli.tokenizer.config import TokenizerConfig
+from rdpm_cli.tokenizer.training import DiscriminatorTask, Players, TokenizerTask
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +70,10 @@ def test_exactly_so_many_are_passed_over(tmp_path: Path, capsys: pytest.CaptureF
         train(spoiled({1, 3, 5}), config(skip_bad=2), tmp_path)
     assert failed.value.exit_code == 1
     assert [row["step"] for row in metrics(tmp_path)] == [1, 3, 5]  # a line for each step that was taken
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: passed over")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: skipped")]
     assert [line.removeprefix("warning: ").partition(":")[0] for line in said] == [
-        "passed over (1 of 2)",
-        "passed over (2 of 2)",
+        "skipped (1 of 2)",
+        "skipped (2 of 2)",
     ]
     assert "at step 1" in said[0]
     assert "at step 3" in said[1]
@@ -162,7 +159,7 @@ Case = tuple[str, str, set[int]]  # a folder's name, what goes bad, at which ste
 
 
 def second_rank_goes_bad(environment: dict[str, str], out: Path, cases: list[Case]) -> None:
-    """Train runs in which steps of the second process are bad, with one to be passed over."""
+    """Train runs in which steps of the second process are bad, with one to be skipped."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     with distributed.process_group("cpu", several=True):
@@ -210,22 +207,3 @@ def test_a_bad_step_stops_both_wherever_it_is(tmp_path: Path, rows: Rows) -> Non
     steps = [set(draw.sample(range(6), 2)) for _ in range(10)]
     cases = [(f"{what} {number}", what, chosen) for what in ("loss", "gradient") for number, chosen in enumerate(steps)]
     assert_both_stop(tmp_path, cases, rows)
-
-
-def test_one_process_keeps_its_own_message() -> None:
-    assert distributed.first_message("mine") == "mine"
-    assert distributed.any_process(False, CPU) is False
-
-
-# ---- a loss that leaps ---------------------------------------------------------------------------------------------
-
-
-def test_a_leap_of_the_loss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw, look = random.Random(0), monitoring.spikes()
-    run = Run(tmp_path, 0, CPU, steps=100, warmup=0, stop=StopRequest())
-    for step in range(1, 101):
-        run.step, loss = step, {10: 2.5, 60: 9.0}.get(step, draw.gauss(2.0, 0.1))
-        look(run, {"loss": loss} if step % 2 == 0 else None)
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition(" at step ")[2].partition(" ")[0] for line in said] == ["60"]
-    assert "standard deviations above the 29 before" in said[0]

@@ -23,7 +23,7 @@ from processes import (
 )
 from rows import Rows
 
-from rdpm_cli import modelfile
+from rdpm_cli import checkpoint
 
 WholeRun = Callable[[str, int, int], Path]
 MODELS = {"tokenizer": "tokenizer.pt", "generator": "generator.pt"}
@@ -74,7 +74,7 @@ def test_a_killed_run_resumes_as_the_uninterrupted_one(
         unbroken = whole(training, processes, steps)
         assert_same(newest_state(out), newest_state(unbroken))
         assert metrics(out) == metrics(unbroken)
-        digests = [modelfile.load(folder / MODELS[training])["digest"] for folder in (out, unbroken)]
+        digests = [checkpoint.load(folder / MODELS[training])["digest"] for folder in (out, unbroken)]
         assert digests[0] == digests[1]
 
 

@@ -28,7 +28,7 @@ from processes import (
 )
 from rows import Rows
 
-from rdpm_cli import engine
+from rdpm_cli.engine import look
 from rdpm_cli.errors import EXIT_STOPPED
 
 SECONDS = 20  # from the signal to the end of the process
@@ -94,13 +94,13 @@ def test_a_run_that_is_stopped_again_and_again_is_the_uninterrupted_one(
 
 def stuck_in_saving(note: Path, args: list[str]) -> None:
     """Be `rdpm ARGS`, whose saving never ends."""
-    from rdpm_cli.training import checkpoint
+    from rdpm_cli import checkpoint
 
     def hang(*_: object) -> None:
         note.touch()
         time.sleep(1000)
 
-    setattr(checkpoint, "save", hang)  # noqa: B010
+    setattr(checkpoint, "save_state", hang)  # noqa: B010
     command_line(args, {})
 
 
@@ -130,6 +130,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(digits_codes: Path, tmp_path:
         process = spawn(signalled_after, 3, signal.SIGINT, tmp_path / "note", args, {})
         assert exit_code(process) == 130
         assert newest_state(tmp_path / "run")["step"] == 3
-        saved = engine.verify(tmp_path / "run" / "checkpoints" / "step-000000003.pt")
+        saved = look.verify(tmp_path / "run" / "checkpoints" / "step-000000003.pt")
         assert saved.values["kind"] == "state of training"
         assert run_all(args) == [0]

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from generators import save_generator
-from helpers import content, metrics
+from helpers import metrics
 from processes import generator_command, run_all, tokenizer_command
 from rows import Rows
+from stores import content
 
 SIZES = [2, pytest.param(4, marks=pytest.mark.long)]
 
@@ -57,7 +58,7 @@ def test_losses_are_those_of_one_process(training: str, digits_codes: Path, tmp_
     A tokenizer's nearest code is no continuous function: after the first one that flips (steps 5 and 16 when this was
     measured), single losses part, and curves stay together.
     """
-    found = {}
+    losses = {}
     for processes in (1, 2, 4):
         out, settings = tmp_path / str(processes), ["train.batch=64", "train.steps=100"]
         args = (
@@ -66,13 +67,13 @@ def test_losses_are_those_of_one_process(training: str, digits_codes: Path, tmp_
             else tokenizer_command(out, "--device", "cpu", *settings)
         )
         assert run_all(args, processes) == [0] * processes
-        found[processes] = np.array([row["loss"] for row in metrics(out) if "loss" in row])
-    assert len(found[1]) == 100
+        losses[processes] = np.array([row["loss"] for row in metrics(out) if "loss" in row])
+    assert len(losses[1]) == 100
     same = 100 if training == "generator" else 3
     for processes in (2, 4):
         with rows.count(f"losses of 1 and {processes} processes within 1e-3 over 100 steps; tokenizer: over 3"):
-            apart = np.abs(found[processes] - found[1])
-            last = abs(float((found[processes] - found[1])[-20:].mean()))
+            apart = np.abs(losses[processes] - losses[1])
+            last = abs(float((losses[processes] - losses[1])[-20:].mean()))
             rows.note(
                 f"{training}, losses of 1 and {processes} processes",
                 f"at most {apart[:same].max():.1e} apart in {same} steps, mean of the last 20 {last:.1e}",

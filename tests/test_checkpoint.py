@@ -1,0 +1,351 @@
+"""Files of tensors: they run no code, are verified on loading, and are whole or absent; published weights are found."""
+
+import hashlib
+import http.server
+import os
+import pickle
+import random
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, assert_same
+from injection import Disk
+from processes import touch
+from torch import nn
+
+from rdpm_cli import checkpoint, files
+from rdpm_cli.checkpoint import Published, WeightFile, find_weights, read_tensors
+from rdpm_cli.cli.app import run
+from rdpm_cli.errors import AbsentWeightsError, CheckpointError, RunError
+from rdpm_cli.schema import Section
+
+
+def flip(path: Path, position: int) -> None:
+    """Flip the bits of one byte."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0xFF
+    path.write_bytes(content)
+
+
+# ---- files of tensors ----------------------------------------------------------------------------------------------
+
+
+def test_tensors_come_back(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(3), "b": {"c": 1.5}}, tmp_path / "file.pt")
+    assert_same(read_tensors(tmp_path / "file.pt"), {"a": torch.arange(3), "b": {"c": 1.5}})
+
+
+def test_a_file_of_anything_else_is_refused(tmp_path: Path) -> None:
+    draw, path = random.Random(0), tmp_path / "file.pt"
+    contents = [b"", b"hello world, this is text", b"access denied", bytes(range(256))]
+    contents += [bytes(draw.choice(range(32, 127)) for _ in range(60)) for _ in range(300)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"file\.pt"):
+            read_tensors(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(1000)}, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    for size in range(1, len(content), 97):
+        (tmp_path / "cut.pt").write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=r"cut\.pt"):
+            read_tensors(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_an_absent_file_is_refused(folder: bool, tmp_path: Path) -> None:
+    path = tmp_path / "absent.pt"
+    if folder:
+        path.mkdir()
+    with pytest.raises(CheckpointError, match=r"absent\.pt") as caught:
+        read_tensors(path, hint="the hint")
+    assert (caught.value.exit_code, caught.value.hint) == (3, "the hint")
+
+
+def test_the_error_about_code_in_a_file_gives_no_advice_to_run_it(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("true",)
+
+    torch.save({"a": Runs()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"posix\.system") as caught:
+        read_tensors(tmp_path / "a.pt")
+    assert "weights_only" not in caught.value.message
+
+
+class Trap:
+    """Its pickle makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return touch, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_pickled_code_runs(tmp_path: Path) -> None:
+    for name, write in {"torch.pt": torch.save, "plain.pt": lambda x, f: f.write_bytes(pickle.dumps(x))}.items():
+        write({"a": Trap(tmp_path / "made")}, tmp_path / name)
+        with pytest.raises(CheckpointError):
+            read_tensors(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+# ---- model files ---------------------------------------------------------------------------------------------------
+
+
+def model_file(path: Path, **changes: Any) -> dict[str, Any]:
+    """Save a small judge-like model file."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        content = checkpoint.pack("rdpm-judge", {"width": 3}, nn.Linear(3, 2), class_names=["a"], provenance={})
+    content |= changes
+    checkpoint.save(path, content)
+    return content
+
+
+def test_a_model_file_comes_back(tmp_path: Path) -> None:
+    content = model_file(tmp_path / "judge.pt")
+    assert_same(checkpoint.load(tmp_path / "judge.pt", "rdpm-judge"), content)
+    assert_same(checkpoint.load(tmp_path / "judge.pt"), content)
+
+
+def test_the_bytes_of_a_file_do_not_depend_on_its_name(tmp_path: Path) -> None:
+    model_file(tmp_path / "one.pt")
+    model_file(tmp_path / "other" / "two.pt")
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other" / "two.pt").read_bytes()
+
+
+def test_the_digest_covers_weights_and_config_only(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
+    digest = checkpoint.model_digest(weights, {"x": 1})
+    assert digest == checkpoint.model_digest(dict(reversed(weights.items())), {"x": 1})
+    variants = [{**weights, "a": torch.ones(3, 2)}, {**weights, "a": torch.ones(2, 3).double()}, {"b": weights["b"]}]
+    digests = {checkpoint.model_digest(variant, {"x": 1}) for variant in variants}
+    digests |= {checkpoint.model_digest(weights, {"x": 2}), digest}
+    assert len(digests) == 5
+    assert model_file(tmp_path / "a.pt")["digest"] == model_file(tmp_path / "b.pt", provenance={"x": 1})["digest"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "token"),
+    [
+        ({"format": "other"}, "", "checkpoint"),
+        ({}, "rdpm-tokenizer", "tokenizer"),
+        ({"version": 9}, "", "9"),
+        ({"digest": "0" * 64}, "", "digest"),
+        ({"config": {"width": 4}}, "", "digest"),
+    ],
+)
+def test_a_file_of_another_kind_or_damaged_is_refused(
+    changes: dict[str, Any], kind: str, token: str, tmp_path: Path
+) -> None:
+    model_file(tmp_path / "judge.pt", **changes)
+    with pytest.raises(CheckpointError, match=token) as caught:
+        checkpoint.load(tmp_path / "judge.pt", kind)
+    assert (caught.value.exit_code, "judge.pt" in caught.value.message, bool(caught.value.hint)) == (3, True, True)
+
+
+def test_a_file_without_one_of_its_keys_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="weights"):
+        checkpoint.check({"format": "rdpm-judge", "version": 1, "config": {}}, "x.pt")
+
+
+def test_a_flipped_weight_is_found(tmp_path: Path) -> None:
+    content = model_file(tmp_path / "judge.pt")
+    raw = (tmp_path / "judge.pt").read_bytes()
+    flip(tmp_path / "judge.pt", raw.index(content["weights"]["weight"].numpy().tobytes()) + 5)
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(tmp_path / "judge.pt")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = model_file(tmp_path / "out" / "judge.pt")
+    with monkeypatch.context() as patch:
+        Disk(tmp_path / "out", 6_000, patch)
+        with pytest.raises(RunError, match="out"):
+            checkpoint.save(tmp_path / "out" / "judge.pt", {**content, "more": torch.zeros(10_000)})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["judge.pt"]
+    assert_same(checkpoint.load(tmp_path / "out" / "judge.pt"), content)
+
+
+class Small(Section):
+    width: int
+
+
+def test_a_config_of_another_version_is_a_data_error() -> None:
+    assert checkpoint.config_of(Small, {"width": 3}, "x.pt") == Small(width=3)
+    with pytest.raises(CheckpointError, match="height") as caught:
+        checkpoint.config_of(Small, {"width": 3, "height": 4}, "x.pt")
+    assert caught.value.exit_code == 3
+
+
+def test_weights_are_filled_in_strictly(tmp_path: Path) -> None:
+    content = model_file(tmp_path / "judge.pt")
+    linear = nn.Linear(3, 2)
+    checkpoint.fill(linear, content, "judge.pt")
+    assert torch.equal(linear.weight, content["weights"]["weight"])
+    for misfit in (nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 2))):
+        with pytest.raises(CheckpointError, match=r"judge\.pt"):
+            checkpoint.fill(misfit, content, "judge.pt")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect {file}",
+        "verify {file}",
+        "train-tokenizer digits --recipe digits --from-weights {file} --out {out}",
+        "train-tokenizer digits --recipe digits --out {out} loss.perceptual=lpips loss.perceptual_weights={file}",
+        "eval recon digits:heldout --tokenizer {file}",
+        "eval fid digits:heldout --ref digits:train --resolution 16 --weights {file}",
+        "sample --ckpt {file} --out {out}",
+    ],
+)
+def test_text_in_place_of_weights_is_one_clear_error(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "text.pt", tmp_path / "out"
+    file.write_text("hello world, this is no checkpoint")
+    assert run(command.format(file=file, out=out).split()) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("rdpm: error: ")
+    assert str(file) in lines[0]
+    assert not out.exists()
+
+
+# ---- training states -----------------------------------------------------------------------------------------------
+
+
+def state(step: int) -> dict[str, Any]:
+    weights = torch.full((100,), float(step))
+    return {"step": step, "skipped": 0, "threads": 1, "players": {"tokenizer": {"weights": weights}}, "ema": None}
+
+
+def test_the_newest_states_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
+    assert checkpoint.load_newest_state(tmp_path, CPU) is None
+    for step in (3, 7, 20, 100):
+        checkpoint.save_state(tmp_path, step, state(step), keep=2)
+    assert [step for step, _ in checkpoint.states(tmp_path)] == [20, 100]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-{step:09d}.pt{suffix}" for step in (20, 100) for suffix in ("", ".sha256")
+    ]
+    newest = checkpoint.load_newest_state(tmp_path, CPU)
+    assert_same(newest, state(100))
+
+
+def test_the_checksum_is_in_the_format_of_sha256sum(tmp_path: Path) -> None:
+    path = checkpoint.save_state(tmp_path, 3, state(3), keep=2)
+    assert path.with_name(f"{path.name}.sha256").read_text() == f"{files.sha256_file(path)}  {path.name}\n"
+
+
+def test_a_flip_of_any_byte_of_a_state_is_found(tmp_path: Path) -> None:
+    path = checkpoint.save_state(tmp_path, 3, state(3), keep=2)
+    size, draw = path.stat().st_size, random.Random(0)
+    for position in [0, size - 1, *draw.sample(range(size), 40)]:
+        flip(path, position)
+        with pytest.raises(CheckpointError, match=path.name) as caught:
+            checkpoint.load_newest_state(tmp_path, CPU)
+        assert caught.value.hint
+        flip(path, position)
+    assert checkpoint.load_newest_state(tmp_path, CPU)
+
+
+def test_a_state_of_an_earlier_version_has_no_checksum_and_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint.save_state(tmp_path, 3, state(3), keep=2)
+    path.with_name(f"{path.name}.sha256").unlink()
+    assert_same(checkpoint.load_newest_state(tmp_path, CPU), state(3))
+    assert path.name in capsys.readouterr().err
+
+
+def test_good_states_stay_if_the_disk_gives_other_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        checkpoint.save_state(tmp_path, step, state(step), keep=2)
+    monkeypatch.setattr(files, "sha256_file", lambda path: "0" * 64)
+    with pytest.raises(RunError, match=r"step-000000003\.pt"):
+        checkpoint.save_state(tmp_path, 3, state(3), keep=2)
+    assert [step for step, _ in checkpoint.states(tmp_path)] == [1, 2]
+
+
+# ---- published weight files ----------------------------------------------------------------------------------------
+
+
+def published(content: bytes, url: str = "https://example.org/net.pth") -> Published:
+    return Published(f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth", url)
+
+
+def test_weights_are_found_in_the_environments_folder_then_in_torch_hubs(no_weights: Path) -> None:
+    net = published(b"weights")
+    hub = no_weights / "torch" / "hub" / "checkpoints" / net.file
+    hub.parent.mkdir(parents=True)
+    for path in (hub, no_weights / "weights" / net.file):
+        path.write_bytes(b"weights")
+        assert find_weights(net, None, "--weights FILE") == WeightFile(path, files.sha256_file(path), published=True)
+
+
+def test_absent_weights_name_the_file_its_folders_and_its_address(no_weights: Path) -> None:
+    net = published(b"weights")
+    with pytest.raises(AbsentWeightsError, match=net.file) as caught:
+        find_weights(net, None, "--weights FILE")
+    for folder in (no_weights / "weights", no_weights / "torch" / "hub" / "checkpoints"):
+        assert str(folder / net.file) in caught.value.message
+        assert str(folder / net.file) in caught.value.reason
+    assert caught.value.exit_code == 3
+    assert all(token in caught.value.hint for token in (net.url, "$RDPM_WEIGHTS", "--weights FILE"))
+
+
+def test_a_looked_up_file_must_be_the_published_one_a_named_one_need_not(no_weights: Path) -> None:
+    net = published(b"weights")
+    other = no_weights / "weights" / net.file
+    other.write_bytes(b"other weights")
+    with pytest.raises(CheckpointError, match=net.file) as caught:
+        find_weights(net, None, "--weights FILE")
+    assert not isinstance(caught.value, AbsentWeightsError)
+    assert find_weights(net, other, "") == WeightFile(other, files.sha256_file(other), published=False)
+
+
+def test_an_absent_named_file_is_not_replaced_by_another(no_weights: Path) -> None:
+    net = published(b"weights")
+    (no_weights / "weights" / net.file).write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match=r"mine\.pth"):
+        find_weights(net, no_weights / "mine.pth", "--weights FILE")
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The address of a server on loopback whose every file is b"weights"."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"weights")
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}/net.pth"
+        listening.shutdown()
+
+
+def test_a_download_is_whole_and_the_published_file_or_absent(no_weights: Path, server: str) -> None:
+    net = published(b"weights", server)
+    target = no_weights / "weights" / net.file
+    assert find_weights(net, None, "--weights FILE", download=True).path == target
+    assert target.read_bytes() == b"weights"
+    with pytest.raises(CheckpointError, match=re.escape(server)):
+        find_weights(published(b"other", server), None, "--weights FILE", download=True)
+    with pytest.raises(RunError, match="cannot be fetched"):
+        find_weights(published(b"third", "http://127.0.0.1:9/net.pth"), None, "--weights FILE", download=True)
+    assert [path.name for path in (no_weights / "weights").iterdir()] == [net.file]

@@ -1,0 +1,215 @@
+"""Pixels: the ADM crop, what odd images decode to, and the way to tensors and back."""
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import adm_center_crop_arr, encoded, make_files, random_image, random_pixels
+from PIL import Image
+
+from rdpm_cli.data.open import open_source
+from rdpm_cli.data.pixels import Pixels, cells, center_crop, chw, crop, hwc, to_model, to_pixels
+from rdpm_cli.errors import DataError, ImageError
+
+
+def read(folder: Path, raw: bytes, name: str = "a/1.png", size: int = 16) -> Pixels:
+    """The pixels of one file."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(raw)
+    return open_source(str(folder)).pixels(0, size)
+
+
+# ---- the ADM crop --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [16, 15])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (16, 16), (16, 41), (17, 23), (31, 31), (32, 32), (33, 47), (64, 48), (203, 131), (20, 500), (9, 13), (5, 60),
+        (1, 1),
+    ],
+)  # fmt: skip
+def test_center_crop_equals_adm(shape: tuple[int, int], size: int) -> None:
+    image = random_image(*shape)
+    cropped = center_crop(image, size)
+    assert cropped.shape == (size, size, 3)
+    assert cropped.dtype == np.uint8
+    assert np.array_equal(cropped, adm_center_crop_arr(image, size))
+
+
+def test_center_crop_keeps_an_image_of_the_right_size_and_takes_the_middle() -> None:
+    image = random_image(16, 16)
+    assert np.array_equal(center_crop(image, 16), np.asarray(image))
+    wide = np.zeros((16, 48, 3), dtype=np.uint8)
+    wide[:, 16:32] = 200
+    assert (center_crop(Image.fromarray(wide), 16) == 200).all()
+
+
+def test_an_image_too_thin_to_be_enlarged_is_refused(tmp_path: Path) -> None:
+    thin = Image.new("RGB", (1, 5000))
+    assert crop(thin, 16, "thin").shape == read(tmp_path, encoded(thin)).shape == (16, 16, 3)
+    with pytest.raises(ImageError, match="1×5000"):
+        read(tmp_path, encoded(thin), size=256)
+    with pytest.raises(ImageError, match="1×5000"):
+        crop(thin, 256, "thin")
+
+
+def test_a_mask_touches_the_cells_that_hold_a_white_pixel() -> None:
+    mask = np.zeros((8, 12, 3), dtype=np.uint8)
+    mask[0, 0, 1] = 127  # less than half white
+    mask[5, 11] = 128
+    assert cells(mask, (2, 3)).tolist() == [[False] * 3, [False, False, True]]
+
+
+# ---- odd images ----------------------------------------------------------------------------------------------------
+
+
+def palette_image() -> Image.Image:
+    image = Image.new("P", (16, 16), 3)
+    image.putpalette([0, 0, 0, 1, 1, 1, 2, 2, 2, 10, 20, 30])
+    return image
+
+
+def deep_image() -> Image.Image:
+    return Image.fromarray(np.full((16, 16), 100 * 257, dtype=np.uint16))  # 100 of 255 in 16 bits
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "rgb"),
+    [
+        (Image.new("L", (16, 16), 100), "png", [100, 100, 100]),
+        (Image.new("LA", (16, 16), (100, 7)), "png", [100, 100, 100]),
+        (Image.new("1", (16, 16), 1), "png", [255, 255, 255]),
+        (Image.new("RGBA", (16, 16), (1, 2, 3, 7)), "png", [1, 2, 3]),
+        (palette_image(), "png", [10, 20, 30]),
+        (Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "tif", [255, 0, 0]),
+        (Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "jpg", [255, 0, 0]),
+        (deep_image(), "png", [100, 100, 100]),
+        (deep_image(), "tif", [100, 100, 100]),
+        (deep_image(), "ppm", [100, 100, 100]),
+    ],
+    ids=lambda value: getattr(value, "mode", None),
+)
+def test_every_mode_comes_out_as_rgb(tmp_path: Path, image: Image.Image, suffix: str, rgb: list[int]) -> None:
+    image.save(tmp_path / f"image.{suffix}")
+    pixels = open_source(str(tmp_path)).pixels(0, 16)
+    assert pixels.reshape(-1, 3).min(0).tolist() == pixels.reshape(-1, 3).max(0).tolist() == rgb
+
+
+def deep_png(colour: int, values: list[int]) -> bytes:
+    """A 16×16 PNG with 16 bits a channel, which Pillow does not write, all pixels of these values."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    row = b"\0" + struct.pack(f">{len(values)}H", *values) * 16
+    header = struct.pack(">IIBBBBB", 16, 16, 16, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 16)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("colour", "values", "rgb"),
+    [
+        (2, [10, 20, 30], [10, 20, 30]),
+        (6, [10, 20, 30, 99], [10, 20, 30]),
+        (4, [10, 99], [10] * 3),
+        (0, [10], [10] * 3),
+    ],
+)
+def test_16_bits_a_channel_keep_their_high_byte(tmp_path: Path, colour: int, values: list[int], rgb: list[int]) -> None:
+    raw = deep_png(colour, [value * 256 + 200 for value in values])
+    assert read(tmp_path, raw)[3, 5].tolist() == rgb
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bits_a_pixel_are_refused_not_clipped(tmp_path: Path, mode: str) -> None:
+    with pytest.raises(ImageError, match=r"a/1\.tif"):
+        read(tmp_path, encoded(Image.new(mode, (16, 16), 1), "TIFF"), "a/1.tif")
+
+
+def test_alpha_is_dropped_as_adm_does_not_composited(tmp_path: Path) -> None:
+    rgba = Image.new("RGBA", (16, 16), (200, 100, 50, 0))
+    for name, raw in {"png": encoded(rgba), "webp": encoded(rgba, "WEBP", lossless=True, exact=True)}.items():
+        assert read(tmp_path / name, raw, f"a/1.{name}")[0, 0].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_rotation_is_not_applied(tmp_path: Path, kind: str) -> None:
+    image, exif = random_image(8, 8).resize((32, 16)), Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    raw = encoded(image, kind, exif=exif)
+    with Image.open(io.BytesIO(raw)) as stored:
+        assert stored.getexif()[0x0112] == 6
+        expected = adm_center_crop_arr(stored.convert("RGB"), 16)
+    assert np.array_equal(read(tmp_path, raw), expected)
+
+
+def test_the_content_decides_the_format_not_the_suffix(tmp_path: Path) -> None:
+    image = random_image(16, 16)
+    assert np.array_equal(read(tmp_path, encoded(image), "a/1.JPEG"), np.asarray(image))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF"])
+def test_an_animation_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
+    first, second = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    raw = encoded(first, kind, save_all=True, append_images=[second], **options)
+    with Image.open(io.BytesIO(raw)) as stored:
+        assert getattr(stored, "n_frames", 1) == 2
+    assert read(tmp_path, raw)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_warnings_about_an_image_neither_show_nor_raise(tmp_path: Path) -> None:
+    raw = encoded(palette_image(), "PNG", transparency=bytes([0, 255, 7]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path, raw)[0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("limit", [100, 300])  # 20 × 18 pixels: above twice the first and above the second
+def test_a_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    source = open_source(str(make_files(tmp_path, "a/bomb.png")))
+    assert source.pixels(0, 16).shape == (16, 16, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(DataError, match=r"a/bomb\.png"):
+        source.pixels(0, 16)
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------------
+
+
+def test_all_256_values_survive_the_model_range() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    x = to_model(values)
+    assert (x.dtype, float(x.min()), float(x.max())) == (torch.float32, -1.0, 1.0)
+    assert torch.equal(to_pixels(x), values)
+
+
+@pytest.mark.parametrize(
+    ("value", "pixel"),
+    [(-1.0, 0), (-3.0, 0), (1.0, 255), (9.0, 255), (1 / 255, 128), (0.99 / 127.5 - 1, 1), (0.49 / 127.5 - 1, 0)],
+)
+def test_to_pixels_rounds_to_the_nearest_and_clamps(value: float, pixel: int) -> None:
+    assert to_pixels(torch.tensor([value])).tolist() == [pixel]
+
+
+def test_to_pixels_is_round_of_127_5_x_plus_127_5() -> None:
+    x = np.random.default_rng(0).uniform(-1.3, 1.3, 1000).astype(np.float32)
+    expected = np.clip(np.round(np.float32(127.5) * x + np.float32(127.5)), 0, 255).astype(np.uint8)
+    assert np.array_equal(to_pixels(torch.from_numpy(x)).numpy(), expected)
+
+
+def test_hwc_and_chw_are_inverse() -> None:
+    images = random_pixels(3, 5)[:, :4]
+    planes = chw(images)
+    assert (planes.shape, planes.is_contiguous()) == ((3, 3, 4, 5), True)
+    assert planes[2, 1, 3, 4] == images[2, 3, 4, 1]
+    assert np.array_equal(hwc(planes), images)
+    assert hwc(planes).flags.c_contiguous
