@@ -85,6 +85,9 @@ class Interrupted:
         self.file.write(whole[len(whole) // 2 :])
         return len(whole)
 
+    def flush(self) -> None:
+        self.file.flush()
+
 
 class Kills(Faults):
     """The same with a real SIGKILL of this process."""
@@ -130,3 +133,6 @@ class Bounded:
         self.file.write(whole[: max(0, self.disk.free)])
         self.disk.refused = True
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self) -> None:
+        self.file.flush()

@@ -179,7 +179,7 @@ FAILURES: dict[str, tuple[str, int, str, str]] = {
     "an item beyond": ("sample --ckpt {generator} --init {images}#36 --from-step 2", 2, "36", "SOURCE#N"),
     "a step beyond": ("sample --ckpt {generator} --init {images}#1 --from-step 5", 2, "5", "4"),
     "rejection without a judge": ("sample --ckpt {generator} --reject keep=0.5", 2, "--reject", "--judge"),
-    "an odd rate": ("sample --ckpt {generator} --reject keep=0.4 --judge {text}", 2, "--reject", "keep=0.5"),
+    "an odd rate": ("sample --ckpt {generator} --reject keep=0.4 --judge {text}", 2, "--reject", "--judge"),
     "text for a judge":
         ("sample --ckpt {generator} --reject keep=0.5 --judge {text}", 3, "text.pt", "rdpm eval judge"),
     "missing Inception weights": (

@@ -34,9 +34,6 @@ def samples_folder(root: Path, count: int = 3) -> Path:
     return root
 
 
-# ---- inspect -------------------------------------------------------------------------------------------------------
-
-
 def test_inspect_names_the_kind(
     digits_codes: Path, tiny_tokenizer_file: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -64,28 +61,8 @@ def test_inspect_names_the_kind(
     assert look.inspect(str(tmp_path / "run")).values["finished"] == ["generator.pt"]
 
 
-def test_inspect_of_images_and_of_a_store(image_folder: Path, digits_codes: Path) -> None:
-    values = look.inspect(str(image_folder)).values
-    assert set(values) == {"kind", "source", "images", "classes", "class_names", "first", "first_size", "digest"}
-    assert (values["images"], values["classes"], values["first"]) == (36, 3, "a/00.png")
-    store = look.inspect(str(digits_codes)).values
-    assert store["digest"] == Manifest.load(digits_codes).digest()
-    assert store["data"]["digest"] == values["digest"]
-
-
-def test_inspect_of_a_tokenizer_file(tiny_tokenizer_file: Path) -> None:
-    values, content = look.inspect(str(tiny_tokenizer_file)).values, checkpoint.load(tiny_tokenizer_file)
-    expected = {"kind", "file", "bytes", "digest", "config", "class_names", "provenance", "parameters"}
-    assert set(values) == expected
-    assert (values["digest"], values["config"]) == (content["digest"], content["config"])
-    assert values["parameters"] > 10_000
-
-
 def test_inspect_counts_the_parameters_of_a_recipe() -> None:
     values = look.inspect("imagenet256-d12").values
-    assert set(values) == {
-        "kind", "name", "digest", "parameters", "parameters_assume", "recipe"
-    }  # fmt: skip
     assert values["parameters"] == pytest.approx(133e6, rel=0.01)
     assert values["parameters_assume"] == {"classes": 1000, "positions": 256, "codes": 4096, "channels": 32}
 
@@ -108,9 +85,6 @@ def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
     assert result.values["generator"]["train"]["steps"] == 7
     (tmp_path / "again.yaml").write_text(result.text)
     assert look.resolve(str(tmp_path / "again.yaml"), [], "generator").values["generator"] == result.values["generator"]
-
-
-# ---- verify --------------------------------------------------------------------------------------------------------
 
 
 def test_verify_answers_in_json_and_by_its_exit_code(
@@ -144,9 +118,6 @@ def test_verify_of_samples_names_the_damaged_file(tmp_path: Path) -> None:
         look.verify(root)
 
 
-# ---- doctor --------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def weights_folder(no_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine without launcher and driver. -> its empty folder of weights."""
@@ -177,8 +148,6 @@ def test_doctor_reports_versions_devices_disk_weights_and_extras(examine: Any) -
     answer = examine()
     assert answer["versions"]["numpy"] == metadata.version("numpy")
     assert {"rdpm", "python", "torch", "torch-fidelity", "libjpeg-turbo"} <= set(answer["versions"])
-    assert answer["devices"]["gpus"] == torch.cuda.device_count()
-    assert answer["disk"]["free_gib"] > 0
     assert set(answer["extras"]) == {"flash", "parquet", "wandb"}
     absent = {f"weights.{name}" for name in ("inception", "vgg16", "alexnet")}
     absent |= {f"extras.{name}" for name, version in answer["extras"].items() if look.FAILED in version}
@@ -202,24 +171,15 @@ def test_doctor_finds_a_weight_file_and_its_sha256(
     assert "weights.inception" not in answer["fix"]
 
 
-def test_a_damaged_weight_file_is_broken(examine: Any, weights_folder: Path) -> None:
+def test_what_stops_commands_is_broken(examine: Any, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "2")
+    monkeypatch.setitem(sys.modules, "lpips", None)
     (weights_folder / VGG.file).write_bytes(b"half of it")
     answer = examine(3)
-    assert answer["broken"] == ["weights.vgg16"]
-    assert VGG.url in answer["fix"]["weights.vgg16"]
-
-
-def test_a_package_that_cannot_be_imported_is_broken(examine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    answer = examine(3)
-    assert answer["broken"] == ["versions.lpips"]
+    assert answer["broken"] == ["launcher", "versions.lpips", "weights.vgg16"]
+    assert answer["launcher"] == {"MASTER_PORT": "2"}
     assert "lpips" in answer["fix"]["versions.lpips"]
-
-
-def test_an_incomplete_launcher_is_broken(examine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_PORT", "2")
-    answer = examine(3)
-    assert (answer["broken"], answer["launcher"]) == (["launcher"], {"MASTER_PORT": "2"})
+    assert VGG.url in answer["fix"]["weights.vgg16"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU")

@@ -1,8 +1,7 @@
 """Pictures out (PNG, grids, GIFs, curves) and .npz files of images both ways."""
 
-import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +21,6 @@ def test_png_round_trip(tmp_path: Path) -> None:
     (tmp_path / "half.png").write_bytes((tmp_path / "new" / "image.png").read_bytes()[:300])
     with pytest.raises(DataError, match=r"half\.png"):
         pictures.read_png(tmp_path / "half.png")
-
-
-# ---- grids, GIFs, curves -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("side", "factor"), [(8, 8), (16, 4), (32, 2), (64, 1), (256, 1)])
-def test_small_images_are_enlarged_to_about_64_pixels(side: int, factor: int) -> None:
-    assert pictures.enlargement(side) == factor
-
-
-@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (6, 3, 2), (7, 3, 3)])
-def test_grid_size_is_tiles_and_gaps(count: int, columns: int, rows: int) -> None:
-    sheet = pictures.grid(random_pixels(count, 16), columns)
-    assert sheet.shape == (rows * 66 + 2, columns * 66 + 2, 3)
-    assert sheet.dtype == np.uint8
 
 
 def test_grid_shows_every_tile_in_its_place_with_labels_and_title() -> None:
@@ -78,25 +62,6 @@ def test_curves_are_a_picture_with_a_panel_a_title(tmp_path: Path) -> None:
     assert not np.array_equal(sheets["log"], sheets["one"]), "the logarithmic axis does nothing"
 
 
-@pytest.mark.parametrize("name", ["image.png", "steps.gif", "curves.png"])
-def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def full_disk(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    write: dict[str, Callable[[Path], None]] = {
-        "image.png": lambda path: pictures.save_png(path, random_pixels(1, 8)[0]),
-        "steps.gif": lambda path: pictures.save_gif(path, list(random_pixels(2, 8))),
-        "curves.png": lambda path: pictures.save_curves(path, {"loss": {"train": ([0.0], [1.0])}}),
-    }
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write[name](tmp_path / name)
-    assert list(tmp_path.iterdir()) == []
-
-
-# ---- .npz ----------------------------------------------------------------------------------------------------------
-
-
 def test_npz_is_the_format_of_adm(tmp_path: Path) -> None:
     images, labels = random_pixels(7, 6), [3, 1, 4, 1, 5, 9, 2]
     strided = [np.asfortranarray(part) for part in (images[:4], images[4:6], images[6:])]
@@ -108,16 +73,6 @@ def test_npz_is_the_format_of_adm(tmp_path: Path) -> None:
         assert content["arr_1"].tolist() == labels
     with zipfile.ZipFile(tmp_path / "samples.npz") as archive:
         assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
-
-
-def test_an_interrupted_npz_leaves_nothing(tmp_path: Path) -> None:
-    def batches() -> Iterator[NDArray[np.uint8]]:
-        yield random_pixels(2, 6)
-        raise DataError("the third sample is missing")
-
-    with pytest.raises(DataError):
-        pictures.save_npz(tmp_path / "samples.npz", (4, 6, 6, 3), batches(), [0] * 4)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -146,12 +101,6 @@ def test_an_npz_without_uint8_images_is_refused(tmp_path: Path, arrays: dict[str
     np.savez(tmp_path / "x.npz", **arrays)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"x\.npz"):
         pictures.NpzImages(tmp_path / "x.npz")
-
-
-def test_npz_labels_that_do_not_fit_are_none(tmp_path: Path) -> None:
-    for extra in ({}, {"arr_1": np.arange(3)}, {"arr_1": np.zeros(2)}):
-        np.savez(tmp_path / "x.npz", arr_0=random_pixels(2, 4), **extra)
-        assert pictures.NpzImages(tmp_path / "x.npz").labels() is None
 
 
 def test_a_damaged_npz_is_named_and_objects_are_not_unpickled(tmp_path: Path) -> None:

@@ -2,19 +2,18 @@
 
 import io
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pictures import adm_center_crop_arr, encoded, make_files, random_image, random_pixels
+from pictures import adm_center_crop_arr, encoded, random_image, random_pixels
 from PIL import Image
 
 from rdpm_cli.data.open import open_source
 from rdpm_cli.data.pixels import Pixels, cells, center_crop, chw, crop, hwc, to_model, to_pixels
-from rdpm_cli.errors import DataError, ImageError
+from rdpm_cli.errors import ImageError
 
 
 def read(folder: Path, raw: bytes, name: str = "a/1.png", size: int = 16) -> Pixels:
@@ -24,15 +23,11 @@ def read(folder: Path, raw: bytes, name: str = "a/1.png", size: int = 16) -> Pix
     return open_source(str(folder)).pixels(0, size)
 
 
-# ---- the ADM crop --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [16, 15])
 @pytest.mark.parametrize(
     "shape",
     [
-        (16, 16), (16, 41), (17, 23), (31, 31), (32, 32), (33, 47), (64, 48), (203, 131), (20, 500), (9, 13), (5, 60),
-        (1, 1),
+        (16, 16), (16, 41), (31, 31), (32, 32), (33, 47), (203, 131), (20, 500), (9, 13), (1, 1),
     ],
 )  # fmt: skip
 def test_center_crop_equals_adm(shape: tuple[int, int], size: int) -> None:
@@ -41,14 +36,6 @@ def test_center_crop_equals_adm(shape: tuple[int, int], size: int) -> None:
     assert cropped.shape == (size, size, 3)
     assert cropped.dtype == np.uint8
     assert np.array_equal(cropped, adm_center_crop_arr(image, size))
-
-
-def test_center_crop_keeps_an_image_of_the_right_size_and_takes_the_middle() -> None:
-    image = random_image(16, 16)
-    assert np.array_equal(center_crop(image, 16), np.asarray(image))
-    wide = np.zeros((16, 48, 3), dtype=np.uint8)
-    wide[:, 16:32] = 200
-    assert (center_crop(Image.fromarray(wide), 16) == 200).all()
 
 
 def test_an_image_too_thin_to_be_enlarged_is_refused(tmp_path: Path) -> None:
@@ -65,9 +52,6 @@ def test_a_mask_touches_the_cells_that_hold_a_white_pixel() -> None:
     mask[0, 0, 1] = 127  # less than half white
     mask[5, 11] = 128
     assert cells(mask, (2, 3)).tolist() == [[False] * 3, [False, False, True]]
-
-
-# ---- odd images ----------------------------------------------------------------------------------------------------
 
 
 def palette_image() -> Image.Image:
@@ -134,26 +118,12 @@ def test_32_bits_a_pixel_are_refused_not_clipped(tmp_path: Path, mode: str) -> N
         read(tmp_path, encoded(Image.new(mode, (16, 16), 1), "TIFF"), "a/1.tif")
 
 
-def test_alpha_is_dropped_as_adm_does_not_composited(tmp_path: Path) -> None:
-    rgba = Image.new("RGBA", (16, 16), (200, 100, 50, 0))
-    for name, raw in {"png": encoded(rgba), "webp": encoded(rgba, "WEBP", lossless=True, exact=True)}.items():
-        assert read(tmp_path / name, raw, f"a/1.{name}")[0, 0].tolist() == [200, 100, 50]
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_rotation_is_not_applied(tmp_path: Path, kind: str) -> None:
+def test_exif_rotation_is_not_applied_and_the_content_decides_the_format(tmp_path: Path) -> None:
     image, exif = random_image(8, 8).resize((32, 16)), Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
-    raw = encoded(image, kind, exif=exif)
+    raw = encoded(image, "JPEG", exif=exif)
     with Image.open(io.BytesIO(raw)) as stored:
-        assert stored.getexif()[0x0112] == 6
-        expected = adm_center_crop_arr(stored.convert("RGB"), 16)
-    assert np.array_equal(read(tmp_path, raw), expected)
-
-
-def test_the_content_decides_the_format_not_the_suffix(tmp_path: Path) -> None:
-    image = random_image(16, 16)
-    assert np.array_equal(read(tmp_path, encoded(image), "a/1.JPEG"), np.asarray(image))
+        assert np.array_equal(read(tmp_path, raw, "a/1.png"), adm_center_crop_arr(stored.convert("RGB"), 16))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF"])
@@ -166,38 +136,11 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
     assert read(tmp_path, raw)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_warnings_about_an_image_neither_show_nor_raise(tmp_path: Path) -> None:
-    raw = encoded(palette_image(), "PNG", transparency=bytes([0, 255, 7]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert read(tmp_path, raw)[0, 0].tolist() == [10, 20, 30]
-
-
-@pytest.mark.parametrize("limit", [100, 300])  # 20 × 18 pixels: above twice the first and above the second
-def test_a_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    source = open_source(str(make_files(tmp_path, "a/bomb.png")))
-    assert source.pixels(0, 16).shape == (16, 16, 3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(DataError, match=r"a/bomb\.png"):
-        source.pixels(0, 16)
-
-
-# ---- tensors -------------------------------------------------------------------------------------------------------
-
-
 def test_all_256_values_survive_the_model_range() -> None:
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
     x = to_model(values)
     assert (x.dtype, float(x.min()), float(x.max())) == (torch.float32, -1.0, 1.0)
     assert torch.equal(to_pixels(x), values)
-
-
-@pytest.mark.parametrize(
-    ("value", "pixel"),
-    [(-1.0, 0), (-3.0, 0), (1.0, 255), (9.0, 255), (1 / 255, 128), (0.99 / 127.5 - 1, 1), (0.49 / 127.5 - 1, 0)],
-)
-def test_to_pixels_rounds_to_the_nearest_and_clamps(value: float, pixel: int) -> None:
-    assert to_pixels(torch.tensor([value])).tolist() == [pixel]
 
 
 def test_to_pixels_is_round_of_127_5_x_plus_127_5() -> None:

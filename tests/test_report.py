@@ -53,9 +53,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content = judge.pack(judge.Judge(16, 8, 8, 2), CLASSES, provenance={"heldout_accuracy": 0.5, "data": images})
     checkpoint.save(root / "judge.pt", content)
     ruler = score.Ruler(root / "judge.pt")
-    files.write_json(
-        root / "fid.json", score.eval_images("fid", str(root / "samples"), None, ruler, device="cpu").values
-    )
+    fid = score.eval_images("fid", str(root / "samples"), None, ruler, device="cpu")
+    files.write_json(root / "fid.json", fid.values)
     recon = score.eval_recon(images, root / "tok" / "tokenizer.pt", seeds=2, ruler=ruler, device="cpu")
     files.write_json(root / "recon.json", recon.values)
     return root
@@ -130,32 +129,23 @@ def test_csv_and_json_hold_every_score_as_it_was_recorded(chain: Path, tmp_path:
     assert any(score["value"] == record["value"] for score in whole["scores"])
 
 
-def scores_of(**record: Any) -> list[report.Score]:
-    items = [
-        report.Item("score", f"{i}.json", record={"metric": "fid", **record, "value": v})
-        for i, v in enumerate((3.0, 2.0))
-    ]
-    return report.read_scores(items)
+def scores_of(*records: dict[str, Any]) -> list[report.Score]:
+    return report.read_scores([report.Item("score", "a", record=record) for record in records])
 
 
 def test_the_best_is_marked_among_comparable_scores_only() -> None:
-    alike = scores_of(n=100, extractor={"name": "inception"}, reference={"name": "r"})
-    assert [score.best for score in alike] == [False, True]
-    items = [report.Item("score", "a", record={"metric": "fid", "value": 3.0, "n": n}) for n in (100, 200)]
-    assert not any(score.best for score in report.read_scores(items))
+    alike = [{"metric": "fid", "value": v, "n": 100, "extractor": {"name": "inception"}} for v in (3.0, 2.0)]
+    assert [score.best for score in scores_of(*alike)] == [False, True]
+    assert not any(score.best for score in scores_of(alike[0], {**alike[1], "n": 200}))
 
 
-def test_a_score_that_was_not_computed_keeps_its_reason() -> None:
-    item = report.Item("score", "a", record={"rfid": None, "psnr": 20.0, "not_computed": {"rfid": "weights absent"}})
-    by_metric = {score.metric: score for score in report.read_scores([item])}
-    assert by_metric["rfid"].value is None
-    assert by_metric["rfid"].note == "weights absent"
-    assert by_metric["psnr"].text == "20"
-
-
-def test_published_figures_say_why_ours_cannot_be_compared() -> None:
-    item = report.Item("score", "a", record={"metric": "reconstruction", "psnr": 22.0, "reference": {"name": "digits"}})
-    rows = report.beside_published([item], report.read_scores([item]))
+def test_published_figures_say_why_ours_cannot_be_compared_and_absent_scores_their_reason() -> None:
+    reference = {"name": "digits"}
+    scores = scores_of({"rfid": None, "psnr": 22.0, "not_computed": {"rfid": "weights absent"}, "reference": reference})
+    by_metric = {score.metric: score for score in scores}
+    assert (by_metric["rfid"].value, by_metric["rfid"].note) == (None, "weights absent")
+    assert by_metric["psnr"].text == "22"
+    rows = report.beside_published([], scores)
     row = next(row for row in rows if row["metric"] == "psnr")
     assert row["ours"] == 22.0
     assert any("digits" in reason for reason in row["reasons"])
@@ -163,13 +153,10 @@ def test_published_figures_say_why_ours_cannot_be_compared() -> None:
 
 
 def test_guidance_sweeps_are_drawn() -> None:
-    records = [
-        {"metric": "fid", "value": 5.0 - cfg, "n": 10, "options": {"cfg": cfg, "tau": 1.0}} for cfg in (0.0, 1.0)
-    ]
-    scores = report.read_scores([report.Item("score", "a", record=record) for record in records])
-    plots = report.trade_offs(scores)
-    assert len(plots) == 1
-    assert "cfg" in plots[0][0]
+    scores = scores_of(
+        *({"metric": "fid", "value": 5 - g, "n": 10, "options": {"cfg": g, "tau": 1}} for g in (0.0, 1.0))
+    )
+    assert [title for title, _ in report.trade_offs(scores)] == ["FID against cfg, N = 10"]
 
 
 def test_bad_inputs_are_refused_by_name(chain: Path, tmp_path: Path) -> None:

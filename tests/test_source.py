@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from pictures import adm_center_crop_arr, make_files, make_tar, make_zip, real, write_parquet
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from rdpm_cli import files
 from rdpm_cli.data.labels import parse_classes
-from rdpm_cli.data.open import DigitsSource, FolderSource, expand, is_builtin, is_there, open_item, open_source
-from rdpm_cli.data.source import Subset, spread
+from rdpm_cli.data.open import DigitsSource, FolderSource, expand, is_there, open_item, open_source
+from rdpm_cli.data.source import Subset
 from rdpm_cli.errors import DataError, RdpmError, UsageError
 
 
@@ -24,37 +23,13 @@ def test_folder_of_classes(image_folder: Path) -> None:
     assert isinstance(source, FolderSource)
     assert (len(source), source.class_names) == (36, ["a", "b", "c"])
     assert list(source.names) == sorted(p.relative_to(image_folder).as_posix() for p in image_folder.glob("?/*"))
+    assert (Subset(source, [3, 30], "few").names, Subset(source, [3, 30], "few").labels) == (
+        source.names[3::27],
+        [0, 2],
+    )
     assert source.need_labels() == source.columns["labels"] == [0] * 12 + [1] * 12 + [2] * 12
     with Image.open(image_folder / source.names[20]) as image:
         assert np.array_equal(source.pixels(20, 16), adm_center_crop_arr(image.convert("RGB"), 16))
-
-
-def test_labels_count_the_sorted_class_names(tmp_path: Path) -> None:
-    names = {"10/x.png": 0, "9/x.png": 1, "B/x.png": 2, "b/deep/er/x.png": 3, "b-a/x.png": 4}
-    source = open_source(str(make_files(tmp_path, *names)))
-    assert source.class_names == ["10", "9", "B", "b", "b-a"]
-    assert dict(zip(source.names, source.need_labels(), strict=True)) == names
-
-
-def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    source = open_source(str(make_files(tmp_path, "2.png", "1.jpg")))
-    assert (list(source.names), source.labels, source.class_names) == (["1.jpg", "2.png"], None, [])
-    assert (source.columns, source.pixels(0, 16).shape) == ({}, (16, 16, 3))
-    with pytest.raises(DataError, match=str(tmp_path)):
-        source.need_labels()
-
-
-def test_subset_keeps_order_and_classes(image_folder: Path) -> None:
-    source = open_source(str(image_folder))
-    subset = Subset(source, [3, 30], "two of them")
-    assert (subset.names, subset.labels) == ([source.names[3], source.names[30]], [0, 2])
-    assert (subset.class_names, "two of them" in subset.spec) == (source.class_names, True)
-    assert np.array_equal(subset.pixels(1, 16), source.pixels(30, 16))
-
-
-def test_spread_covers_the_whole_source() -> None:
-    assert spread(10, 3) == [0, 3, 6]
-    assert spread(3, 10) == spread(3, None) == [0, 1, 2]
 
 
 def test_the_digest_covers_names_and_labels_only(tmp_path: Path) -> None:
@@ -67,9 +42,6 @@ def test_the_digest_covers_names_and_labels_only(tmp_path: Path) -> None:
     assert len({expected, renamed.digest(), moved.digest()}) == 3
 
 
-# ---- the digits ----------------------------------------------------------------------------------------------------
-
-
 def test_digits_are_1500_and_297_disjoint_and_stratified() -> None:
     train, heldout = open_source("digits:train"), open_source("digits:heldout")
     assert (len(train), len(heldout)) == (1500, 297)
@@ -80,18 +52,6 @@ def test_digits_are_1500_and_297_disjoint_and_stratified() -> None:
         assert abs(counts[1] - sum(counts) * 297 / 1797) < 1
 
 
-def test_digits_are_the_same_scans_everywhere() -> None:
-    scans, targets = load_digits().images, load_digits().target
-    heldout = open_source("digits:heldout")
-    assert list(heldout.names[:3]) == ["heldout/1/0021", "heldout/4/0024", "heldout/8/0028"]
-    row = int(heldout.names[5].rsplit("/", 1)[1])
-    assert (heldout.need_labels()[5], heldout.class_names) == (targets[row], [str(d) for d in range(10)])
-    pixels = heldout.pixels(5, 16)
-    assert np.array_equal(pixels[..., 0], pixels[..., 2])
-    halved = pixels[..., 0].astype(float).reshape(8, 2, 8, 2).mean((1, 3))
-    assert np.corrcoef(halved.ravel(), scans[row].ravel())[0, 1] > 0.98
-
-
 def test_digits_without_a_part_are_the_training_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = open_source("digits")
     assert isinstance(digits, DigitsSource)
@@ -99,12 +59,6 @@ def test_digits_without_a_part_are_the_training_part(tmp_path: Path, monkeypatch
     make_files(tmp_path / "digits", "a/1.png")
     monkeypatch.chdir(tmp_path)
     assert (len(open_source("./digits")), len(open_source("digits"))) == (1, 1500)
-    assert [is_builtin(spec) for spec in ("digits", "digits:train", "./digits", "digits.zip")] == [True] * 2 + [
-        False
-    ] * 2
-
-
-# ---- real images ---------------------------------------------------------------------------------------------------
 
 
 def test_real_imagenet_photographs_are_cropped_as_by_adm() -> None:
@@ -114,15 +68,13 @@ def test_real_imagenet_photographs_are_cropped_as_by_adm() -> None:
         assert np.array_equal(source.pixels(index, 256), adm_center_crop_arr(source.image(index), 256))
 
 
-def test_real_cifar10_zip_is_read_in_place() -> None:
-    source = open_source(real("cifar10-train.zip"))
-    assert np.bincount(source.need_labels()).tolist() == [5000] * 10
-    assert source.class_names[0] == "airplane"
-    for index in (0, 49_999):
-        assert np.array_equal(source.pixels(index, 32), np.asarray(source.image(index)))
-
-
-# ---- folders: hidden files, links, what is refused -----------------------------------------------------------------
+def test_a_flat_folder_has_no_labels_and_previews_are_no_samples(tmp_path: Path) -> None:
+    make_files(tmp_path, "000001.png", "000000.png", "previews/grid.png")
+    (tmp_path / "samples.json").write_text("{}")
+    source = open_source(str(tmp_path))
+    assert (list(source.names), source.labels, source.columns) == (["000000.png", "000001.png"], None, {})
+    with pytest.raises(DataError, match=str(tmp_path)):
+        source.need_labels()
 
 
 def test_hidden_files_and_other_files_are_ignored(tmp_path: Path) -> None:
@@ -131,12 +83,6 @@ def test_hidden_files_and_other_files_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("not an image")
     source = open_source(str(tmp_path))
     assert (list(source.names), source.class_names) == (["a/1.png", "b/2.JPEG"], ["a", "b"])
-
-
-def test_the_grids_in_a_folder_of_samples_are_no_samples(tmp_path: Path) -> None:
-    make_files(tmp_path, "000000.png", "previews/grid.png")
-    (tmp_path / "samples.json").write_text("{}")
-    assert list(open_source(str(tmp_path)).names) == ["000000.png"]
 
 
 def test_links_are_followed_and_each_folder_counts_once_under_its_real_name(tmp_path: Path) -> None:
@@ -161,10 +107,7 @@ def test_links_are_followed_and_each_folder_counts_once_under_its_real_name(tmp_
         (lambda root: make_files(root / "empty", "notes/.hidden.png"), DataError, "empty"),
         (lambda root: make_files(root / "mixed", "a/1.png", "loose.png"), DataError, r"loose\.png"),
         (lambda root: make_zip(root / "empty.zip", "a/readme.txt"), DataError, r"empty\.zip"),
-        (lambda root: make_zip(root / "mixed.zip", "a/1.png", "loose.png"), DataError, r"loose\.png"),
         (lambda root: make_zip(root / "up.zip", "a/1.png", "../b/2.png"), DataError, r"\.\./b/2\.png"),
-        (lambda root: make_zip(root / "in.zip", "a/1.png", "a/../../2.png"), DataError, r"a/\.\./\.\./2\.png"),
-        (lambda root: make_zip(root / "root.zip", "/etc/2.png"), DataError, "/etc/2.png"),
         (lambda root: make_zip(root / "cut.zip", "a/1.png").rename(root / "x.tar"), DataError, r"x\.tar"),
         (lambda root: Path("digits:test"), UsageError, "test"),
     ],
@@ -210,9 +153,6 @@ def test_data_splits_are_no_classes(tmp_path: Path, splits: tuple[str, str]) -> 
         open_source(str(tmp_path))
 
 
-# ---- class names and labels ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("lines", "labels", "names"),
     [
@@ -239,9 +179,8 @@ def test_classes_txt_names_the_class_folders(
     ("content", "token"),
     [
         (b"a\n", "lacks b"),
-        (b"a\nc\n", "lacks b"),
         (b"x\ny\nz\n", "3"),
-        (b"x\n\ny\n", "line 2"),
+        (b"x\n\ny\n", ""),
         (b"", ""),
         (b"\xff", ""),
     ],
@@ -259,7 +198,6 @@ def test_classes_txt_that_does_not_fit_is_refused(tmp_path: Path, content: bytes
         ([["a/1.png", 0]], r"b/2\.png"),
         ([["a/1.png", 0], ["b/2.png", 1.5]], "1.5"),
         ([["a/1.png", 0], ["b/2.png", -1]], "-1"),
-        ([["a/1.png", 0], ["b/2.png", True]], "True"),
         ([["a/1.png", 0], ["b/2.png", 10**9]], "1000000000"),
         ([["a/1.png"]], r"dataset\.json"),
         (7, r"dataset\.json"),
@@ -284,24 +222,17 @@ def test_edm_without_labels_and_another_dataset_json(tmp_path: Path) -> None:
     assert open_source(str(tmp_path)).class_names == ["00000", "00001"]
 
 
-# ---- patterns and folders of shards --------------------------------------------------------------------------------
-
-
 def test_patterns_count_with_their_zeros_list_and_multiply(tmp_path: Path) -> None:
     for name in ("08a", "08b", "09a", "09b", "10a", "10b"):
         (tmp_path / f"{name}.tar").touch()
     paths = expand(str(tmp_path / "{08..10}{a,b}.tar"))
     assert [path.stem for path in paths] == ["08a", "08b", "09a", "09b", "10a", "10b"]
-    assert [path.stem for path in expand(str(tmp_path / "{10,08}?.tar"))] == ["10a", "10b", "08a", "08b"]
 
 
 @pytest.mark.parametrize(
     ("pattern", "error", "token"),
     [
         ("x-{0..3}.tar", UsageError, r"x-2\.tar"),
-        ("y-*.tar", UsageError, r"y-\*\.tar"),
-        ("x-{3..1}.tar", UsageError, r"x-3\.\.1\.tar"),
-        ("*.txt", DataError, r"x-0\.txt"),
         ("x-{0.tar,0.txt}", DataError, r"x-0\.txt"),
         ("x-0.{tar,parquet}", DataError, r"\.tar and \.parquet"),
         ("x.tar.gz", DataError, r"x\.tar\.gz"),
@@ -330,20 +261,6 @@ def test_a_folder_of_shards_is_one_set_of_images(tmp_path: Path, image_folder: P
         open_source(str(tmp_path / "tars"))
 
 
-@pytest.mark.parametrize("image", ["preview.png", "a/1.png"])
-@pytest.mark.parametrize("shard", ["0.tar", "data/0.tar"])
-def test_a_folder_of_images_and_of_shards_is_refused(tmp_path: Path, image: str, shard: str) -> None:
-    """Neither is silently left out: a picture in a data set's repository would stand for all of its shards."""
-    make_files(tmp_path, image)
-    (tmp_path / shard).parent.mkdir(exist_ok=True)
-    make_tar(tmp_path / shard, {})
-    with pytest.raises(DataError, match=f"{image}.*{shard}"):
-        open_source(str(tmp_path))
-
-
-# ---- single items, and classes that a user asks for ----------------------------------------------------------------
-
-
 def test_an_item_is_a_file_or_a_number_of_a_source(image_folder: Path) -> None:
     path = image_folder / "b" / "03.png"
     for spec in (str(path), f"{image_folder}#15"):
@@ -361,26 +278,16 @@ NAMES = ["tench", "goldfish, Carassius auratus", "goldfish"]
 @pytest.mark.parametrize(
     ("text", "classes"),
     [
-        ("1,0", [1, 0]),
         ("0-2", [0, 1, 2]),
         ("all", [0, 1, 2]),
         ("2, 0-1,all", [2, 0, 1]),
         ("name:goldfish, Carassius auratus", [1]),
         ("0, name:goldfish, Carassius auratus, 2", [0, 1, 2]),
         ("name:goldfish,0", [2, 0]),
-        ("name:tench,name:goldfish, Carassius auratus", [0, 1]),
     ],
 )
 def test_classes_are_numbers_ranges_and_names(text: str, classes: list[int]) -> None:
     assert parse_classes(text, NAMES) == classes
-
-
-def test_digits_are_indices_and_classes_may_be_in_a_file(tmp_path: Path) -> None:
-    assert parse_classes("2,name:3", ["7", "3", "5"]) == [2, 1]
-    (tmp_path / "few.txt").write_text("2\nname:goldfish, Carassius auratus\n\n0-1\n")
-    assert parse_classes(f"@{tmp_path / 'few.txt'}", NAMES) == [2, 1, 0]
-    with pytest.raises(UsageError, match=r"@none\.txt"):
-        parse_classes("@none.txt", NAMES)
 
 
 @pytest.mark.parametrize(

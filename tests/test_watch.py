@@ -155,7 +155,7 @@ def test_the_proxy_score_is_that_of_the_same_samples_scored_by_hand(
     real = features.collect(extractor, target)
     expected = measures.frechet_distance(measures.statistics(drawn.features_ND), measures.statistics(real.features_ND))
     assert rows[-1]["proxy/frechet_distance"] == pytest.approx(expected, rel=1e-9)
-    assert rows[-1]["proxy/class_accuracy"] == np.mean(drawn.predicted_N == np.array(labels))
+    assert rows[-1]["proxy/class_accuracy"] == np.mean(drawn.predicted == np.array(labels))
     assert result.values["proxy/frechet_distance"] == rows[-1]["proxy/frechet_distance"]
 
 

@@ -174,11 +174,9 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _label(content: bytes, name: str) -> Any:
     """The label in a .cls (a number as text) or .json (`label` or `cls`; None without either)."""
     try:
-        whole = int(content) if name.lower().endswith("cls") else json.loads(content)
+        whole = {"label": int(content)} if name.lower().endswith("cls") else json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{name}' holds no label: {error}") from error
-    if name.lower().endswith("cls"):
-        return whole
     return whole.get("label", whole.get("cls")) if isinstance(whole, dict) else None
 
 
@@ -195,7 +193,8 @@ class ParquetSource(Source):
         self.groups: list[tuple[int, int]] = []  # (file, row group) of each group that has rows
         self.starts: list[int] = []  # its first row
         self.names: list[str] = []
-        self._group, self._rows = -1, None  # the last group read
+        self._group = -1  # the last group read
+        self._rows: Any = None
         labels: list[int | None] = []
         class_names: list[list[str] | None] = []
         for number, short in enumerate(short_names(paths)):

@@ -1,6 +1,7 @@
 """Opening what a user names: a folder, an archive, a pattern of shards or the built-in digits -> a Source."""
 
 import glob
+import heapq
 import os
 import re
 from collections.abc import Sequence
@@ -10,22 +11,11 @@ import numpy as np
 from PIL import Image
 
 from rdpm_cli.data.archives import ParquetSource, TarSource, ZipSource
-from rdpm_cli.data.labels import (
-    CLASSES,
-    EDM,
-    HINT,
-    SPLITS,
-    arrange,
-    is_hidden,
-    is_image,
-    read_classes,
-    without_wrapper,
-)
+from rdpm_cli.data.labels import CLASSES, EDM, HINT, SPLITS, arrange, is_hidden, is_image, read_classes, without_wrapper
 from rdpm_cli.data.pixels import image_errors, open_image, to_rgb
 from rdpm_cli.data.source import Source
 from rdpm_cli.errors import DataError, UsageError
 
-DIGIT_PARTS = ("train", "heldout")
 SHARDS = (".tar", ".parquet")
 ARCHIVES = (".zip", *SHARDS)
 ITEM_HINT = "give an image file, or item N of a source as SOURCE#N: photo.png, digits:heldout#3, 'imagenet.zip#12'"
@@ -75,8 +65,8 @@ class DigitsSource(Source):
     """
 
     def __init__(self, part: str) -> None:
-        if part not in DIGIT_PARTS:
-            raise UsageError(f"digits has no part '{part}'", f"parts: {', '.join('digits:' + p for p in DIGIT_PARTS)}")
+        if part not in ("train", "heldout"):
+            raise UsageError(f"digits has no part '{part}'", "parts: digits:train, digits:heldout")
         # Imported here because scikit-learn takes a second, and only these images need it.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -127,10 +117,9 @@ def _visible_files(root: Path) -> list[str]:
     """Every file below root, relative to it, hidden ones left out; each folder once, even where links lead to it."""
     names: list[str] = []
     visited: set[str] = set()
-    folders, links = [""], list[str]()
-    while folders or links:
-        # Links come after all real folders, so that a folder below root is listed under its real name.
-        folder = folders.pop() if folders else links.pop(links.index(min(links)))
+    folders = [(False, "")]  # whether it is a link: those come last, so that a folder has its real name below root
+    while folders:
+        _, folder = heapq.heappop(folders)
         real = os.path.realpath(root / folder)
         if real in visited:
             continue
@@ -138,7 +127,7 @@ def _visible_files(root: Path) -> list[str]:
         for entry in _entries(root / folder):
             path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(path)
+                heapq.heappush(folders, (entry.is_symlink(), path))
             elif is_image(path) and not entry.is_file():
                 raise DataError(f"{entry.path} is a broken link or not a regular file", "remove it")
             else:

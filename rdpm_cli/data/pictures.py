@@ -67,15 +67,15 @@ def save_gif(path: Path, frames: Sequence[Pixels], seconds: float = 0.4) -> None
     files.write_atomic(path, lambda file: first.save(file, "GIF", **options))
 
 
-def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panels: Sequence[str] = ()) -> None:
-    """One panel a title, one line a name: {title: {name: (x, y)}}. The x label follows '|' in the title."""
+def draw_curves(panels: Mapping[str, Mapping[str, Curve]], log_panels: Sequence[str] = ()) -> bytes:
+    """A PNG of one panel a title, one line a name: {title: {name: (x, y)}}. The x label follows '|' in the title."""
     # Imported here because matplotlib takes a second, and few commands draw curves.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(len(panels), PANELS_A_ROW)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    figure, buffer = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained"), io.BytesIO()
     canvas = FigureCanvasAgg(figure)
     for number, (title, lines) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(rows, columns, number)
@@ -87,9 +87,14 @@ def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panel
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    buffer = io.BytesIO()
     canvas.print_png(buffer)
-    files.write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    return buffer.getvalue()
+
+
+def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panels: Sequence[str] = ()) -> None:
+    """Write what draw_curves draws."""
+    content = draw_curves(panels, log_panels)
+    files.write_atomic(path, lambda file: file.write(content))
 
 
 def save_npz(path: Path, shape: tuple[int, int, int, int], batches: Iterable[Pixels], labels: Sequence[int]) -> None:
@@ -164,5 +169,7 @@ class NpzImages:
 
     def labels(self) -> list[int] | None:
         """`arr_1`, where it holds one whole number an image."""
-        array = npz_array(self.path, "arr_1") if "arr_1" in npz_names(self.path) else np.zeros(0)
-        return array.tolist() if array.shape == (self.count,) and array.dtype.kind in "iu" else None
+        if "arr_1" not in npz_names(self.path):
+            return None
+        array = npz_array(self.path, "arr_1")
+        return list(map(int, array)) if array.shape == (self.count,) and array.dtype.kind in "iu" else None

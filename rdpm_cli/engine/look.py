@@ -34,8 +34,6 @@ SETTINGS = ("RDPM_", "CUDA_", "OMP_", "PYTORCH_", "TORCH_")  # beginnings of env
 
 Values = dict[str, Any]
 
-# ---- inspect -------------------------------------------------------------------------------------------------------
-
 
 def inspect(target: str) -> Result:
     """The kind, config, digests and provenance of a checkpoint, run, store, folder of samples, source or recipe."""
@@ -127,9 +125,6 @@ def _images(target: str) -> Values:
     }
 
 
-# ---- verify --------------------------------------------------------------------------------------------------------
-
-
 def verify(path: Path) -> Result:
     """Read every byte of a store, model file, training state or folder of samples. Raises DataError for damage."""
     if not path.exists():
@@ -158,9 +153,6 @@ def verify(path: Path) -> Result:
     return Result("the code store is intact", {**values, "bytes": sum((path / n).stat().st_size for n in names)})
 
 
-# ---- doctor --------------------------------------------------------------------------------------------------------
-
-
 def doctor() -> Result:
     """Versions, devices, weights, disk and launcher. fix: a line for each thing that is missing.
 
@@ -169,24 +161,39 @@ def doctor() -> Result:
     """
     fix: dict[str, str] = {}
     broken: dict[str, str] = {}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text()) if DRIVER.is_file() else None
+    if not gpus and driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"}:
+        broken["devices.gpus"] = "install a torch that was built for this driver's CUDA, or a newer driver"
+    elif not gpus:
+        fix["devices.gpus"] = "commands run on the CPU; use a machine with a GPU for more than the digits"
     launcher = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    if 0 < len(launcher) < len(TORCHRUN):
+        broken["launcher"] = f"unset {' '.join(launcher)}, or start by torchrun or --gpus N"
     values: Values = {
         **_packages(fix, broken),
-        "devices": _devices(fix, broken),
+        "devices": {
+            "torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
+            "driver": driver[0] if driver else "absent",
+            "cpu_cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(files.memory_bytes() / 2**30, 1),
+            "gpus": gpus,
+            "names": [torch.cuda.get_device_name(number) for number in range(gpus)],
+        },
         "weights": _weights(fix, broken),
         "disk": {"folder": str(Path.cwd()), "free_gib": round(files.free_bytes(Path.cwd()) / 2**30, 1)},
         "launcher": launcher,
         "settings": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
     }
-    if 0 < len(launcher) < len(TORCHRUN):
-        broken["launcher"] = f"unset {' '.join(launcher)}, or start by torchrun or --gpus N"
     values |= {"ready": not broken, "broken": list(broken), "fix": fix | broken}
     return Result("not ready" if broken else "ready", values, "" if broken else "rdpm demo")
 
 
 def _packages(fix: dict[str, str], broken: dict[str, str]) -> Values:
-    versions = {"rdpm": __version__, "python": platform.python_version()}
-    extras: dict[str, str] = {}
+    # Other versions of the JPEG decoder may give other pixels.
+    versions: Values = {"rdpm": __version__, "python": platform.python_version()}
+    versions["libjpeg-turbo"] = pillow.version_feature("libjpeg_turbo")
+    extras: Values = {}
     for requirement in metadata.requires("rdpm") or []:
         name, extra = re.split(r"[^\w-]", requirement)[0], re.search(r"extra == .(\w+)", requirement)
         try:
@@ -199,25 +206,7 @@ def _packages(fix: dict[str, str], broken: dict[str, str]) -> Values:
             else:
                 broken[f"versions.{name}"] = f"uv pip install --reinstall {name}"
         (extras if extra else versions)[extra[1] if extra else name] = version
-    # Other versions of the JPEG decoder may give other pixels.
-    return {"versions": {**versions, "libjpeg-turbo": pillow.version_feature("libjpeg_turbo")}, "extras": extras}
-
-
-def _devices(fix: dict[str, str], broken: dict[str, str]) -> Values:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text()) if DRIVER.is_file() else None
-    if not gpus and driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"}:
-        broken["devices.gpus"] = "install a torch that was built for this driver's CUDA, or a newer driver"
-    elif not gpus:
-        fix["devices.gpus"] = "commands run on the CPU; use a machine with a GPU for more than the digits"
-    return {
-        "torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
-        "driver": driver[0] if driver else "absent",
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(files.memory_bytes() / 2**30, 1),
-        "gpus": gpus,
-        "names": [torch.cuda.get_device_name(number) for number in range(gpus)],
-    }
+    return {"versions": versions, "extras": extras}
 
 
 def _weights(fix: dict[str, str], broken: dict[str, str]) -> Values:

@@ -16,20 +16,30 @@ from typing import Any
 
 import jinja2
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from rdpm_cli import __version__, files, recipes
+from rdpm_cli.data import pictures
 from rdpm_cli.engine import look
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.runs import Result
 from rdpm_cli.training.log import read_metrics
 
-SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".csv": "csv", ".json": "json"}
 STAGES = ("judge", "tokenizer", "store", "generator", "samples", "reconstructions", "score")  # in the data's order
 COMMANDS = {"train-tokenizer": "tokenizer", "train-gen": "generator", "train-judge": "judge"}
 DEMO_PARTS = ("runs/judge", "runs/tokenizer", "codes", "runs/generator", "samples", "reconstructions", "result.json")
+# dotted keys of what `rdpm inspect` says: the digests of what something was made from, by role, and its facts
+ORIGINS = {
+    "data.digest": "images", "provenance.data.digest": "images", "tokenizer": "tokenizer",
+    "tokenizer.digest": "tokenizer", "made_from.tokenizer": "tokenizer", "provenance.store.digest": "store",
+    "made_from.checkpoint": "generator",
+}  # fmt: skip
+FACTS = {
+    "parameters": "parameters", "config.family": "family", "config.network.depth": "depth", "config.classes": "classes",
+    "config.quantizer.steps": "T", "config.quantizer.codes": "K", "provenance.heldout_accuracy": "held-out accuracy",
+    "samples": "images",
+    **{key: key for key in ("images", "views", "steps", "codes", "grid", "bad", "resolution", "flip", "latents")},
+}  # fmt: skip
 HINT = "give runs, code stores, sample folders, a demo's folder, .pt files or what `rdpm eval ... --json` printed"
 MAX_PICTURES = 24  # on a page
 MAX_PICTURE_SIZE = (1120, 1400)  # pixels
@@ -56,7 +66,7 @@ class Item:
     made_from: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    log: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[tuple[float, float]] = field(default_factory=list)  # accuracies by t: of the model, model-free
     pictures: list[tuple[str, Path]] = field(default_factory=list)  # title, file
     record: dict[str, Any] = field(default_factory=dict)  # of a score file or a scored folder
 
@@ -117,59 +127,39 @@ def _read(path: Path) -> Item:
         roles = {"generator": "checkpoint", "tokenizer": "tokenizer"}
         made_from = {role: record[key] for role, key in roles.items() if record.get(key)}
         return Item("score", str(path), made_from=made_from, record=record)
-    described = look.inspect(str(path))
-    readers = {"code store": _read_store, "samples": _read_pictures, "run": _read_run}
-    reader = _read_model if path.suffix == ".pt" else readers.get(described.title)
-    if reader is None:
+    values = look.inspect(str(path)).values
+    if values["kind"] == "run":
+        return _read_run(path, values["settings"])
+    stage = "store" if values["kind"] == "code store" else values["kind"]
+    stage = "reconstructions" if values.get("format") == "rdpm-reconstructions" else stage
+    if stage not in STAGES:
         raise DataError(f"{path} is nothing that a report can show", HINT)
-    return reader(path, described.values)
-
-
-def _read_model(path: Path, values: dict[str, Any]) -> Item:
-    stage, config, provenance = values["kind"], values["config"], values["provenance"]
-    facts, made_from = {"parameters": values["parameters"]}, {}
-    if stage == "generator":
-        made_from = {"tokenizer": values["tokenizer"]["digest"], "store": provenance["store"]["digest"]}
-        facts |= {"family": config["family"], "depth": config["network"]["depth"], "classes": config["classes"]}
-    elif stage == "tokenizer":
-        made_from = {"images": (provenance.get("data") or {}).get("digest", "")}
-        facts |= {"T": config["quantizer"]["steps"], "K": config["quantizer"]["codes"], **config["schedule"]}
-    else:
-        facts |= {"held-out accuracy": provenance["heldout_accuracy"]}
-    settings = _flat((provenance.get("recipe") or {}).get(stage) or config)
-    return Item(stage, str(path), values["digest"], made_from, facts, settings)
-
-
-def _read_run(path: Path, values: dict[str, Any]) -> Item:
-    """A training's folder, finished or not."""
-    settings = values["settings"]
-    stage, log = COMMANDS[settings["command"]], read_metrics(path)
-    final = path / f"{stage}.pt"
-    item = _read(final) if final.is_file() else Item(stage, "", facts={"finished": "no"})
-    item.name, item.log, item.settings = str(path), log, _flat(settings["recipe"][stage])
-    item.facts["steps"] = log[-1]["step"] if log else 0
-    item.pictures = _pictures(path, {"Curves": "curves.png", "Preview": "previews/step-*"})
+    flat = _flat(values)
+    facts = {name: flat[key] for key, name in FACTS.items() if key in flat}
+    made_from = {role: str(flat[key]) for key, role in ORIGINS.items() if flat.get(key)}
+    prefixes = (f"provenance.recipe.{stage}.", "config.", "options.")
+    prefix = next((p for p in prefixes if any(key.startswith(p) for key in flat)), "options.")
+    settings = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+    item = Item(stage, str(path), values.get("digest", ""), made_from, facts, settings)
+    item.pictures = _pictures(path, {"Grid": "previews/grid.png", "Partial decodes, t = 1 to T": "previews/steps.png"})
+    if scores := values.get("scores"):
+        reference = {"name": (values.get("reference") or {}).get("source", "")}
+        item.record = {"metric": "reconstruction", "target": {"name": str(path)}, "reference": reference, **scores}
     return item
 
 
-def _read_store(path: Path, values: dict[str, Any]) -> Item:
-    facts = {key: values[key] for key in ("images", "views", "steps", "grid", "codes", "bad")}
-    made_from = {"images": values["data"]["digest"], "tokenizer": values["tokenizer"]}
-    settings = {key: values[key] for key in ("flip", "latents", "seed", "transform", "resolution")}
-    return Item("store", str(path), values["digest"], made_from, facts, settings)
-
-
-def _read_pictures(path: Path, record: dict[str, Any]) -> Item:
-    """A folder of samples or reconstructions."""
-    stage = "samples" if record["format"] == "rdpm-samples" else "reconstructions"
-    made_from = {("generator" if role == "checkpoint" else role): str(d) for role, d in record["made_from"].items()}
-    facts = {"images": record["samples"], "resolution": record["resolution"]}
-    pictures = _pictures(path, {"Grid": "previews/grid.png", "Partial decodes, t = 1 to T": "previews/steps.png"})
-    if scores := record.get("scores") or {}:
-        reference = {"name": (record.get("reference") or {}).get("source", "")}
-        scores = {"metric": "reconstruction", "target": {"name": str(path)}, "reference": reference, **scores}
-    settings = _flat(record["options"])
-    return Item(stage, str(path), "", made_from, facts, settings, pictures=pictures, record=scores)
+def _read_run(path: Path, settings: dict[str, Any]) -> Item:
+    """A training's folder, finished or not."""
+    stage, log = COMMANDS[settings["command"]], read_metrics(path)
+    final = path / f"{stage}.pt"
+    item = _read(final) if final.is_file() else Item(stage, "", facts={"finished": "no"})
+    item.name, item.settings = str(path), _flat(settings["recipe"][stage])
+    item.facts["steps"] = log[-1]["step"] if log else 0
+    for row in log:
+        if "heldout/accuracy" in row:  # the last measurement counts
+            item.held_out = list(zip(row["heldout/accuracy"], row["heldout/baseline"], strict=True))
+    item.pictures = _pictures(path, {"Curves": "curves.png", "Preview": "previews/step-*"})
+    return item
 
 
 def _pictures(folder: Path, patterns: Mapping[str, str]) -> list[tuple[str, Path]]:
@@ -238,7 +228,7 @@ def beside_published(items: Sequence[Item], scores: Sequence[Score]) -> list[dic
     """The published figures, each with our scores of the same metric and why the two cannot be compared."""
     rows: list[dict[str, Any]] = []
     for figure in yaml.safe_load((recipes.recipe_folder() / "published.yaml").read_text()):
-        ours: list[tuple[float, str, list[str]]] = []
+        ours: list[tuple[float | None, str, list[str]]] = []
         if figure["metric"] == "parameters":
             sized = [i for i in items if i.stage == "generator" and i.facts.get("depth") == figure["depth"]]
             ours = [(float(item.facts["parameters"]), item.name, []) for item in sized]
@@ -247,7 +237,8 @@ def beside_published(items: Sequence[Item], scores: Sequence[Score]) -> list[dic
                 other_set = figure["kind"] == "evaluator" and "admnet_guided_upsampled_imagenet256" not in score.target
                 if score.metric == figure["metric"] and score.value is not None and not other_set:
                     ours.append((score.value, score.source, _reasons(figure, score)))
-        rows += [{**figure, "ours": v, "our_source": source, "reasons": r} for v, source, r in ours or [(None, "", [])]]
+        names = ("ours", "our_source", "reasons")
+        rows += [{**figure, **dict(zip(names, row, strict=True))} for row in ours or [(None, "", [])]]
     return rows
 
 
@@ -281,16 +272,11 @@ def trade_offs(scores: Sequence[Score]) -> list[tuple[str, str]]:
         usable = [s for s in scores if s.value is not None and isinstance(s.options.get(knob), int | float)]
         for setting, group in groupby(sorted(usable, key=lambda s: repr(s.setting)), key=lambda s: s.setting):
             points = sorted((float(s.options[knob]), s.value) for s in group if s.value is not None)
-            if len({x for x, _ in points}) < 2:
-                continue
-            label = METRICS.get(setting[0], (setting[0], 0))[0]
-            figure, buffer = Figure(figsize=(4.6, 2.9), dpi=120, layout="constrained"), io.BytesIO()
-            axis = figure.add_subplot()
-            axis.plot(*zip(*points, strict=True), marker="o")
-            axis.set(xlabel=knob, ylabel=label)
-            axis.grid(alpha=0.3)
-            FigureCanvasAgg(figure).print_png(buffer)
-            plots.append((f"{label} against {knob}, N = {setting[1]}", data_uri(Image.open(buffer))))
+            if len({x for x, _ in points}) > 1:
+                title = f"{METRICS.get(setting[0], (setting[0], 0))[0]} against {knob}, N = {setting[1]}"
+                x, y = zip(*points, strict=True)
+                content = pictures.draw_curves({f"{title}|{knob}": {setting[0]: (x, y)}})
+                plots.append((title, data_uri(Image.open(io.BytesIO(content)))))
     return plots
 
 
@@ -301,19 +287,14 @@ def as_html(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """The page."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pictures = [entry for item in items for entry in item.pictures]
+    listed = [entry for item in items for entry in item.pictures]
     images = []
-    for caption, path in pictures[:MAX_PICTURES]:
+    for caption, path in listed[:MAX_PICTURES]:
         try:
             with Image.open(path) as image:
                 images.append((caption, data_uri(image.convert("RGB"))))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}", "remove it, or make it again") from error
-    held_out = []  # accuracies by t at the last held-out measurement of a run
-    for item in items:
-        if measured := [row for row in item.log if "heldout/accuracy" in row]:
-            pairs = zip(measured[-1]["heldout/accuracy"], measured[-1]["heldout/baseline"], strict=True)
-            held_out.append((item.name, list(pairs)))
     return environment.get_template("report.html.jinja").render(
         title=title,
         version=__version__,
@@ -323,9 +304,9 @@ def as_html(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
         label_of=lambda metric: METRICS.get(metric, (metric, 0))[0],
         published=beside_published(items, scores),
         trade_offs=trade_offs(scores),
-        held_out=held_out,
+        held_out=[item for item in items if item.held_out],
         pictures=images,
-        pictures_left_out=max(0, len(pictures) - MAX_PICTURES),
+        pictures_left_out=max(0, len(listed) - MAX_PICTURES),
     )
 
 
@@ -350,7 +331,7 @@ def as_markdown(title: str, items: Sequence[Item], scores: Sequence[Score]) -> s
 
 def as_json(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """Everything but the pictures."""
-    chain = [{k: v for k, v in asdict(item).items() if k not in ("pictures", "record", "log")} for item in items]
+    chain = [{k: v for k, v in asdict(item).items() if k not in ("pictures", "record", "held_out")} for item in items]
     whole = {"title": title, "rdpm": __version__, "chain": chain, "scores": [asdict(s) for s in scores]}
     return files.json_text({**whole, "published": beside_published(items, scores)})
 
@@ -362,8 +343,8 @@ def make_report(
     runs: Sequence[Path], out: Path | None = None, form: str | None = None, title: str | None = None
 ) -> Result:
     """Read RUNS and write one file in the format of `form` or of the suffix of `out`. Raises UsageError, DataError."""
-    form = form or SUFFIXES.get(out.suffix.lower() if out else ".html")
-    if form is None:
+    form = form or (out.suffix.lower()[1:] if out else "html")
+    if form not in FORMATS:
         raise UsageError(f"{out}: no format has this suffix", "add --format html, md, csv or json")
     target = out or Path(f"report.{form}")
     if target.is_dir() or target.resolve() in [path.resolve() for path in runs]:

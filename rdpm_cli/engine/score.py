@@ -20,6 +20,7 @@ from rdpm_cli.engine.train import Training, recipe_settings, train_once
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation import judge, recon, reference, score
 from rdpm_cli.evaluation.features import INCEPTION_NAME, Extractor, identity, open_extractor
+from rdpm_cli.evaluation.judge import JudgeConfig
 from rdpm_cli.evaluation.metrics import need_images
 from rdpm_cli.evaluation.reference import StatisticsFile
 from rdpm_cli.recipes import Recipe, load_recipe
@@ -73,6 +74,8 @@ def eval_images(
         raise UsageError("--ref: `eval is` compares with no reference", "leave it out")
     if isinstance(target, str) and not is_there(target) and not Path(target).exists():
         raise UsageError(f"{target} does not exist", "name a folder of samples or images, an .npz, or give --ckpt FILE")
+    if ruler.features:
+        files.make_folder(ruler.features.parent)  # before the pass, not after it
     with process_group(device, several=True) as rank_device:
         extractor = ruler.open(rank_device)
         images = _open_target(target, resolution, rank_device)
@@ -224,27 +227,28 @@ def train_judge(
     _need_same_classes(source, unseen)
     data = {"source": source.spec, "digest": source.digest(), "resolution": resolution}
     data |= {"heldout": unseen.spec, "heldout_digest": unseen.digest()}
-
-    def make(training: Training) -> dict[str, Any]:
-        network = judge.Judge(resolution, cfg.width, cfg.features, len(source.class_names), cfg.blocks)
-        progress.say(f"{len(source):,} images, {len(source.class_names):,} classes, {resolution}×{resolution}")
-        batches = judge.JudgeBatches(source, cfg, resolution, recipe.seed)
-        task = judge.JudgeTask(network.to(training.device).train())
-        trained = training.fit([task], batches, cfg.train, len(source))
-        assert isinstance(trained, judge.Judge)
-        accuracy = judge.accuracy(trained.eval(), unseen, training.device)
-        provenance = {"data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy}
-        provenance |= {"heldout_images": len(unseen), "recipe": cfg.model_dump(mode="json"), "digest": data["digest"]}
-        return judge.pack(trained, source.class_names, provenance={**provenance, **versions()})
-
     final = out / "judge.pt"
     settings = {"command": "train-judge", "recipe": recipe_settings(recipe, "judge"), "data": data}
-    train_once(final, recipe.seed, settings, device, make)
+    train_once(final, recipe.seed, settings, device, lambda training: _train(training, source, unseen, cfg, resolution))
     _, content = judge.load(final)
     values = {"judge": str(final), "digest": content["digest"], "resolution": resolution, "images": len(source)}
     values |= {name: content["provenance"][name] for name in ("heldout", "heldout_images", "heldout_accuracy")}
     values |= {f"train_{name}": value for name, value in last_metrics(out, ["loss", "accuracy"]).items()}
     return Result("judge trained", values, f"rdpm eval fid samples/ --extractor {final}")
+
+
+def _train(training: Training, source: Source, unseen: Source, cfg: JudgeConfig, resolution: int) -> dict[str, Any]:
+    """Train and measure a judge. -> the content of its file."""
+    network = judge.Judge(resolution, cfg.width, cfg.features, len(source.class_names), cfg.blocks)
+    progress.say(f"{len(source):,} images, {len(source.class_names):,} classes, {resolution}×{resolution}")
+    batches = judge.JudgeBatches(source, cfg, resolution, training.seed)
+    task = judge.JudgeTask(network.to(training.device).train())
+    trained = training.fit([task], batches, cfg.train, len(source))
+    assert isinstance(trained, judge.Judge)
+    accuracy = judge.accuracy(trained.eval(), unseen, training.device)
+    provenance = {"data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy}
+    provenance |= {"heldout_images": len(unseen), "recipe": cfg.model_dump(mode="json"), "digest": source.digest()}
+    return judge.pack(trained, source.class_names, provenance={**provenance, **versions()})
 
 
 def _need_same_classes(source: Source, unseen: Source) -> None:

@@ -1,7 +1,6 @@
 """Images that are damaged or huge: pixels, or an error that names the image and its reason; never anything else."""
 
 import errno
-import io
 import json
 import pickle
 import struct
@@ -19,7 +18,6 @@ from rows import Rows
 from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.data.open import open_source
-from rdpm_cli.data.pixels import open_image
 from rdpm_cli.data.source import Source
 from rdpm_cli.errors import DataError, ImageError, RunError
 
@@ -36,9 +34,6 @@ def smooth(width: int, height: int) -> Image.Image:
     return random_image(8, 8).resize((width, height), Image.Resampling.BICUBIC)
 
 
-# ---- damaged -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -46,8 +41,6 @@ def smooth(width: int, height: int) -> Image.Image:
         lambda raw: b"text",
         lambda raw: raw[: len(raw) // 2],
         lambda raw: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        lambda raw: b"P1\n",
-        lambda raw: b"\xff\xd8\xff",
     ],
 )
 def test_an_unreadable_image_is_named_and_the_next_one_is_read(
@@ -78,33 +71,15 @@ def test_a_bad_image_in_a_shard_is_named_and_the_next_one_is_read(tmp_path: Path
         assert source.pixels(1, 9).shape == (9, 9, 3)
 
 
-class Bytes(Source):
-    """One image of these bytes."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content, self.spec, self.labels, self.class_names, self.names = content, "bytes", None, [], ["0.jpg"]
-
-    def open(self, index: int) -> Image.Image:
-        return open_image(io.BytesIO(self.content))
-
-
-KINDS: dict[str, dict[str, object]] = {
-    "JPEG": {"progressive": True},
-    "PNG": {},
-    "WEBP": {"lossless": True},
-    "TIFF": {"compression": "tiff_lzw"},
-    "GIF": {},
-    "BMP": {},
-    "PPM": {},
-    "JPEG2000": {},
-}
+KINDS: dict[str, dict[str, object]] = {kind: {} for kind in ("PNG", "GIF", "BMP", "PPM", "JPEG2000")}
+KINDS |= {"JPEG": {"progressive": True}, "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_lzw"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_bytes_are_an_image_or_an_image_error(kind: str) -> None:
+def test_damaged_bytes_are_an_image_or_an_image_error(tmp_path: Path, kind: str) -> None:
     """200 random flips and cuts: nothing but pixels or ImageError comes out."""
     whole = encoded(smooth(40, 33), kind, **KINDS[kind])
-    random = np.random.default_rng(sum(kind.encode()))
+    source, path, random = one(tmp_path, whole), tmp_path / "a" / "1.png", np.random.default_rng(sum(kind.encode()))
     errors = []
     for trial in range(200):
         raw = bytearray(whole)
@@ -112,22 +87,20 @@ def test_damaged_bytes_are_an_image_or_an_image_error(kind: str) -> None:
             raw[offset] ^= 1 << random.integers(8)
         cut = int(random.integers(len(raw))) if trial % 3 == 0 else len(raw)
         try:
-            assert Bytes(bytes(raw[:cut])).pixels(0, 16).shape == (16, 16, 3)
+            path.write_bytes(raw[:cut])
+            assert source.pixels(0, 16).shape == (16, 16, 3)
         except ImageError as error:
             errors.append(error)
     assert len(errors) > 10
-    assert all(error.name == "0.jpg" and error.reason for error in errors)
+    assert all(error.name == "a/1.png" and error.reason for error in errors)
 
 
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
         (OSError(errno.EIO, "Input/output error"), RunError),
-        (OSError(errno.ESTALE, "Stale file handle"), RunError),
-        (OSError(errno.EMFILE, "Too many open files"), RunError),
         (MemoryError(), MemoryError),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), DataError),
-        (PermissionError(errno.EACCES, "Permission denied"), DataError),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -176,8 +149,6 @@ def test_a_folder_of_odd_images_is_tokenized_without_the_bad_ones(
         assert CodeStore(out).manifest.images == len(ODD)
 
 
-# ---- huge ----------------------------------------------------------------------------------------------------------
-
 HUGE = """
 import sys, time
 from rdpm_cli.errors import ImageError
@@ -203,21 +174,12 @@ def huge_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
-def test_huge_png_is_a_png() -> None:
-    with Image.open(io.BytesIO(huge_png(200))) as image:
-        assert np.asarray(image).min() == 255
-
-
-@pytest.mark.parametrize(
-    ("packing", "side"), [("folder", 12_000), ("folder", 20_000), ("zip", 20_000), ("tar", 12_000)]
-)
+@pytest.mark.parametrize(("packing", "side"), [("folder", 12_000), ("zip", 20_000)])
 def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, packing: str, side: int, rows: Rows) -> None:
     """12,000² is where Pillow warns, 20,000² where it raises: both are errors."""
     raw = huge_png(side)
     if packing == "folder":
         path = Path(one(tmp_path / "x", raw).spec)
-    elif packing == "tar":
-        path = make_tar(tmp_path / "x.tar", {"a/1.png": raw})
     else:
         path = tmp_path / "x.zip"
         with zipfile.ZipFile(path, "w") as archive:

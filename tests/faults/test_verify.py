@@ -1,9 +1,7 @@
 """`rdpm verify`: a flipped byte, a truncation or a missing file of a store or model file is found and named."""
 
 import shutil
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from rows import Rows
 from stores import NOT_THE_STORE, Making, MemoryImages
 
-from rdpm_cli import checkpoint, files
+from rdpm_cli import checkpoint
 from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.engine import look
@@ -52,9 +50,6 @@ def flip(content: bytes, random: np.random.Generator) -> bytes:
     return content[:offset] + bytes([content[offset] ^ by]) + content[offset + 1 :]
 
 
-# ---- code stores ---------------------------------------------------------------------------------------------------
-
-
 def test_an_intact_store_is_intact(whole_store: Path) -> None:
     values = look.verify(whole_store).values
     assert (values["images"], values["bad"], values["rows"], values["shards"]) == (34, 2, 68, 4)
@@ -90,26 +85,6 @@ def test_every_truncated_or_missing_file_of_a_store_is_named(store: Path, rows: 
         path.write_bytes(content)
 
 
-def test_every_damaged_file_is_named_at_once(store: Path) -> None:
-    damaged = ("labels-00000.npy", "names.jsonl", "codes-00002.npy")
-    for name in damaged:
-        (store / name).write_bytes(b"\0")
-    (store / damaged[0]).unlink()
-    message = message_of(store)
-    assert all(name in message for name in damaged)
-
-
-def test_deleted_files_are_made_again_by_the_same_command(
-    store: Path, whole_store: Path, tiny_tokenizer_file: Path
-) -> None:
-    for name in ("codes-00001.npy", "tokenizer.pt"):
-        (store / name).write_bytes(b"\0")
-        assert name in message_of(store)
-        (store / name).unlink()
-    Making(store, MemoryImages(36, bad=(4, 30)), tiny_tokenizer_file, on_bad="skip", max_bad=0.1).finish()
-    assert look.verify(store).values["digest"] == look.verify(whole_store).values["digest"]
-
-
 def test_train_gen_refuses_a_damaged_shard(
     digits_codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,9 +94,6 @@ def test_train_gen_refuses_a_damaged_shard(
     command = ["train-gen", str(root), "--recipe", "digits", "--out", str(tmp_path / "run"), "--device", "cpu"]
     assert run_cli([*command, "--quiet", "network.depth=1", "train.batch=16"]) == 3
     assert "codes-00000.npy" in capsys.readouterr().err
-
-
-# ---- model files and training states -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -180,31 +152,3 @@ def test_every_truncation_of_a_file_of_tensors_is_found(
         path.write_bytes(content[:keep])
         with rows.count("truncations of a file of tensors found"):
             assert path.name in message_of(path, CheckpointError)
-
-
-@pytest.mark.parametrize("content", [{"players": {}}, {"step": 8, "skipped": 0, "threads": 1, "players": {}, "ema": 0}])
-def test_a_file_is_no_training_state_by_its_name_only(
-    content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.save(content, tmp_path / "step-000000007.pt")
-    assert run_cli(["verify", str(tmp_path / "step-000000007.pt")]) == 3
-    assert "step-000000007.pt" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", [b"", b"no zip", b"PK\x03\x04"])
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "x.pt").write_bytes(text)
-    assert "x.pt" in message_of(tmp_path / "x.pt", CheckpointError)
-
-
-@pytest.mark.long
-def test_how_fast_a_store_is_verified(tmp_path: Path, rows: Rows) -> None:
-    """Megabytes a second of one core, in CPU time, since other work may run at the same time."""
-    path = tmp_path / "codes.npy"
-    path.write_bytes(bytes(range(256)) * (1 << 20))
-    files.sha256_file(path)
-    started = time.process_time()
-    files.sha256_file(path)
-    rate = path.stat().st_size / 1e6 / (time.process_time() - started)
-    rows.note("verify", f"{rate:,.0f} MB a second of a core")
-    assert rate > 500
