@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from benches import Job, race, table, verdict
-from rdpm_cli.generator.config import RDPMConfig
-from rdpm_cli.generator.rdpm import RDPM, CodeBatch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli.cli.app import tune_allocator
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.generator import registry, transformer
+from rdpm_cli.generator.config import RDPMConfig
+from rdpm_cli.generator.rdpm import RDPM, CodeBatch
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.tokenizer.quantizer import Quantizer

@@ -242,19 +242,3 @@ def test_parquet_files_of_different_data_sets_are_refused(tmp_path: Path) -> Non
     write_parquet(tmp_path / "1.parquet", IMAGES[:2], [0, 1], ["b", "a"])
     with pytest.raises(DataError, match=str(tmp_path)):
         open_source(str(tmp_path))
-
-
-def test_a_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_parquet(tmp_path / "0.parquet", IMAGES[:12], [0] * 12, group=5)
-    write_parquet(tmp_path / "1.parquet", IMAGES[12:], [0] * 8, group=8)
-    source = open_source(str(tmp_path))
-    assert isinstance(source, ParquetSource)
-    opened, open_file = [], source._open
-
-    def watched(number: int) -> Any:
-        opened.append(number)
-        return open_file(number)
-
-    monkeypatch.setattr(source, "_open", watched)
-    assert all(np.array_equal(source.pixels(i, 8), decoded(i)) for i in [*range(20), *reversed(range(20))])
-    assert opened == [0, 0, 0, 1, 0, 0, 0]

@@ -14,15 +14,6 @@ from rdpm_cli.data import pictures
 from rdpm_cli.errors import DataError
 
 
-def test_png_round_trip(tmp_path: Path) -> None:
-    pixels = random_pixels(1, 16)[0]
-    pictures.save_png(tmp_path / "new" / "image.png", pixels)
-    assert np.array_equal(pictures.read_png(tmp_path / "new" / "image.png"), pixels)
-    (tmp_path / "half.png").write_bytes((tmp_path / "new" / "image.png").read_bytes()[:300])
-    with pytest.raises(DataError, match=r"half\.png"):
-        pictures.read_png(tmp_path / "half.png")
-
-
 def test_grid_shows_every_tile_in_its_place_with_labels_and_title() -> None:
     images = random_pixels(5, 16)
     plain = pictures.grid(images, 3)

@@ -152,11 +152,12 @@ def test_published_figures_say_why_ours_cannot_be_compared_and_absent_scores_the
     assert all(row["ours"] is None for row in rows if row["kind"] == "method")
 
 
-def test_guidance_sweeps_are_drawn() -> None:
-    scores = scores_of(
-        *({"metric": "fid", "value": 5 - g, "n": 10, "options": {"cfg": g, "tau": 1}} for g in (0.0, 1.0))
-    )
+def test_guidance_sweeps_and_held_out_accuracies_are_shown() -> None:
+    records = [{"metric": "fid", "value": 5 - cfg, "n": 10, "options": {"cfg": cfg, "tau": 1}} for cfg in (0.0, 1.0)]
+    scores = scores_of(*records)
     assert [title for title, _ in report.trade_offs(scores)] == ["FID against cfg, N = 10"]
+    page = report.as_html("title", [report.Item("generator", "gen", held_out=[(0.75, 0.5)])], scores)
+    assert all(f'<td class="number">{text}</td>' in page for text in ("0.750", "0.500", "0.250"))
 
 
 def test_bad_inputs_are_refused_by_name(chain: Path, tmp_path: Path) -> None:

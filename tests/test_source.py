@@ -23,10 +23,8 @@ def test_folder_of_classes(image_folder: Path) -> None:
     assert isinstance(source, FolderSource)
     assert (len(source), source.class_names) == (36, ["a", "b", "c"])
     assert list(source.names) == sorted(p.relative_to(image_folder).as_posix() for p in image_folder.glob("?/*"))
-    assert (Subset(source, [3, 30], "few").names, Subset(source, [3, 30], "few").labels) == (
-        source.names[3::27],
-        [0, 2],
-    )
+    few = Subset(source, [3, 30], "two of them")
+    assert (few.names, few.labels, few.class_names) == (source.names[3::27], [0, 2], source.class_names)
     assert source.need_labels() == source.columns["labels"] == [0] * 12 + [1] * 12 + [2] * 12
     with Image.open(image_folder / source.names[20]) as image:
         assert np.array_equal(source.pixels(20, 16), adm_center_crop_arr(image.convert("RGB"), 16))

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from helpers import CPU, assert_same, distance, leaves, metrics, newest_state
 from processes import command_line, exit_code, spawn, tokenizer_command, torchrun, wait_for
-from rdpm_cli.generator.batches import GeneratorTask
-from rdpm_cli.generator.config import NetworkConfig, ObjectiveConfig, RDPMConfig
 from torch import Tensor, nn
 
 from rdpm_cli import checkpoint, noise
@@ -27,6 +25,8 @@ from rdpm_cli.device import one_thread
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import CheckpointError, RunError, Stopped
 from rdpm_cli.generator import registry
+from rdpm_cli.generator.batches import GeneratorTask
+from rdpm_cli.generator.config import NetworkConfig, ObjectiveConfig, RDPMConfig
 from rdpm_cli.runs import StopRequest, stop_on_signal
 from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.tokenizer.config import AutoencoderConfig, QuantizerConfig, ScheduleConfig, TokenizerConfig

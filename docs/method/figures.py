@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from rdpm_cli.config import ScheduleConfig
-from rdpm_cli.images import writers
-from rdpm_cli.images.sources import open_source
-from rdpm_cli.images.tensors import chw, hwc, to_model, to_pixels
+from rdpm_cli.data import pictures
+from rdpm_cli.data.open import open_source
+from rdpm_cli.data.pixels import chw, hwc, to_model, to_pixels
 from rdpm_cli.tokenizer import model
+from rdpm_cli.tokenizer.config import ScheduleConfig
 from rdpm_cli.tokenizer.model import Tokenizer
-from rdpm_cli.tokenizer.schedule import alphas, beta
+from rdpm_cli.tokenizer.quantizer import alphas, beta
 
 IMAGES = 297  # held-out digits
 SHOWN = 4  # of them, in the strip
@@ -69,18 +69,18 @@ class Encoded:
         self.sums = [tokenizer.quantizer.prefix(self.codes[0], rows * t) for t in range(T + 1)]
 
 
-def strip(tokenizer: Tokenizer, found: Encoded, path: Path) -> None:
+def strip(tokenizer: Tokenizer, encoded: Encoded, path: Path) -> None:
     """The original, then D(z'_t) for t = 1..T; each digit twice, under two draws of the noise."""
     rows, labels = [], []
     for digit in range(SHOWN):
-        for draw, codes in enumerate(found.codes):
+        for draw, codes in enumerate(encoded.codes):
             one = torch.ones(1, dtype=torch.int64)
             steps = range(1, tokenizer.quantizer.steps + 1)
             sums = torch.cat([tokenizer.quantizer.prefix(codes[digit : digit + 1], one * t) for t in steps])
             decoded = hwc(to_pixels(tokenizer.decode_latents(sums)))
-            rows.append(np.concatenate([found.pixels[digit : digit + 1], decoded]))
+            rows.append(np.concatenate([encoded.pixels[digit : digit + 1], decoded]))
             labels.append(f"noise {draw}")
-    writers.save_png(path, writers.grid(np.concatenate(rows), len(rows[0]), labels, "original, then t = 1 .. T"))
+    pictures.save_png(path, pictures.grid(np.concatenate(rows), len(rows[0]), labels, "original, then t = 1 .. T"))
     print(path)
 
 
@@ -88,18 +88,20 @@ def rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-def parts(tokenizer: Tokenizer, found: Encoded, path: Path) -> None:
+def parts(tokenizer: Tokenizer, encoded: Encoded, path: Path) -> None:
     """What v_t is made of, and how often two draws of the noise give one position the same code."""
     quantizer, T = tokenizer.quantizer, tokenizer.quantizer.steps
     steps, alpha = range(1, T + 1), quantizer.alphas
-    unknown = [a * rms(found.z) for a in alpha]
-    known = [rms(beta(a) * found.eps[0][:, t - 1] - a * found.sums[t - 1]) for t, a in zip(steps, alpha, strict=True)]
-    lacking = [rms(found.z - found.sums[t - 1]) for t in steps]
-    same = [float((found.codes[0][:, t - 1] == found.codes[1][:, t - 1]).float().mean()) for t in steps]
+    unknown = [a * rms(encoded.z) for a in alpha]
+    known = [
+        rms(beta(a) * encoded.eps[0][:, t - 1] - a * encoded.sums[t - 1]) for t, a in zip(steps, alpha, strict=True)
+    ]
+    lacking = [rms(encoded.z - encoded.sums[t - 1]) for t in steps]
+    same = [float((encoded.codes[0][:, t - 1] == encoded.codes[1][:, t - 1]).float().mean()) for t in steps]
     figure, (first, second) = panels(2)
     first.plot(steps, unknown, marker=".", label="alpha_t |z|: unknown")
     first.plot(steps, known, marker=".", label="|beta_t eps_t - alpha_t z'_{t-1}|: known")
-    first.plot(steps, lacking, "--", color="grey", label="|z - z'_{t-1}|: not yet said")
+    first.plot(steps, lacking, "--", color="grey", label="|z - z'_{t-1}|: still missing")
     first.set(title="root mean square of v_t's parts", xlabel="t", ylim=(0, 1.9))
     first.legend(frameon=False, fontsize=8, loc="upper left")
     second.plot(steps, same, marker=".", color="tab:green")
@@ -131,9 +133,9 @@ def main() -> None:
     log = [json.loads(line) for line in (options.demo / "runs/generator/metrics.jsonl").read_text().splitlines()]
     schedules(options.out / "schedules.png")
     with torch.no_grad():
-        found = Encoded(tokenizer)
-        strip(tokenizer, found, options.out / "steps.png")
-        parts(tokenizer, found, options.out / "parts.png")
+        encoded = Encoded(tokenizer)
+        strip(tokenizer, encoded, options.out / "steps.png")
+        parts(tokenizer, encoded, options.out / "parts.png")
     known(log, options.out / "known.png")
 
 

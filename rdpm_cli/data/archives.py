@@ -214,9 +214,6 @@ class ParquetSource(Source):
             labels = [None] * len(labels)
         self.labels, self.class_names = numbered(labels, self.names, spec, lines or class_names[0])
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_group": -1, "_rows": None}
-
     def open(self, index: int) -> Image.Image:
         group = bisect.bisect_right(self.starts, index) - 1
         if group != self._group:

@@ -560,7 +560,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", metavar="SEED", help="default: by scale")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these rows")
     parser.add_argument("--per-class", type=int, default=80, help="samples a class")
-    parser.add_argument("--seconds", type=float, help="training time of cells at equal time, 0 for the recipe's length; default: by scale")
+    parser.add_argument("--seconds", type=float, help="of cells at equal time; 0: as the recipe says")
     parser.add_argument("--gpus", type=int, help="processes of each command, one a GPU")
     parser.add_argument("--ref", help="reference of the scores; default: the images that the chain recorded")
     parser.add_argument("--ckpt", help="of table3: a trained generator")

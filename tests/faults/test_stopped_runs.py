@@ -131,5 +131,5 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(digits_codes: Path, tmp_path:
         assert exit_code(process) == 130
         assert newest_state(tmp_path / "run")["step"] == 3
         saved = look.verify(tmp_path / "run" / "checkpoints" / "step-000000003.pt")
-        assert saved.values["kind"] == "state of training"
+        assert saved.values["kind"] == "training state"
         assert run_all(args) == [0]
