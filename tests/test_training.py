@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CPU, assert_same, distance, leaves, metrics, newest_state
-from processes import command_line, exit_code, spawn, tokenizer_command, torchrun, wait_for
+from processes import command_line, exit_code, spawn, tokenizer_command, wait_for
 from torch import Tensor, nn
 
 from rdpm_cli import checkpoint, noise
-from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.data.open import open_source
 from rdpm_cli.device import one_thread
@@ -425,22 +423,6 @@ def test_a_signal_becomes_a_request_and_the_handlers_come_back(number: signal.Si
 # ---- the real command ---------------------------------------------------------------------------------------------
 
 
-def test_a_real_signal_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = tokenizer_command(tmp_path / "run", "train.batch=16", "train.steps=60")
-    process = spawn(command_line, command, {})
-    wait_for(lambda: read_metrics(tmp_path / "run"), process)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGTERM)
-    assert exit_code(process) == 75
-    done = newest_state(tmp_path / "run")["step"]
-    assert 0 < done < 60
-    assert not (tmp_path / "run" / "tokenizer.pt").exists()
-    assert run_cli(command) == 0
-    assert (tmp_path / "run" / "tokenizer.pt").exists()
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
-    assert "tokenizer trained" in capsys.readouterr().out
-
-
 def leader(args: list[str]) -> None:
     """Be `rdpm ARGS` in a process group of its own."""
     os.setpgid(0, 0)
@@ -455,21 +437,3 @@ def test_a_signal_to_a_whole_group_leaves_the_data_workers_at_work(tmp_path: Pat
     os.killpg(process.pid, signal.SIGTERM)
     assert exit_code(process) == 75
     assert newest_state(tmp_path)["step"] == metrics(tmp_path)[-1]["step"]
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    def command(name: str) -> list[str]:
-        return tokenizer_command(tmp_path / name, "train.batch=32", "train.steps=6", "quantizer.decay=0.5")
-
-    pair = [spawn(command_line, command("two"), environment) for environment in torchrun(2)]
-    assert run_cli(command("one")) == 0
-    assert [exit_code(process) for process in pair] == [0, 0]
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [row["step"] for row in two] == list(range(1, 7))  # one process writes
-    assert sum(row["restarted"] for row in one) > 0
-    for name in ("loss", "recon", "quant", "grad_norm", "restarted", "perplexity/t01", "usage/t02"):
-        values = [[row[name] for row in rows] for rows in (one, two)]
-        np.testing.assert_allclose(values[1], values[0], rtol=1e-4, atol=1e-6, err_msg=name)
-    first, second = (tokenizer_model.load(tmp_path / name / "tokenizer.pt")[0].quantizer for name in ("one", "two"))
-    for name in ("books", "ema_counts", "ema_sums"):
-        assert distance(second.get_buffer(name), first.get_buffer(name)) < 0.02, name

@@ -147,6 +147,8 @@ def command(
         def run_command(*, json: bool, quiet: bool, **values: Any) -> None:
             progress.quiet = quiet or not _is_first()
             only_planned = values.get("dry_run") or values.get("print_config")
+            if (values.get("gpu") or values.get("utilisation")) and not values["dry_run"]:
+                raise UsageError("--gpu and --utilisation describe the GPU of a --dry-run", "add --dry-run")
             if values.get("gpus") and not only_planned and LAUNCHER not in os.environ:
                 from rdpm_cli.distributed import launch
 

@@ -219,7 +219,7 @@ def fixed_memory(players: Sequence[Player], cfg: TrainConfig) -> dict[str, int]:
 
 
 def memory(make: Make, cfg: TrainConfig, hardware: Hardware, frozen: int, step: int = 0) -> dict[str, Any]:
-    """GiB of a GPU by part, for the recipe's micro-batch, and the largest micro-batch that fits.
+    """Parameters, GiB of a GPU by part for the recipe's micro-batch, and the largest micro-batch that fits.
 
     frozen: bytes of networks that do not learn. step: the step that is measured.
     """
@@ -231,10 +231,12 @@ def memory(make: Make, cfg: TrainConfig, hardware: Hardware, frozen: int, step: 
     each = (high - low) / noise.BLOCK
     start = low - each * noise.BLOCK
     with fake_tensors():
-        fixed = {**fixed_memory(make(1)[0], cfg), "frozen": frozen}
+        players, _ = make(1)
+        fixed = {**fixed_memory(players, cfg), "frozen": frozen}
     room = USABLE * hardware.gpu.memory_gib * GIB
     sizes = {**fixed, "activations": start + each * micro}
     return {
+        "parameters": sum(p.numel() for p in players[0].model.parameters()),
         "micro_batch": micro,
         "memory_gib": {name: size / GIB for name, size in {**sizes, "total": sum(sizes.values())}.items()},
         "memory_gib_an_image": each / GIB,
@@ -286,31 +288,26 @@ def plan_generator(codes: Path, out: Path | None, recipe: str, overrides: Sequen
     cfg = loaded.generator
     assert cfg is not None
     folder = _folder(out, loaded, "train-gen", "generator")
-    manifest = Manifest.load(codes) if codes.exists() else None
     architecture: TokenizerArchitecture = loaded.tokenizer or TokenizerArchitecture()
-    assumed = (
-        None if manifest else f"no store {codes}: ImageNet's {IMAGENET_IMAGES:,} images, {IMAGENET_CLASSES} classes"
-    )
-    if manifest:
+    images, classes = IMAGENET_IMAGES, IMAGENET_CLASSES
+    assumed: str | None = f"no store {codes}: ImageNet's {images:,} images, {classes} classes"
+    latents = architecture.autoencoder.channels if cfg.uses_latents else 0
+    image_size = image_bytes(math.prod(architecture.autoencoder.grid), architecture.quantizer.steps, 1, latents)
+    if codes.exists():
+        manifest = Manifest.load(codes)
         architecture = model.load(codes / "tokenizer.pt")[0].cfg
         registry.check_codes(cfg.family, architecture, str(codes))
-        frozen, stored = (codes / "tokenizer.pt").stat().st_size, manifest.images * manifest.image_bytes()
-    else:
-        with fake_tensors():
-            frozen = 4 * model.parameters(Tokenizer(architecture))
-        channels = architecture.autoencoder.channels if cfg.uses_latents else 0
-        positions = math.prod(architecture.autoencoder.grid)
-        stored = IMAGENET_IMAGES * image_bytes(positions, architecture.quantizer.steps, 1, channels)
-    images = manifest.images if manifest else IMAGENET_IMAGES
+        images, classes, assumed = manifest.images, len(manifest.class_names), None
+        image_size = manifest.image_bytes()
     trained = images - max(1, int(held_out(np.arange(images)).sum()))
-    make = generator_players(cfg, architecture, len(manifest.class_names) if manifest else IMAGENET_CLASSES)
+    with fake_tensors():
+        frozen = 4 * model.parameters(Tokenizer(architecture))
     values = {
         "recipe": loaded.name,
         "assumed": assumed,
-        "parameters": _parameters(make),
         **timing(cfg.train, trained, _generator_passes(cfg, architecture), hardware),
-        **memory(make, cfg.train, hardware, frozen),
-        "store_gb": stored / 1e9,
+        **memory(generator_players(cfg, architecture, classes), cfg.train, hardware, frozen),
+        "store_gb": images * image_size / 1e9,
         **folder,
     }
     return Result(TITLE, values)
@@ -323,24 +320,17 @@ def plan_tokenizer(images: str, out: Path | None, recipe: str, overrides: Sequen
     assert cfg is not None
     folder = _folder(out, loaded, "train-tokenizer", "tokenizer")
     count = len(open_source(images)) if is_there(images) else None
-    make = tokenizer_players(cfg)
+    make, step = tokenizer_players(cfg), cfg.discriminator.start
     with fake_tensors():
         lpips = losses.hollow_perceptual() if cfg.loss.perceptual != "none" else nn.Module()
     values = {
         "recipe": loaded.name,
         "assumed": None if count else f"no images {images}: ImageNet's {IMAGENET_IMAGES:,}",
-        "parameters": _parameters(make),
-        **timing(cfg.train, count or IMAGENET_IMAGES, step_flops(make, cfg.train, cfg.discriminator.start), hardware),
-        **memory(make, cfg.train, hardware, 4 * sum(p.numel() for p in lpips.parameters()), cfg.discriminator.start),
+        **timing(cfg.train, count or IMAGENET_IMAGES, step_flops(make, cfg.train, step), hardware),
+        **memory(make, cfg.train, hardware, 4 * sum(p.numel() for p in lpips.parameters()), step),
         **folder,
     }
     return Result(TITLE, values)
-
-
-def _parameters(make: Make) -> int:
-    """Trainable parameters of the first player."""
-    with fake_tensors():
-        return sum(p.numel() for p in make(1)[0][0].model.parameters())
 
 
 def _folder(out: Path | None, recipe: Recipe, command: str, section: str) -> dict[str, Any]:
