@@ -241,7 +241,7 @@ def _exit_code(failures: dict[int, ProcessFailure], processes: int) -> int:
     if not failures:
         return 0
     # The launcher ends the rest with SIGTERM, and a process that has lost its peer leaves with 1: consequences, so
-    # so every other code comes first. Their order alone would not do: the processes are polled every 0.1 s.
+    # every other code comes first. Their order alone would not do: the processes are polled every 0.1 s.
     cause = min(failures.values(), key=lambda f: (f.exitcode == -signal.SIGTERM, f.exitcode == EXIT_FAILED))
     if cause.exitcode > 0:
         return cause.exitcode

@@ -1,4 +1,4 @@
-"""Counter-based noise: the same numbers in every process, batch and order (DESIGN: Noise).
+"""Counter-based noise: the same numbers in every process, batch and order.
 
 A value is addressed, never drawn in sequence: `normal(purpose, seed, index, view, t, shape)` is a pure function.
 Each purpose has its own Philox key, so that equal seeds and indices of different purposes share no value;

@@ -369,9 +369,9 @@ def inspect(target: cli.Target) -> cli.Result:
 
 @command(app, "verify out/codes")
 def verify(
-    target: Annotated[Path, typer.Argument(metavar="STORE|CKPT", help="code store, or a tokenizer, generator, judge")],
+    target: Annotated[Path, typer.Argument(metavar="PATH", help="code store, samples, model file or training state")],
 ) -> cli.Result:
-    """Compare every byte of a store or checkpoint with its checksums. Exit code 3, with names, if any differs."""
+    """Compare the bytes of a store, model file or training state with their checksums. Exit code 3: they differ."""
     from rdpm_cli.engine import look
 
     return look.verify(target)

@@ -70,6 +70,8 @@ def _folder(path: Path) -> tuple[str, Values] | None:
     if run := read_run(path):
         if "plan" in run:
             return "unfinished code store", run
+        if "pictures" in run:
+            return "unfinished samples", run
         states = [file.name for _, file in checkpoint.states(path / "checkpoints")]
         return "run", {**run, "checkpoints": states, "finished": sorted(p.name for p in path.glob("*.pt"))}
     return None
@@ -143,8 +145,8 @@ def verify(path: Path) -> Result:
         for _ in images.read([range(i, min(i + 64, images.count)) for i in range(0, images.count, 64)]):
             pass  # reading raises DataError for the first file that is damaged
         return Result("the samples are intact", {"folder": str(path), "samples": images.count})
-    if not any((path / name).is_file() for name in ("manifest.json", "run.json")):
-        raise DataError(f"{path} has no manifest.json or samples.json", HINT)
+    if not (path / "manifest.json").is_file() and "plan" not in read_run(path):
+        raise DataError(f"{path} is not a code store or a finished folder of samples", HINT)
     manifest = store.verify(path)
     names = [*manifest.files, *(name for shard in manifest.shards for name in shard.sha256)]
     values = {"store": str(path), "digest": manifest.digest()}

@@ -38,7 +38,7 @@ FACTS = {
     "parameters": "parameters", "config.family": "family", "config.network.depth": "depth", "config.classes": "classes",
     "config.quantizer.steps": "T", "config.quantizer.codes": "K", "provenance.heldout_accuracy": "held-out accuracy",
     "samples": "images",
-    **{key: key for key in ("images", "views", "steps", "codes", "grid", "bad", "resolution", "flip", "latents")},
+    **{key: key for key in ("images", "views", "codes", "grid", "bad", "resolution", "flip", "latents")},
 }  # fmt: skip
 HINT = "give runs, code stores, sample folders, a demo's folder, .pt files or what `rdpm eval ... --json` printed"
 MAX_PICTURES = 24  # on a page
@@ -133,7 +133,7 @@ def _read(path: Path) -> Item:
     stage = "store" if values["kind"] == "code store" else values["kind"]
     stage = "reconstructions" if values.get("format") == "rdpm-reconstructions" else stage
     if stage not in STAGES:
-        raise DataError(f"{path} is nothing that a report can show", HINT)
+        raise DataError(f"{path} is not something a report can show", HINT)
     flat = _flat(values)
     facts = {name: flat[key] for key, name in FACTS.items() if key in flat}
     made_from = {role: str(flat[key]) for key, role in ORIGINS.items() if flat.get(key)}
@@ -211,7 +211,7 @@ def _scores_of(item: Item) -> Iterator[Score]:
             interval=record.get(f"{prefix}ci95"),
             extractor=_name(record.get("extractor")),
             reference=_name(record.get("reference")),
-            options={key: v for key, v in (record.get("options") or {}).items() if v != {}},
+            options={"checkpoint": record.get("checkpoint"), **(record.get("options") or {})},
             note=reason if value is None else "; ".join(record.get("notes") or []),
         )
 
@@ -269,8 +269,13 @@ def trade_offs(scores: Sequence[Score]) -> list[tuple[str, str]]:
     """(title, data URI) of every score against guidance or temperature, where several values of it were scored."""
     plots = []
     for knob in ("cfg", "tau"):
+
+        def line(score: Score, knob: str = knob) -> tuple[Any, ...]:
+            """Scores of one line: comparable, of one checkpoint, and with all other options equal."""
+            return (*score.setting, repr(sorted((k, v) for k, v in score.options.items() if k != knob)))
+
         usable = [s for s in scores if s.value is not None and isinstance(s.options.get(knob), int | float)]
-        for setting, group in groupby(sorted(usable, key=lambda s: repr(s.setting)), key=lambda s: s.setting):
+        for setting, group in groupby(sorted(usable, key=lambda s: repr(line(s))), key=line):
             points = sorted((float(s.options[knob]), s.value) for s in group if s.value is not None)
             if len({x for x, _ in points}) > 1:
                 title = f"{METRICS.get(setting[0], (setting[0], 0))[0]} against {knob}, N = {setting[1]}"

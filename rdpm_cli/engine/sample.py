@@ -478,6 +478,7 @@ class Drawn:
         origin = {
             "reference": loaded.provenance.get("reference"),
             "options": {**options.sampling.model_dump(), **drawn},
+            "made_from": {"checkpoint": loaded.digest},
         }
         size = loaded.tokenizer.cfg.autoencoder.resolution
         return ImageSet(str(self.ckpt), len(labels), size, labels, loaded.class_names, read, origin)

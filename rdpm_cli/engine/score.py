@@ -72,7 +72,7 @@ def eval_images(
     score.check(metric, options, ruler.judged)
     if ref is not None and metric == "is":
         raise UsageError("--ref: `eval is` compares with no reference", "leave it out")
-    if isinstance(target, str) and not is_there(target) and not Path(target).exists():
+    if isinstance(target, str) and not is_there(target):
         raise UsageError(f"{target} does not exist", "name a folder of samples or images, an .npz, or give --ckpt FILE")
     if ruler.features:
         files.make_folder(ruler.features.parent)  # before the pass, not after it

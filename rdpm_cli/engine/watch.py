@@ -149,7 +149,7 @@ def codebook_alarm(cfg: TokenizerConfig) -> Observer:
     low = {"usage/book": 0, "latent_spread": 0}
 
     def observe(run: Run, logs: dict[str, float] | None) -> None:
-        if not (logs and cfg.codebook_alarm):
+        if not (logs and cfg.codebook_alarm and is_first()):
             return
         usage, spread = logs["usage/book"] / best, logs["latent_spread"]
         low["usage/book"] = low["usage/book"] + 1 if usage < cfg.codebook_alarm else 0

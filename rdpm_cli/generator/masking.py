@@ -1,4 +1,4 @@
-"""ResGen's masks over positions × depths (arXiv 2412.10208; the project's specification §3 and §7).
+"""ResGen's masks over positions × depths (arXiv 2412.10208).
 
 Legend: B images, L positions, D depths, a slot is one (position, depth); S sampling steps; N slots that may be masked.
 A mask is True where a token is masked. `coarse-to-fine` masks the finest depths first, so that a mask is closed under

@@ -1,4 +1,4 @@
-"""ResGen's head: a mixture of Gaussians in low-rank form, its losses, its draws (specification §5 to §8).
+"""ResGen's head: a mixture of Gaussians in low-rank form, its losses, its draws.
 
 Legend: B images, L positions, K components, H width of a code, r rank, D width of the transformer.
 All is in fp32 outside autocast and in units of rho_k: w = z / rho_k, sp = sigma_psi / rho_k. No (B, L, K, H) tensor

@@ -1,4 +1,4 @@
-"""RDPM: recurrent token prediction (arXiv 2412.18390 §3.2, Alg. 2), and the options beyond the paper (DESIGN §2).
+"""RDPM: recurrent token prediction (arXiv 2412.18390 §3.2, Alg. 2), and the options beyond the paper.
 
 Legend: B images, J values of t an image, R = B·J rows, T steps, C code width, S positions of the flattened grid,
 K codes, D width of the transformer.

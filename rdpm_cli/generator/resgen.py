@@ -1,7 +1,6 @@
 """ResGen: masked prediction of the sum of the masked depths' embeddings (arXiv 2412.10208).
 
-The method, with the choices that public material leaves open, is the project's specification (specs/resgen.md), whose
-sections are named here. Legend: B images, L positions of the flattened grid, D depths (the tokenizer's T), V codes a
+Legend: B images, L positions of the flattened grid, D depths (the tokenizer's T), V codes a
 book, H width of a code, K components. A slot is one (position, depth). At the seams codes are (B, T, S), T = D, S = L.
 """
 
@@ -96,7 +95,7 @@ class MaskBatches(StoreBatches):
         return self._last[1:]
 
     def _mask(self, keys_BLD: Tensor, r_B: list[float]) -> Tensor:
-        """The mask at r of each image (§3), by its uniform keys."""
+        """The mask at r of each image, by its uniform keys."""
         slots, objective = math.prod(self.shape), self.objective
         count_B = torch.tensor([masked_count(objective.schedule, r, slots) for r in r_B])
         return mask_tokens(keys_BLD, count_B, objective.order == "coarse-to-fine")
@@ -188,7 +187,7 @@ class TokenHead(nn.Module):
 
 
 class MaskedNetwork(nn.Module):
-    """Linear(H -> width) of the visible sum, transformer; the head; and the scales of the codes (§4)."""
+    """Linear(H -> width) of the visible sum, transformer; the head; and the scales of the codes."""
 
     rho: Tensor
     sigma_psi: Tensor
@@ -283,7 +282,7 @@ class ResGen(ClassConditional):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def begin(self, cfg: ResGenConfig, store: CodeStore) -> dict[str, Any]:
-        """Measure rho and sigma_psi of the training rows; the network keeps them (§2, §5)."""
+        """Measure rho and sigma_psi of the training rows; the network keeps them."""
         self.objective, network = cfg.objective, self._network
         rho, sigma_psi, source = measure(store, self.quantizer, cfg.objective)
         network.rho.copy_(rho)
@@ -298,7 +297,7 @@ class ResGen(ClassConditional):
         return {"sigma_psi": {"value": sigma_psi, "source": source}, "rho": rho.tolist()}
 
     def loss(self, batch: MaskBatch, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_mask of §6 in nats: a mean over positions with a masked slot, and dimensions; direct: over slots."""
+        """L_mask in nats: a mean over positions with a masked slot, and dimensions; direct: over slots."""
         with torch.no_grad():
             visible, z = self.masked_sums(self.embed(batch.codes_BTS), batch.masked_BLD)
         if self.direct:
@@ -373,7 +372,7 @@ class ResGen(ClassConditional):
     def sample(
         self, condition: Condition, indices_B: Tensor, options: SampleOptions, known: Known | None = None
     ) -> Tensor:
-        """§7: at each step predict all masked sums, requantise them, reveal the most confident tokens. codes_BTS."""
+        """At each step predict all masked sums, requantise them, reveal the most confident tokens. codes_BTS."""
         self.check(options)
         sampling, indices, device = _sampling(options), indices_B.tolist(), condition.vector_BD.device
         coarse_first = bool(self._network.coarse_first)

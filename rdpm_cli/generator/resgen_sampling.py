@@ -1,4 +1,4 @@
-"""The steps of ResGen's sampling: drawing tokens, their confidence, how many are revealed (specification §7 and §8).
+"""The steps of ResGen's sampling: drawing tokens, their confidence, how many are revealed.
 
 Legend: B images, L positions, D depths, V codes a book, H width of a code, K components, n steps. A slot is one
 (position, depth). Every draw of sample `index` at step t comes from a stream of (seed, index, t, purpose).

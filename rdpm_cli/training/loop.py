@@ -258,7 +258,8 @@ def _skip(culprits: list[str], bad: list[str], batches: Batches, cfg: TrainConfi
             f"train.skip_bad={cfg.skip_bad + 1}",
         )
     run.skipped += 1
-    progress.warn(f"skipped ({run.skipped} of {cfg.skip_bad}): {reason}")
+    if is_first():
+        progress.warn(f"skipped ({run.skipped} of {cfg.skip_bad}): {reason}")
 
 
 def _update(seats: Sequence[_Seat], results: Sequence[dict[str, Tensor]], whole: TrainStep) -> dict[str, Tensor]:
