@@ -314,7 +314,7 @@ def read_weights(path: Path, network: str, hint: str) -> dict[str, Tensor]:
     """The tensors of a weight file by name, on the CPU. network: whose weights, for the error (CheckpointError)."""
     content = read_tensors(path, hint=hint)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise misfit(path, network, hint, "it is no dict of tensors")
+        raise misfit(path, network, hint, "it is not a dict of tensors")
     return content
 
 

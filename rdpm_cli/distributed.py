@@ -51,7 +51,7 @@ def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
     """Join torchrun's group if there is one. -> this process's device. device: auto, cpu, cuda or cuda:N.
 
     several: whether this command may run as several processes. Raises UsageError if it may not and does, and
-    LostProcessError if another process has gone.
+    LostProcessError if another process has ended.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and not several:
@@ -73,7 +73,7 @@ def process_group(device: str, several: bool = False) -> Iterator[torch.device]:
         # gloo's errors have no class of their own, but name its source file
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             reason = str(error).splitlines()[0]
-            raise LostProcessError(f"another process of this run has gone: {reason}", "see its own message") from error
+            raise LostProcessError(f"another process of this run has ended: {reason}", "see its own message") from error
         raise
     finally:
         # After an error the other processes are elsewhere: NCCL would wait for them here, and under gloo they would

@@ -31,7 +31,7 @@ class RunError(RdpmError):
 
 
 class LostProcessError(RunError):
-    """Another process of this run has gone, so this one cannot continue: a consequence, never the cause."""
+    """Another process of this run has ended, so this one cannot continue: a consequence, never the cause."""
 
 
 class UsageError(RdpmError):

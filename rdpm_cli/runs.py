@@ -79,7 +79,7 @@ def check_run(folder: Path, settings: Settings, bind: Callable[[Settings], Setti
         if changed := files.differences(bind(previous), bind(settings)):
             raise UsageError(f"{folder} was started with other settings: {'; '.join(changed[:6])}", ANOTHER_FOLDER)
     elif foreign := [path.name for path in folder.glob("*") if not path.name.startswith(".")]:
-        raise UsageError(f"{folder} is not empty ({foreign[0]}, ...) and not a run", ANOTHER_FOLDER)
+        raise UsageError(f"{folder} is not empty ({foreign[0]}, ...) and is not a run folder", ANOTHER_FOLDER)
     return record
 
 

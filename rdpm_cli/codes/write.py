@@ -315,7 +315,7 @@ def _check_bad(root: Path, source: Source, bad: Sequence[BadItem], work: Work) -
 
 
 def tabulate(root: Path, plan: Plan) -> Manifest:
-    """The manifest of the written shards, not yet on disk. Raises RunError if a shard's checksums have gone."""
+    """The manifest of the written shards, not yet on disk. Raises RunError if a shard's checksums were deleted."""
     sums, bad, shards = _sums(root, plan), _bad(root, plan), []
     if lost := [n for n in range(plan.shard_count) if n not in sums]:
         raise RunError(f"{root / SUMS_OF_SHARD.format(lost[0])} is damaged", "run the same command again")

@@ -47,7 +47,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 def read_at(path: Path, offset: int, size: int) -> bytes:
     """`size` bytes of a file. Raises OSError where it ends before.
 
-    The file is opened anew for every item, as those of a folder are: processes that share an open file after a fork
+    The file is opened again for every item, as in a folder: processes that share an open file after a fork
     also share its position.
     """
     if size > LARGEST:

@@ -251,7 +251,7 @@ class SampleFiles:
     def _require(self, batch: range) -> Pixels:
         pixels = self.read(batch)
         if pixels is None:
-            raise RunError(f"samples {batch.start} to {batch.stop - 1} have gone", "run the same command again")
+            raise RunError(f"samples {batch.start} to {batch.stop - 1} were deleted", "run the same command again")
         return pixels
 
     def _has_pngs(self, batch: range) -> bool:

@@ -145,7 +145,7 @@ def _open_folder(root: Path) -> Source:
     hint = f"name the shards, such as '{(root / shards[0]).parent}/*{Path(shards[0]).suffix}'"
     if images:
         raise DataError(f"{root} holds both images such as '{min(images)}' and shards such as '{shards[0]}'", hint)
-    # Splits are told by the first words of folders and files: data/train-00000-of-00294.parquet, train/0000.tar.
+    # Splits are recognised by the first words of folders and files: data/train-00000-of-00294.parquet, train/0000.tar.
     word_rows = ([re.split("[-_.]", step)[0] for step in name.lower().split("/")] for name in shards)
     splits = {next((word for word in words if word in SPLITS), "") for words in word_rows}
     if len(splits) > 1:

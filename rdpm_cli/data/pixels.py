@@ -70,7 +70,7 @@ def crop(image: Image.Image, size: int, name: str) -> Pixels:
 def image_errors(source: str, name: str) -> Iterator[None]:
     """Turn everything that a bad image raises inside into an ImageError for the item `name` of `source`.
 
-    A fault of the machine is no bad image: it becomes a RunError, or DataError for a file that has gone, since
+    A fault of the machine makes no image bad: it becomes a RunError, or a DataError for a deleted file, since
     `--on-bad skip` would otherwise leave a good image out of a code store for ever.
     """
     try:

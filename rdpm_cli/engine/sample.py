@@ -400,7 +400,7 @@ def reject_options(text: str | None, judge: str | None) -> Reject | None:
         share, tries = 0.0, 0
     if name != "keep" or judge is None or tries < 2 or abs(share * tries - 1) > 0.01:
         hint = "write --reject keep=0.25 --judge judge.pt for the best of 4"
-        raise UsageError("--reject keeps one of a whole number of candidates, by a judge", hint)
+        raise UsageError("--reject and --judge keep the best of several candidates", hint)
     return Reject(tries, judge)
 
 
@@ -430,7 +430,7 @@ def sampling_options(recorded: SamplingConfig, preset: str | None, requested: Ma
     values = {**recorded.model_dump(), **(section.presets[preset] if preset else {}), **requested}
     options = validate(section, values, "sampling options")
     if preset in section.guided and options.cfg == 0 and "cfg" not in requested:
-        message = f"--preset {preset} guides, and this checkpoint's own lambda is 0"
+        message = f"--preset {preset} needs guidance, and the lambda of this checkpoint is 0"
         raise UsageError(message, f"write --preset {preset} cfg=1.5")
     for name, (switch, effective) in section.effective_with.items():
         value = getattr(options, switch)

@@ -127,7 +127,7 @@ def eval_reference(
     resolution: default the first image's short side; samples and .npz keep theirs.
     """
     if out.suffix != ".npz":
-        raise UsageError(f"{out} is no .npz", f"give {out.with_suffix('.npz')}")
+        raise UsageError(f"{out} is not an .npz file", f"give {out.with_suffix('.npz')}")
     files.make_folder(out.parent)
     with process_group(device, several=True) as rank_device:
         extractor = (ruler or Ruler()).open(rank_device)

@@ -19,7 +19,7 @@ from rdpm_cli.generator.contract import SampleOptions
 from rdpm_cli.generator.registry import LoadedGenerator
 from rdpm_cli.runs import Result, versions
 
-NOTE = "one seed and few samples: it compares options, and is no score to report"
+NOTE = "one seed and few samples: this compares options and is not a score to report"
 Measure = Callable[[SamplingConfig], float | None]  # smaller is better; None for options that cannot be used
 
 
@@ -38,7 +38,7 @@ class Search:
             self.content = files.read_json(path)
             if changed := files.differences(self.content["plan"], plan):
                 hint = "remove it, or name another file with --out"
-                raise UsageError(f"{path} is of another search: {'; '.join(changed[:4])}", hint)
+                raise UsageError(f"{path} belongs to another search: {'; '.join(changed[:4])}", hint)
             progress.say(f"{len(self.content['values'])} candidates are there from an earlier run, in {path}")
         self.visited: set[str] = set()
         self.tried: dict[str, float] = {}  # by what differs from the start

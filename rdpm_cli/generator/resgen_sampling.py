@@ -31,7 +31,7 @@ def starting_point(
     codes, masked = known.codes_BTS.transpose(1, 2), ~known.keep_BTS.transpose(1, 2)
     if coarse_first and bool((masked[..., :-1] & ~masked[..., 1:]).any()):
         raise UsageError(
-            "codes are known at depths whose coarser codes are not", "give the coarsest depths of a position"
+            "some known codes have coarser codes that are not known", "give the coarsest depths of a position"
         )
     return codes.to(device), masked.to(device)
 

@@ -169,7 +169,7 @@ def _read(path: Path) -> tuple[Layout, dict[str, Tensor]]:
             tensors = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
             if matching := [layout for layout in LAYOUTS if layout.mark in tensors]:
                 return matching[0], tensors
-    raise CheckpointError(f"{path} holds the weights of no known tokenizer", KNOWN)
+    raise CheckpointError(f"{path} does not hold weights of a known tokenizer", KNOWN)
 
 
 # ---- the import ----------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def _notes(layout: Layout, cfg: TokenizerArchitecture) -> list[str]:
     """Differences that no shape shows."""
     notes, auto = [], cfg.autoencoder
     if layout.groups != auto.groups:
-        notes.append(f"GroupNorm: {layout.groups} groups in the file, {auto.groups} here; the layers compute otherwise")
+        notes.append(f"GroupNorm: {layout.groups} groups in the file, {auto.groups} here; the layers give other values")
     if layout.latents != auto.latent_norm:
         scales = f"{LATENTS[layout.latents]} in the file's model, {LATENTS[auto.latent_norm]} here"
         notes.append(f"latents are {scales}; decoder and codes first see another scale")
