@@ -192,3 +192,10 @@ def test_a_driver_that_torch_cannot_use_is_broken_unless_the_gpu_is_hidden(
     assert (answer["broken"], answer["devices"]["driver"]) == (["devices.gpus"], "580.65.06")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert examine()["settings"]["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_an_unfinished_folder_of_samples_is_neither_a_run_nor_a_store(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "run.json", {"pictures": {"count": 3}})
+    assert look.inspect(str(tmp_path)).values["kind"] == "unfinished samples"
+    with pytest.raises(DataError, match=tmp_path.name):
+        look.verify(tmp_path)
