@@ -105,7 +105,7 @@ def check(args: list[str]) -> None:
     if command.name in SECTIONS:
         recipe = params.get("recipe", "digits")
         recipes.load_recipe(recipe, params["overrides"] or [], SECTIONS[command.name])
-    pairs = params.get("more") or (params.get("arguments") if params.get("ckpt") else None) or []
+    pairs = params.get("settings") or (params.get("arguments") if params.get("ckpt") else None) or []
     for pair in pairs:
         assert pair.partition("=")[0] in SAMPLING, f"{pair} is no sampling option"
 
