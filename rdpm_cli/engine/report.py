@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -265,18 +266,21 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def _line(knob: str, score: Score) -> str:
+    """The key of scores on one line: comparable, of one checkpoint, and with all options but the knob equal."""
+    return repr((score.setting, sorted((key, value) for key, value in score.options.items() if key != knob)))
+
+
 def trade_offs(scores: Sequence[Score]) -> list[tuple[str, str]]:
     """(title, data URI) of every score against guidance or temperature, where several values of it were scored."""
     plots = []
     for knob in ("cfg", "tau"):
-
-        def line(score: Score, knob: str = knob) -> tuple[Any, ...]:
-            """Scores of one line: comparable, of one checkpoint, and with all other options equal."""
-            return (*score.setting, repr(sorted((k, v) for k, v in score.options.items() if k != knob)))
-
+        line = partial(_line, knob)
         usable = [s for s in scores if s.value is not None and isinstance(s.options.get(knob), int | float)]
-        for setting, group in groupby(sorted(usable, key=lambda s: repr(line(s))), key=line):
-            points = sorted((float(s.options[knob]), s.value) for s in group if s.value is not None)
+        for _, group in groupby(sorted(usable, key=line), key=line):
+            same = list(group)
+            setting = same[0].setting
+            points = sorted((float(s.options[knob]), s.value) for s in same if s.value is not None)
             if len({x for x, _ in points}) > 1:
                 title = f"{METRICS.get(setting[0], (setting[0], 0))[0]} against {knob}, N = {setting[1]}"
                 x, y = zip(*points, strict=True)
