@@ -24,7 +24,7 @@ Every command, argument, option and default, written by `{REGENERATE}`. A test c
   after saving too. A second signal ends a command at once.
 - **The same command again resumes** and reports from where; a finished one returns at once (the trainings, `tokenize`,
   `sample`, `demo`, `tune-sampling`). A folder that was started with other settings is refused, with the differences.
-- **Progress** is a bar on a terminal and a plain line every 10 to 25 s elsewhere. With `rdpm --log-format json COMMAND`
+- **Progress** is a bar on a terminal and a plain line every 10 s elsewhere. With `rdpm --log-format json COMMAND`
   each line of stderr is a JSON document: `time`, `kind` (`progress`, `finished`, `info`, `warning`, `error`),
   `message`, and depending on the kind `job`, `done`, `total`, `unit`, `rate`, `seconds`, `seconds_left`, `note`,
   `before` (done by an earlier call), or `hint`, `exit_code`, `trace`.

@@ -2,5 +2,4 @@
 
 from rdpm_cli.cli import main
 
-if __name__ == "__main__":
-    main()
+main()

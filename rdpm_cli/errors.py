@@ -1,18 +1,13 @@
-"""Errors for users: what is wrong and where, what to do next, and the exit code for scripts.
+"""Errors for users, with their exit codes. An exception that is no `RdpmError` is a bug and keeps its traceback."""
 
-Any exception that is not an `RdpmError` is a bug and keeps its traceback.
-"""
-
-import functools
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 EXIT_FAILED = 1  # the run failed: disk full, out of memory, NaN, lock held
 EXIT_USAGE = 2  # usage or recipe
 EXIT_DATA = 3  # data, checkpoint or weights unreadable, empty, of the wrong kind, mismatched or absent
 EXIT_STOPPED = 75  # stopped by a signal after saving; the same command continues
 EXIT_INTERRUPT = 130  # Ctrl-C
+LAUNCHER = "RDPM_LAUNCHER"  # environment variable of a process that `--gpus` started: the launcher's process id
 
 
 class RdpmError(Exception):
@@ -22,8 +17,7 @@ class RdpmError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = message, hint
 
 
 class RunError(RdpmError):
@@ -57,30 +51,13 @@ class ImageError(DataError):
         super().__init__(message, hint)
         self.name, self.reason = name, reason
 
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        # Workers send it to another process; pickle by itself would pass only the message.
-        return functools.partial(ImageError, name=self.name, reason=self.reason), (self.message, self.hint)
-
-
-class DamagedError(DataError):
-    """Files that differ from what was written. files: one line for each, all of them shown."""
-
-    def __init__(self, folder: Path, files: Sequence[str], hint: str) -> None:
-        super().__init__("\n  ".join((f"{folder} is damaged:", *files)), hint)
-        self.files = list(files)
-
 
 class CheckpointError(DataError):
     """A checkpoint or weight file that is unreadable, of the wrong kind, or absent."""
 
 
 class AbsentWeightsError(CheckpointError):
-    """A published weight file that is in none of its folders. reason: what a score that needs it reports instead."""
-
-    def __init__(self, file: str, candidates: Sequence[Path], hint: str) -> None:
-        searched = ", ".join(map(str, candidates))
-        super().__init__(f"weights {file} are not here (searched: {searched})", hint)
-        self.reason = f"weights absent: {file} (searched: {searched})"
+    """A published weight file that is in none of its folders; a score that needs it is left out."""
 
 
 class Stopped(RdpmError):
@@ -92,5 +69,4 @@ class Stopped(RdpmError):
 def some_of(names: Iterable[str], most: int = 8) -> str:
     """The first few of many names: `a, b, c and 120 more`."""
     listed = list(names)
-    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + rest
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -35,7 +35,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    os.fsync(descriptor)  # makes the rename durable
+    os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
@@ -43,17 +45,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
-        reason = "is a file" if folder.is_file() else f"cannot be made: {error.strerror}"
-        raise UsageError(f"{folder} {reason}", "name another folder") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise UsageError(f"folder {folder} cannot be made: {error.strerror}", "name another folder") from error
 
 
 def canonical_json(value: Any) -> str:
@@ -72,14 +64,9 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def json_text(value: Any) -> str:
-    """Indented JSON; NaN is refused."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, written atomically; NaN is refused."""
-    text = json_text(value)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
@@ -87,8 +74,6 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises DataError if it is absent or broken."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}", "make it again; it may be half of a copy") from error
 
@@ -101,7 +86,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        writer = owner.read_text().strip() if owner.exists() else "another process"
+        writer = owner.read_text() if owner.exists() else "another process"
         raise RunError(f"{folder} is being written by {writer}", "wait for it, or stop it") from error
     try:
         owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
@@ -119,53 +104,29 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+            lines.append(f"{prefix}{key}: {a} -> {b}")
     return lines
-
-
-def _short(value: Any) -> str:
-    """A value as people compare it: digests by their first digits."""
-    text = str(value)
-    return text[:12] if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text
 
 
 def free_bytes(folder: Path) -> int:
     """Free space where `folder` is, or would be made."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    status = os.statvfs(existing)
+    status = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
     return status.f_bavail * status.f_frsize
 
 
 def need_space(folder: Path, need: int) -> None:
     """Raise RunError if the disk under `folder` cannot hold this many bytes more."""
-    free = free_bytes(folder)
-    if need > free:
-        raise RunError(f"disk full: {folder} needs {_size(need)} more, {_size(free)} are free", FREE)
+    if need > (free := free_bytes(folder)):
+        raise RunError(f"disk full: {folder} needs {need / 1e6:.2f} MB more, {free / 1e6:.2f} MB are free", FREE)
 
 
 @contextlib.contextmanager
-def report_full_disk(folder: Path, missing: Callable[[], int]) -> Iterator[None]:
-    """Turn the system's 'no space left' into a RunError. missing: returns the bytes that are still to be written."""
+def report_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the system's 'no space left', or a used-up quota, into a RunError."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        need_space(folder, missing())
-        free = _size(free_bytes(folder))
-        hint = f"a quota, or the number of files, may be used up; {FREE}"
-        raise RunError(f"{folder} cannot be written: {error.strerror}, though {free} are free", hint) from error
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def memory_bytes() -> int:
-    """The machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def describe_missing(path: Path) -> str:
-    """The message for a path that should be a file and is not."""
-    return f"{path} is a folder, not a file" if path.is_dir() else f"{path} does not exist"
+        free = f"{free_bytes(folder) / 1e6:.2f} MB are free"
+        raise RunError(f"disk full: {folder} cannot be written: {error.strerror}, {free}", FREE) from error

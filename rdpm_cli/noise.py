@@ -1,9 +1,4 @@
-"""Counter-based noise: the same numbers in every process, batch and order.
-
-A value is addressed, never drawn in sequence: `normal(purpose, seed, index, view, t, shape)` is a pure function.
-Each purpose has its own Philox key, so that equal seeds and indices of different purposes share no value;
-otherwise `sample --seed 0` would replay the training images' noise.
-"""
+"""Counter-based noise, addressed and never drawn in sequence: the same numbers in every process, batch and order."""
 
 import functools
 from collections.abc import Sequence
@@ -11,15 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Stores, samples and checkpoints depend on these numbers: never renumber, only add.
+# Philox keys, without which `sample --seed 0` would replay the training images' noise. Stores, samples and checkpoints
+# depend on these numbers: never renumber, only add.
 PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "labels": 6, "intervals": 9, "uniform": 10}
 PURPOSES |= {"mask": 7, "component": 8}  # ResGen: held-out masks; the components of a sample
 # Training: rows of an epoch, small draws of a batch, seeds of the device's generators, draws that all processes share.
 PURPOSES |= {"epoch": 16, "batch": 17, "device": 18, "shared": 19, "torch": 20}
 BLOCK = 16  # rows of the global batch that share one training stream
-
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Integers = Sequence[int]
 
 
 def stream(purpose: str, seed: int, index: int = 0, view: int = 0, t: int = 0) -> np.random.Generator:
@@ -29,56 +25,42 @@ def stream(purpose: str, seed: int, index: int = 0, view: int = 0, t: int = 0) -
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def normal(purpose: str, seed: int, index: int, view: int, t: int, shape: Sequence[int]) -> Floats:
+def normal(purpose: str, seed: int, index: int, view: int, t: int, shape: Integers) -> Floats:
     """Standard normal values of one address, float32, of the given shape."""
-    return stream(purpose, seed, index, view, t).standard_normal(tuple(shape), dtype=np.float32)
+    return stream(purpose, seed, int(index), int(view), int(t)).standard_normal(tuple(shape), dtype=np.float32)
 
 
-def gumbel(seed: int, index: int, t: int, shape: Sequence[int]) -> Floats:
+def gumbel(seed: int, index: int, t: int, shape: Integers) -> Floats:
     """Standard Gumbel values -log(E), E ~ Exp(1), for sample `index` at step t, float32."""
     exponential = stream("gumbel", seed, index, 0, t).standard_exponential(tuple(shape), dtype=np.float32)
     # An exponential of exactly 0 would give infinity, and infinity minus infinity where logits are masked.
     return -np.log(np.maximum(exponential, np.finfo(np.float32).tiny))
 
 
-def uniform_rows(
-    purpose: str, seed: int, indices: Sequence[int], views: Sequence[int], t: int, shape: Sequence[int]
-) -> Floats:
+def uniform_rows(purpose: str, seed: int, indices: Integers, views: Integers, t: int, shape: Integers) -> Floats:
     """Uniform values in [0, 1) at step t, one address a row: (len(indices), *shape) float32."""
-    rows = [
-        stream(purpose, seed, int(index), int(view), t).random(tuple(shape), dtype=np.float32)
-        for index, view in zip(indices, views, strict=True)
-    ]
-    return np.stack(rows)
+    streams = [stream(purpose, seed, int(index), int(view), t) for index, view in zip(indices, views, strict=True)]
+    return np.stack([row.random(tuple(shape), dtype=np.float32) for row in streams])
 
 
-def normal_rows(
-    purpose: str, seed: int, indices: Sequence[int], views: Sequence[int], ts: Sequence[int], shape: Sequence[int]
-) -> Floats:
+def normal_rows(purpose: str, seed: int, indices: Integers, views: Integers, ts: Integers, shape: Integers) -> Floats:
     """One address a row: (len(indices), *shape)."""
-    out = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, (index, view, t) in enumerate(zip(indices, views, ts, strict=True)):
-        out[row] = normal(purpose, seed, int(index), int(view), int(t), shape)
-    return out
+    addresses = zip(indices, views, ts, strict=True)
+    return np.stack([normal(purpose, seed, index, view, t, shape) for index, view, t in addresses])
 
 
-def normal_steps(
-    purpose: str, seed: int, indices: Sequence[int], views: Sequence[int], steps: int, shape: Sequence[int]
-) -> Floats:
+def normal_steps(purpose: str, seed: int, indices: Integers, views: Integers, steps: int, shape: Integers) -> Floats:
     """All steps 1..T of each row: (len(indices), T, *shape)."""
     out = np.empty((len(indices), steps, *shape), dtype=np.float32)
-    for row, (index, view) in enumerate(zip(indices, views, strict=True)):
+    for row, index, view in zip(out, indices, views, strict=True):
         for t in range(1, steps + 1):
-            out[row, t - 1] = normal(purpose, seed, int(index), int(view), t, shape)
+            row[t - 1] = normal(purpose, seed, index, view, t, shape)
     return out
 
 
 def fingerprint(seed: int) -> list[float]:
     """16 values of the encode stream. A store keeps them, to refuse a numpy that draws other numbers."""
     return [float(v) for v in normal("encode", seed, 0, 0, 1, (16,))]
-
-
-# ---- training: a step's randomness is a function of (seed, step, block of rows) -----------------------------------
 
 
 @functools.lru_cache(maxsize=2)
@@ -88,21 +70,16 @@ def _permutation(seed: int, epoch: int, count: int) -> Ints:
 
 def epoch_rows(seed: int, step: int, batch: int, count: int) -> Ints:
     """Rows of the global batch of a step: every row once an epoch, in an order of (seed, epoch). (batch,) int64."""
-    positions = np.arange(step * batch, (step + 1) * batch)
-    rows = [
-        _permutation(seed, int(epoch), count)[positions[positions // count == epoch] % count]
-        for epoch in np.unique(positions // count)
-    ]
-    return np.concatenate(rows)
+    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), count)
+    return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
 
 
 def block_uniform(seed: int, step: int, rows: range, columns: int) -> Floats:
     """Uniform values in [0, 1) for `rows` of the global batch (whole blocks): (len(rows), columns)."""
-    blocks = []
-    for start in range(rows.start, rows.stop, BLOCK):
-        count = min(BLOCK, rows.stop - start)
-        blocks.append(stream("batch", seed, step, start // BLOCK).random((count, columns), dtype=np.float32))
-    return np.concatenate(blocks)
+    blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+    streams = [stream("batch", seed, step, block.start // BLOCK) for block in blocks]
+    draws = [s.random((len(block), columns), dtype=np.float32) for s, block in zip(streams, blocks, strict=True)]
+    return np.concatenate(draws)
 
 
 def seed_of(purpose: str, seed: int, step: int, block: int) -> int:

@@ -1,6 +1,5 @@
 """Recipes: YAML files with `extends`, `key=value` overrides, and the one schema that they resolve to."""
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,11 @@ from rdpm_cli.errors import RecipeError
 from rdpm_cli.evaluation.judge import JudgeConfig
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.registry import FAMILIES
-from rdpm_cli.schema import Section, leaf_keys, nearest_key, parse_yaml, recipe_folder, recipe_names, validate
+from rdpm_cli.schema import Section, leaf_keys, parse_yaml, recipe_folder, recipe_names, validate
 from rdpm_cli.tokenizer.config import TokenizerConfig
 
-__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_folder", "recipe_keys", "recipe_names", "to_yaml"]
+__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_folder", "recipe_names", "to_yaml"]
 
-DEFAULT_FAMILY = "rdpm"
 EITHER_LENGTH = {"steps": "epochs", "epochs": "steps"}  # of a training: one replaces the other
 
 
@@ -41,7 +39,7 @@ class Recipe(Section):
         """A plain generator section as the config of the family that it names."""
         if not isinstance(value, Mapping):
             return value
-        family = value.get("family", DEFAULT_FAMILY)
+        family = value.get("family", "rdpm")
         if family not in FAMILIES:
             raise ValueError(f"family is one of {', '.join(FAMILIES)}")
         return FAMILIES[family].config.model_validate(value)
@@ -51,44 +49,39 @@ class Recipe(Section):
         return files.digest(self.model_dump(mode="json"))
 
 
-def recipe_keys(family: str = DEFAULT_FAMILY) -> list[str]:
-    """Every dotted key of a recipe whose generator is of this family."""
-    config = FAMILIES.get(family, FAMILIES[DEFAULT_FAMILY]).config
-    shared = [key for key in leaf_keys(Recipe) if not key.startswith("generator.")]
-    return [*shared, *leaf_keys(config, "generator.")]
-
-
 def find_recipe(name_or_file: str) -> Path:
-    """A shipped recipe by name, or a YAML file by path. Raises RecipeError with near names."""
-    path = Path(name_or_file)
-    if path.suffix in {".yaml", ".yml"} or os.sep in name_or_file:
-        if not path.is_file():
-            raise RecipeError(f"recipe file {path} does not exist", f"shipped recipes: {', '.join(recipe_names())}")
-        return path
-    if name_or_file not in recipe_names():
-        near = difflib.get_close_matches(name_or_file, recipe_names(), 1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise RecipeError(f"no recipe named '{name_or_file}'", f"{hint}shipped recipes: {', '.join(recipe_names())}")
-    return recipe_folder() / f"{name_or_file}.yaml"
+    """A shipped recipe by name, or a YAML file by path. Raises RecipeError."""
+    is_path = Path(name_or_file).suffix in {".yaml", ".yml"} or os.sep in name_or_file
+    path = Path(name_or_file) if is_path else recipe_folder() / f"{name_or_file}.yaml"
+    if not path.is_file():
+        raise RecipeError(f"no recipe '{name_or_file}'", f"shipped recipes: {', '.join(recipe_names())}")
+    return path
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str = "") -> Recipe:
     """Resolve a recipe: what it extends, the file, then the overrides in order. Raises RecipeError.
 
-    section: one that the recipe must have, and to which short keys belong: `load_recipe("digits", ["train.steps=10"],
-    "tokenizer")` sets tokenizer.train.steps.
-    """
+    section: one that the recipe must have, and to which short keys such as train.steps belong."""
     path = find_recipe(name_or_file)
-    raw = _read(path)
-    raw.setdefault("name", path.stem)
+    raw = {"name": path.stem, **_read(path)}
     absent = section not in raw  # looked at first, since an override makes the section that it sets a key of
     for text in overrides:
-        _override(raw, text, section)
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"override '{text}' is not key=value", "write it as train.steps=100")
+        changes: Any = parse_yaml(value, f"override '{text}'") if value else ""
+        if section and key.partition(".")[0] not in Recipe.model_fields:
+            key = f"{section}.{key}"
+        for name in reversed(key.split(".")):
+            changes = {name: changes}
+        raw = _merged(raw, changes)
     if section and (absent or raw[section] is None):
         able = [name for name in recipe_names() if section in _read(recipe_folder() / f"{name}.yaml")]
         raise RecipeError(f"recipe '{raw['name']}' has no {section} section", f"recipes that do: {', '.join(able)}")
+    keys = [key for key in leaf_keys(Recipe) if key != "generator"]
+    keys += [key for family in FAMILIES.values() for key in leaf_keys(family.config, "generator.")]
     origin = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return validate(Recipe, raw, origin, _with_short(_valid_keys(raw), section))
+    return validate(Recipe, raw, origin, keys)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -99,69 +92,26 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The plain values of a recipe file, merged into those of the recipe that it extends."""
-    if path in extended_by:
-        raise RecipeError(f"{path} extends itself", "name another recipe in its `extends`, or leave it out")
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}", "a recipe is a text file of YAML in UTF-8") from error
-    raw = parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} holds no keys", "start from a shipped recipe")
-    parent = raw.pop("extends", None)
-    if parent is None:
+    if not isinstance(raw, dict) or path in extended_by:
+        raise RecipeError(f"{path} holds no keys, or extends itself", "start from a shipped recipe")
+    if (parent := raw.pop("extends", None)) is None:
         return raw
     neighbour = path.parent / str(parent)
     base = _read(neighbour if neighbour.is_file() else find_recipe(str(parent)), (*extended_by, path))
     base.pop("name", None)
-    return _merge(base, raw)
+    return _merged(base, raw)
 
 
-def _merge(base: dict[str, Any], changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """base with these changes, section by section; a training length replaces the one in the other unit."""
     merged = dict(base)
     for key, value in changes.items():
+        if key in EITHER_LENGTH and value is not None:
+            merged.pop(EITHER_LENGTH[key], None)
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, Mapping):
-            value = _merge(old, value, f"{path}.{key}")
-        _set(merged, path, key, value)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _set(section: dict[str, Any], path: str, key: str, value: Any) -> None:
-    """section[key] = value. path: of the section; in a train section a length replaces the length in the other unit."""
-    section[key] = value
-    if path.endswith("train") and key in EITHER_LENGTH and value is not None:
-        section.pop(EITHER_LENGTH[key], None)
-
-
-def _valid_keys(raw: Any) -> list[str]:
-    """The whole keys of a raw recipe, with those of its generator's family."""
-    generator = raw.get("generator")
-    family = generator.get("family") if isinstance(generator, Mapping) else None
-    return recipe_keys(family if isinstance(family, str) else DEFAULT_FAMILY)
-
-
-def _with_short(keys: Sequence[str], section: str) -> list[str]:
-    """Keys to suggest: the short ones of a command's section first."""
-    return [*(key.removeprefix(f"{section}.") for key in keys if section and key.startswith(f"{section}.")), *keys]
-
-
-def _override(raw: dict[str, Any], text: str, section: str) -> None:
-    """Set the value of a `key=value`."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        example = f"{'' if section else 'generator.'}train.steps=100"
-        raise RecipeError(f"override '{text}' is not key=value", f"write it as {example}")
-    keys = _valid_keys(raw)
-    full = next((name for name in (key, f"{section}.{key}") if name in keys), None)
-    if full is None:
-        raise RecipeError(f"unknown recipe key '{key}'", nearest_key(key, _with_short(keys, section)))
-    *sections, leaf = full.split(".")
-    values = raw
-    for name in sections:
-        if values.get(name) is None:
-            values[name] = {}
-        values = values[name]
-        if not isinstance(values, dict):
-            raise RecipeError(f"override '{text}': {name} is not a section", "correct the recipe file")
-    _set(values, ".".join(sections), leaf, parse_yaml(value, f"override '{text}'") if value else "")

@@ -1,7 +1,4 @@
-"""The base of all configs: frozen sections, strict YAML, and errors that name the offending key.
-
-A field is the single source of an option: recipe key, override, help, manifest entry and error derive from it.
-"""
+"""The base of all configs: frozen sections, and errors that name the offending key."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -26,78 +23,38 @@ S = TypeVar("S", bound=Section)
 
 
 def validate(section: type[S], raw: Any, origin: str, keys: Sequence[str] = ()) -> S:
-    """Plain values as a section. keys: the valid ones; default: those of the section.
-
-    Raises RecipeError naming `origin`, the key, and for an unknown key the nearest one.
-    """
+    """Plain values as a section. Raises RecipeError naming `origin`, the key, and the nearest of `keys` if unknown."""
     try:
         return section.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            hint = nearest_key(key, keys or list(leaf_keys(section)))
+            keys, name = keys or list(leaf_keys(section)), key.rpartition(".")[2]
+            misplaced = [known for known in keys if known.rpartition(".")[2] == name]
+            near = difflib.get_close_matches(key, misplaced or keys, 1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "see the recipe's keys with `rdpm inspect RECIPE`"
             raise RecipeError(f"{origin}: unknown recipe key '{key}'", hint) from error
-        reason = first["msg"].removeprefix("Value error, ")
         # A check over several fields has the whole section as its input, and names the values itself.
         hint = "" if isinstance(first["input"], dict) else f"got {first['input']!r}"[:200]
-        raise RecipeError(f"{origin}: {f'{key}: ' if key else ''}{reason}", hint) from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{origin}: {key}: {reason}" if key else f"{origin}: {reason}", hint) from error
 
 
 def leaf_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     """Every dotted key of a section that holds a value."""
     for name, field in section.model_fields.items():
-        inner = inner_section(field.annotation)
-        if inner is None:
-            yield prefix + name
-        else:
-            yield from leaf_keys(inner, f"{prefix}{name}.")
-
-
-def inner_section(annotation: Any) -> type[Section] | None:
-    """The section in a field's annotation, such as `TokenizerConfig | None`; None for a plain value."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((inner for inner in map(inner_section, get_args(annotation)) if inner), None)
-
-
-def nearest_key(key: str, keys: Sequence[str]) -> str:
-    """The hint for an unknown key."""
-    near = difflib.get_close_matches(key, keys, 1, cutoff=0.5)
-    if not near:  # the right name in the wrong section: compare the last words
-        words = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(keys)}
-        near = [words[word] for word in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(words), 1)]
-    return f"did you mean '{near[0]}'?" if near else "see the recipe's keys with `rdpm inspect RECIPE`"
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice. PyYAML itself silently keeps the last one."""
-
-
-def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise RecipeError(f"key '{repeated[0]}' is written twice, from line {node.start_mark.line + 1} on")
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+        annotations = (field.annotation, *get_args(field.annotation))  # of `TokenizerConfig | None` both
+        inner = [part for part in annotations if isinstance(part, type) and issubclass(part, Section)]
+        yield from leaf_keys(inner[0], f"{prefix}{name}.") if inner else [prefix + name]
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Plain YAML values. Raises RecipeError, which names `origin`, for a syntax error or a key written twice."""
-    loader = _StrictLoader(text)
+    """Plain YAML values. Raises RecipeError, which names `origin`, for a syntax error."""
     try:
-        return loader.get_single_data()
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{origin} is not valid YAML: {reason}{line}", "correct it there") from error
-    except RecipeError as error:
-        raise RecipeError(f"{origin}: {error.message}", "keep one of them") from error
-    finally:
-        loader.dispose()
+        raise RecipeError(f"{origin} is not valid YAML: {' '.join(str(error).split())}", "correct it there") from error
 
 
 def recipe_folder() -> Path:

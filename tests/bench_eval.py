@@ -10,26 +10,25 @@ is the largest that the process held during the job, minus what it held before.
 
 import argparse
 import time
+import unittest.mock
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from benches import Job, convolutions, race, table, verdict
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from rdpm_cli.cli.app import tune_allocator
 from rdpm_cli.evaluation import metrics
 
-FRECHET_SECONDS, MANIFOLD_SECONDS = 60, 300
+GOALS = {"FID": 60, "precision, recall": 300}  # CPU seconds a thread
 WIDTH, SPATIAL, CLASSES = 2048, 2023, 1008
 
 
 def inception() -> nn.Module:
     """torch-fidelity's network with the layers that scores take, weights drawn at random, without its download."""
-    import unittest.mock
-
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
     with (
@@ -48,9 +47,7 @@ def bench_extractor(batches: list[int], side: int, rounds: int, device: torch.de
     for count in batches:
         pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, device=device)
 
-        def forward(pixels: Tensor = pixels) -> Any:
-            return network(pixels)
-
+        forward = partial(network, pixels)
         seconds = race({"floor": convolutions(network, forward), "extractor": forward}, rounds, device)
         share = seconds["floor"] / seconds["extractor"]
         rates = [f"{count / seconds[name]:.2f}" for name in ("extractor", "floor")]
@@ -71,8 +68,7 @@ def measured(job: Job) -> list[float]:
 
 def _kibibytes(name: str) -> int:
     """A field of this process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return int(Path("/proc/self/status").read_text().partition(name)[2].split()[1])
 
 
 def random_features(count: int, width: int, seed: int) -> NDArray[np.float32]:
@@ -85,44 +81,32 @@ def bench_metrics(count: int, references: int) -> None:
     spatial, logits = random_features(count, SPATIAL, 2), random_features(count, CLASSES, 3)
     pool = metrics.statistics(reference)
     spatial_pool = metrics.statistics(random_features(references, SPATIAL, 4))
-    jobs: dict[str, tuple[Job, float | None]] = {
-        "FID: statistics, distance": (
-            lambda: metrics.frechet_distance(metrics.statistics(samples), pool),
-            FRECHET_SECONDS,
-        ),
-        "sFID: statistics, distance": (
-            lambda: metrics.frechet_distance(metrics.statistics(spatial), spatial_pool),
-            None,
-        ),
-        "IS": (lambda: metrics.inception_score(logits), None),
-        f"precision, recall: {count:,} × {references:,}": (
-            lambda: metrics.precision_recall(samples, reference),
-            MANIFOLD_SECONDS,
-        ),
-        "KID: 100 subsets of 1,000": (lambda: metrics.kernel_distance(samples, reference), None),
+    jobs: dict[str, Job] = {
+        "FID: statistics, distance": lambda: metrics.frechet_distance(metrics.statistics(samples), pool),
+        "sFID: statistics, distance": lambda: metrics.frechet_distance(metrics.statistics(spatial), spatial_pool),
+        "IS": lambda: metrics.inception_score(logits),
+        "precision, recall": lambda: metrics.precision_recall(samples, reference),
+        "KID: 100 subsets of 1,000": lambda: metrics.kernel_distance(samples, reference),
     }
     rows = []
-    for name, (job, most) in jobs.items():
+    for name, job in jobs.items():
         wall, cpu, memory = measured(job)
+        most = GOALS.get(name.partition(":")[0])
         goal = "" if most is None else f"<= {most} s: {verdict(cpu <= most)}"
         rows.append([name, f"{wall:.1f}", f"{cpu:.1f}", f"{memory:.2f}", goal])
         print(f"  {name}: {wall:.1f} s", flush=True)
-    print(f"{count:,} × {WIDTH} random features, {torch.get_num_threads()} threads")
+    print(f"{count:,} × {WIDTH} random features, {references:,} of the reference, {torch.get_num_threads()} threads")
     table(["", "wall s", "CPU s a thread", "GiB more", "goal"], rows)
 
 
-def options() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="images a forward pass")
     parser.add_argument("--side", type=int, default=256, help="pixels of an image")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=50_000, help="of the metrics")
     parser.add_argument("--references", type=int, default=10_000)
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = options()
+    arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
     bench_metrics(arguments.images, arguments.references)
     tune_allocator()  # as `rdpm` does; before, freed memory would count as held

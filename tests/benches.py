@@ -1,4 +1,4 @@
-"""What the benchmarks share: rounds in which all competitors take turns, a clock a device, tables."""
+"""What the benchmarks share: rounds in which all competitors take turns, a clock for each device, tables."""
 
 import statistics
 import time
@@ -6,18 +6,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Job = Callable[[], Any]
 
 
 def race(jobs: dict[str, Job], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each job; they take turns, after one warm-up each. Ctrl-C ends it with the rounds so far."""
+
+    def now() -> float:
+        """CPU seconds of this thread, or the wall clock once the device is idle."""
+        if device.type == "cpu":
+            return time.thread_time()
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     turns: list[list[float]] = []
     try:
         for turn in range(rounds + 1):
-            taken = [_seconds(job, device) for job in jobs.values()]
-            turns += [taken] if turn else []
+            seconds = []
+            for job in jobs.values():
+                start = now()
+                job()
+                seconds.append(now() - start)
+            turns += [seconds] if turn else []
     except KeyboardInterrupt:
         if not turns:
             raise
@@ -25,29 +37,15 @@ def race(jobs: dict[str, Job], rounds: int, device: torch.device) -> dict[str, f
     return {name: statistics.median(values) for name, values in zip(jobs, zip(*turns, strict=True), strict=True)}
 
 
-def _seconds(job: Job, device: torch.device) -> float:
-    start = _now(device)
-    job()
-    return _now(device) - start
-
-
-def _now(device: torch.device) -> float:
-    """CPU seconds of this thread, or the wall clock once the device is idle."""
-    if device.type == "cpu":
-        return time.thread_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def convolutions(network: nn.Module, forward: Job) -> Job:
-    """The convolutions of `forward` alone."""
-    calls: list[Callable[[], Any]] = []
+    """Only the convolutions of `forward`."""
+    calls: list[Job] = []
 
-    def note(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
-        x = given[0].detach().clone(memory_format=torch.preserve_format)
-        calls.append(lambda: nn.Conv2d.forward(layer, x))  # type: ignore[arg-type]
+    def record(layer: Any, inputs: Any, _: Any) -> None:
+        x = inputs[0].detach().clone(memory_format=torch.preserve_format)
+        calls.append(lambda: nn.Conv2d.forward(layer, x))
 
-    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [m.register_forward_hook(record) for m in network.modules() if isinstance(m, nn.Conv2d)]
     forward()
     for hook in hooks:
         hook.remove()

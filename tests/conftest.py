@@ -3,7 +3,6 @@ random weight files in the published layouts.
 """
 
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,13 @@ from rdpm_cli import checkpoint, progress
 from rdpm_cli.cli.app import tune_allocator
 from rdpm_cli.data.open import open_source
 from rdpm_cli.tokenizer import model
-from rdpm_cli.tokenizer.config import AutoencoderConfig, QuantizerConfig, ScheduleConfig, TokenizerArchitecture
+from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.losses import Net
-
-IMAGES_PER_CLASS = 12
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests in the background
 tune_allocator()  # before the first large allocation
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_network() -> Iterator[None]:
-    """Connections outside loopback are refused: no command needs one without --download."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("connect", "connect_ex"):
-            patch.setattr(socket.socket, name, offline.guarded(getattr(socket.socket, name)))
-        for name, value in offline.PROXIES.items():
-            patch.setenv(name, value)
-        yield
+offline.block()  # no command needs a network without --download
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +37,9 @@ def rows() -> Rows:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With `-m long` all fault tests run, so that their rows count the few cases of every run as well."""
-    if config.option.markexpr == "long":
-        for item in items:
-            if "faults" in item.path.parts:
-                item.add_marker(pytest.mark.long)
+    for item in items:
+        if config.option.markexpr == "long" and "faults" in item.path.parts:
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -78,7 +64,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def speaking() -> Iterator[None]:
     """Undo --quiet and --log-format of a test."""
-    progress.quiet = progress.as_json = False
     yield
     progress.quiet = progress.as_json = False
 
@@ -86,13 +71,9 @@ def speaking() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of an untrained tokenizer: 16×16 images, f = 4, C = 4, K = 64, T = 4, schedule sin."""
-    cfg = TokenizerArchitecture(
-        autoencoder=AutoencoderConfig(
-            resolution=16, width=8, multipliers=(1, 1, 2), res_blocks=1, attention=False, groups=4, channels=4
-        ),
-        schedule=ScheduleConfig(kind="sin"),
-        quantizer=QuantizerConfig(codes=64, steps=4),
-    )
+    sizes = {"resolution": 16, "width": 8, "multipliers": (1, 1, 2), "res_blocks": 1, "groups": 4, "channels": 4}
+    sections = {"autoencoder": {**sizes, "attention": False}, "quantizer": {"codes": 64, "steps": 4}}
+    cfg = TokenizerArchitecture.model_validate({**sections, "schedule": {"kind": "sin"}})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = model.Tokenizer(cfg)
@@ -108,7 +89,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     for name in "abc":
         (root / name).mkdir()
-        for index in range(IMAGES_PER_CLASS):
+        for index in range(12):
             width, height = (int(side) for side in random.integers(16, 40, 2))
             blocks = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
             suffix = "jpg" if index % 3 == 2 else "png"

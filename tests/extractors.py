@@ -3,15 +3,20 @@
 Legend: B batch, N images, H W sides.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from helpers import leaves
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rdpm_cli import checkpoint
+from rdpm_cli.cli.app import run
 from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.evaluation import judge
 from rdpm_cli.evaluation.features import Activations
@@ -58,5 +63,21 @@ def make_judge(seed: int = 0, classes: int = 3) -> Judge:
 
 def save_judge(path: Path, seed: int = 0) -> Path:
     """The file of an untrained judge of classes a, b, c."""
-    checkpoint.save(path, judge.pack(make_judge(seed), list("abc"), provenance={"heldout_accuracy": 0.25}))
+    network, extra = make_judge(seed), {"class_names": list("abc"), "provenance": {"heldout_accuracy": 0.25}}
+    checkpoint.save(path, checkpoint.pack(judge.KIND, network.config, network, **extra))
     return path
+
+
+def answer(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
+    """`rdpm eval ARGS` as JSON."""
+    assert run(["eval", *map(str, args), "--device", "cpu", "--quiet", "--json"]) == 0
+    values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def assert_close(values: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal leaf by leaf, floats to 1e-6."""
+    a, b = leaves(values), leaves(expected)
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        assert a[name] == (pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value), name

@@ -3,16 +3,18 @@
 Legend: T steps, C code width, S positions of the grid, K codes.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from rdpm_cli import checkpoint
 from rdpm_cli.generator import registry
-from rdpm_cli.generator.config import NetworkConfig, RDPMArchitecture, RDPMConfig, RDPMSampling
-from rdpm_cli.generator.contract import SampleOptions
+from rdpm_cli.generator.config import NetworkConfig, RDPMConfig, RDPMSampling
+from rdpm_cli.generator.contract import Generator, Known, SampleOptions
 from rdpm_cli.generator.rdpm import RDPM
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
@@ -20,6 +22,14 @@ from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.training.config import TrainConfig
 
 GRID, CHANNELS, CODES, STEPS, CLASSES = 4, 4, 64, 4, 3  # of the shared tiny tokenizer and its images
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    """For every test of a file that imports it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def sampling_options(seed: int = 0, **sampling: Any) -> SampleOptions:
@@ -40,17 +50,9 @@ def wake(network: nn.Module, std: float = 0.2) -> None:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=random))
 
 
-def make_generator(
-    quantizer: Quantizer | None = None,
-    *,
-    awake: bool = True,
-    std: float = 0.2,
-    grid: tuple[int, ...] = (GRID, GRID),
-    **network: Any,
-) -> RDPM:
+def make_generator(quantizer: Quantizer | None = None, *, awake: bool = True, std: float = 0.2, **network: Any) -> RDPM:
     """A tiny generator over a quantiser; default: a fresh one with noise."""
-    cfg = RDPMArchitecture(network=network_config(**network))
-    generator = RDPM(cfg, quantizer or make_quantizer(grid=grid), CLASSES)
+    generator = RDPM(network_config(**network), quantizer or make_quantizer(), CLASSES)
     if awake:
         wake(generator.network, std)
     generator.network.eval().requires_grad_(False)
@@ -59,15 +61,22 @@ def make_generator(
 
 def make_quantizer(kind: str = "sin", grid: tuple[int, ...] = (GRID, GRID), **options: Any) -> Quantizer:
     cfg = QuantizerConfig(**{"codes": CODES, "steps": STEPS, **options})
-    quantizer = Quantizer(cfg, ScheduleConfig.model_validate({"kind": kind}), CHANNELS, grid)
-    return quantizer.eval().requires_grad_(False)
+    return Quantizer(cfg, ScheduleConfig.model_validate({"kind": kind}), CHANNELS, grid).eval().requires_grad_(False)
+
+
+def sample(
+    generator: Generator, labels: Any, indices: Any, options: SampleOptions, known: Known | None = None
+) -> Tensor:
+    """Codes of labels and noise indices."""
+    condition = generator.condition({"labels": torch.as_tensor(labels)})
+    return generator.sample(condition, torch.as_tensor(indices), options, known)
 
 
 class Calls:
     """The inputs of every forward pass of a network."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.inputs: list[tuple[Tensor, ...]] = []
+        self.inputs: list[tuple[Any, ...]] = []
         network.register_forward_pre_hook(lambda _, args: self.inputs.append(args))
 
     @property

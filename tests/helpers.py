@@ -16,6 +16,7 @@ from rdpm_cli.training.log import read_metrics
 from rdpm_cli.training.loop import CHECKPOINTS, Batches, Run, fit
 
 CPU = torch.device("cpu")
+MACHINE = {"images_per_second", "flops_per_second", "utilisation", "memory_gib"}  # they depend on clock and machine
 
 
 def newest_state(folder: Path) -> dict[str, Any]:
@@ -26,13 +27,11 @@ def newest_state(folder: Path) -> dict[str, Any]:
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
     """Every leaf of nested dicts and lists, by its path."""
-    if isinstance(value, dict):
-        items = [(str(k), v) for k, v in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(k), v) for k, v in enumerate(value)]
-    else:
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
         return {name: value}
-    return {k: v for key, inner in items for k, v in leaves(inner, f"{name}/{key}").items()}
+    return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{name}/{key}").items()}
 
 
 def assert_same(value: Any, expected: Any) -> None:
@@ -43,11 +42,8 @@ def assert_same(value: Any, expected: Any) -> None:
         assert torch.equal(leaf, b[name]) if isinstance(leaf, Tensor) else leaf == b[name], name
 
 
-MACHINE = {"images_per_second", "flops_per_second", "utilisation", "memory_gib"}
-
-
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The log without the values that depend on the clock and the machine."""
+    """The log without the values of the machine."""
     return [{k: v for k, v in row.items() if k not in MACHINE} for row in read_metrics(folder)]
 
 
@@ -56,9 +52,7 @@ def distance(value: Tensor, expected: Tensor) -> float:
     return float((value.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6))
 
 
-# ---- a tokenizer so small that a step takes milliseconds ----------------------------------------------------------
-
-TINY: dict[str, Any] = {
+TINY: dict[str, Any] = {  # a tokenizer with a critic, so small that a step takes milliseconds
     "autoencoder": {
         "resolution": 16, "width": 8, "multipliers": [1, 1, 2], "res_blocks": 1, "attention": False, "groups": 4,
         "channels": 4,
@@ -72,10 +66,8 @@ TINY: dict[str, Any] = {
 
 
 def tiny_config(**sections: dict[str, Any]) -> TokenizerConfig:
-    """TINY, a tokenizer with a critic, with some fields of its sections changed."""
-    return TokenizerConfig.model_validate(
-        {**TINY, **{name: {**TINY[name], **fields} for name, fields in sections.items()}}
-    )
+    """TINY with some fields of its sections changed."""
+    return TokenizerConfig.model_validate({**TINY, **{name: TINY[name] | fields for name, fields in sections.items()}})
 
 
 def tiny_players(cfg: TokenizerConfig, seed: int = 0) -> Players:

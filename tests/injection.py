@@ -17,6 +17,16 @@ import pytest
 from rdpm_cli import files
 
 
+def write_through(patch: pytest.MonkeyPatch, write: Callable[[BinaryIO, bytes], int]) -> None:
+    """Let atomic files be written by write(file, data)."""
+    original = files.write_atomic
+
+    def write_atomic(path: Path, save: Callable[[Any], object]) -> None:
+        original(path, lambda file: save(SimpleNamespace(write=lambda x: write(file, bytes(x)), flush=file.flush)))
+
+    patch.setattr(files, "write_atomic", write_atomic)
+
+
 class Killed(BaseException):
     """Raised instead of SIGKILL."""
 
@@ -24,18 +34,12 @@ class Killed(BaseException):
 class Faults:
     """Counts events of the disk and strikes at one of them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.patch = monkeypatch
-        self.seen, self.strike_at, self.dead = 0, -1, False
-        self._wrap(os, "fsync")
-        self._wrap(os, "replace")
-        self._wrap(Path, "unlink")
-        original = files.write_atomic
-
-        def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-            original(path, lambda file: write(Interrupted(file, self)))  # type: ignore[arg-type]
-
-        monkeypatch.setattr(files, "write_atomic", write_atomic)
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.aim(-1)
+        for home, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+            self._wrap(home, name)
+        write_through(patch, self._write)
 
     def also_before(self, home: Any, name: str) -> None:
         """Count calls of this function as events too."""
@@ -55,6 +59,13 @@ class Faults:
 
         self.patch.setattr(home, name, call)
 
+    def _write(self, file: BinaryIO, data: bytes) -> int:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        self.event()
+        file.write(data[len(data) // 2 :])
+        return len(data)
+
     def event(self) -> None:
         self.seen += 1
         if self.seen == self.strike_at:
@@ -65,28 +76,11 @@ class Faults:
         raise Killed
 
     def aim(self, event: int) -> None:
+        """Strike at this event, counted from now on; -1: at none."""
         self.seen, self.strike_at, self.dead = 0, event, False
 
     def end(self) -> None:
-        self.seen, self.strike_at, self.dead = 0, -1, False
-
-
-class Interrupted:
-    """A file whose writes are events in their middle."""
-
-    def __init__(self, file: BinaryIO, faults: Faults) -> None:
-        self.file, self.faults = file, faults
-
-    def write(self, data: Any) -> int:
-        whole = bytes(data)
-        self.file.write(whole[: len(whole) // 2])
-        self.file.flush()
-        self.faults.event()
-        self.file.write(whole[len(whole) // 2 :])
-        return len(whole)
-
-    def flush(self) -> None:
-        self.file.flush()
+        self.aim(-1)
 
 
 class Kills(Faults):
@@ -101,38 +95,22 @@ class Disk:
 
     def __init__(self, root: Path, size: int, patch: pytest.MonkeyPatch) -> None:
         self.root, self.size, self.refused = root, size, False
-        original = files.write_atomic
-
-        def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-            original(path, lambda file: write(Bounded(file, self)))  # type: ignore[arg-type]
-
-        patch.setattr(files, "write_atomic", write_atomic)
+        write_through(patch, self._write)
         patch.setattr(os, "statvfs", self._status)
 
     @property
     def free(self) -> int:
-        return self.size - sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        return max(0, self.size - sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file()))
 
     def _status(self, _: object) -> Any:
         """os.statvfs: at first there is room, since another process takes the rest later."""
-        return SimpleNamespace(f_bavail=max(0, self.free) if self.refused else 1 << 40, f_frsize=1)
+        return SimpleNamespace(f_bavail=self.free if self.refused else 1 << 40, f_frsize=1)
 
-
-class Bounded:
-    """A file on that disk."""
-
-    def __init__(self, file: BinaryIO, disk: Disk) -> None:
-        self.file, self.disk = file, disk
-
-    def write(self, data: Any) -> int:
-        whole = bytes(data)
-        if len(whole) <= self.disk.free:
-            written = self.file.write(whole)
-            self.file.flush()
-            return written
-        self.file.write(whole[: max(0, self.disk.free)])
-        self.disk.refused = True
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def flush(self) -> None:
-        self.file.flush()
+    def _write(self, file: BinaryIO, data: bytes) -> int:
+        free = self.free
+        file.write(data[:free])
+        if len(data) > free:
+            self.refused = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        file.flush()
+        return len(data)

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -28,26 +25,7 @@ def random_pixels(count: int, side: int) -> NDArray[np.uint8]:
     return np.random.default_rng(1).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def make_files(root: Path, *names: str) -> Path:
-    """Small images of different colours under these relative names."""
-    for seed, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        random_image(20, 18, seed).save(root / name)
-    return root
-
-
-def make_zip(path: Path, *names: str) -> Path:
-    """A .zip of one small PNG under each of these member names."""
-    buffer = io.BytesIO()
-    random_image(8, 8).save(buffer, "PNG")
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in names:
-            archive.writestr(name, buffer.getvalue())
-    return path
-
-
 def real(name: str) -> str:
-    """Real images next to the project; they are not part of it."""
     if not (REAL_DATA / name).exists():
         pytest.skip(f"../shared/data/{name} is not here")
     return str(REAL_DATA / name)
@@ -60,6 +38,22 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def make_files(root: Path, *names: str) -> Path:
+    """Small images of different colours under these relative names."""
+    for seed, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        random_image(20, 18, seed).save(root / name)
+    return root
+
+
+def make_zip(path: Path, *names: str) -> Path:
+    """A .zip of one small PNG under each of these member names."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, encoded(random_image(8, 8)))
+    return path
+
+
 def make_tar(path: Path, members: Mapping[str, bytes]) -> Path:
     """An uncompressed .tar of these members, in this order."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +62,27 @@ def make_tar(path: Path, members: Mapping[str, bytes]) -> Path:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_parquet(
+    path: Path,
+    images: Sequence[bytes | None],
+    labels: Sequence[int | None] | None,
+    class_names: Sequence[str] | None = None,
+    group: int = 100,
+) -> Path:
+    """As Hugging Face's `datasets` packs images: struct columns, class names in the schema, small row groups."""
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    rows = [{"bytes": raw, "path": f"{row}.png"} for row, raw in enumerate(images)]
+    columns = {"image": pyarrow.array(rows, kind)}
+    features: dict[str, object] = {"image": {"_type": "Image"}}
+    if labels is not None:
+        columns["label"] = pyarrow.array(labels, pyarrow.int64())
+        features["label"] = {"_type": "ClassLabel", **({"names": list(class_names)} if class_names else {})}
+    table = pyarrow.table(columns, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=group, write_batch_size=8)
     return path
 
 
@@ -83,41 +98,3 @@ def adm_center_crop_arr(pil_image: Image.Image, image_size: int) -> NDArray[np.u
     crop_y = (arr.shape[0] - image_size) // 2
     crop_x = (arr.shape[1] - image_size) // 2
     return arr[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
-
-
-def write_parquet(
-    path: Path,
-    images: Sequence[bytes | None],
-    labels: Sequence[int | None] | None,
-    class_names: Sequence[str] | None = None,
-    group: int = 100,
-) -> Path:
-    """As Hugging Face's `datasets` packs images: struct columns, class names in the schema, small row groups."""
-    columns: dict[str, object] = {"image": [{"bytes": raw, "path": f"{row}.png"} for row, raw in enumerate(images)]}
-    features: dict[str, object] = {"image": {"_type": "Image"}}
-    if labels is not None:
-        columns["label"] = pyarrow.array(labels, pyarrow.int64())
-        features["label"] = {"_type": "ClassLabel", **({"names": list(class_names)} if class_names else {})}
-    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    columns["image"] = pyarrow.array(columns["image"], kind)
-    note = json.dumps({"info": {"features": features}})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(
-        pyarrow.table(columns, metadata={"huggingface": note}), path, row_group_size=group, write_batch_size=8
-    )
-    return path
-
-
-def peak_memory() -> float:
-    """Of this process, in MB. (getrusage would count the process that started it too.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
-
-
-def run_alone(program: str, path: Path) -> str:
-    """The output of a Python program in a process of its own. path: its argument."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("the peak memory of a process is read from /proc")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-c", program, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment).stdout

@@ -1,4 +1,4 @@
-"""The rows of docs/reliability.md that tests count: of the faults made, how many were recovered from."""
+"""The rows of docs/reliability.md that tests count: the number of faults made, and of those recovered from."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,10 +14,9 @@ class Rows:
     @contextlib.contextmanager
     def count(self, row: str, faults: int = 1) -> Iterator[None]:
         """Make `faults` faults of this row inside; they count as recovered from unless an exception leaves."""
-        counted = self.counts.setdefault(row, [0, 0])
-        counted[1] += faults
+        self.add({row: [0, faults]}, {})
         yield
-        counted[0] += faults
+        self.add({row: [faults, 0]}, {})
 
     def note(self, row: str, text: str) -> None:
         """A measured value."""
@@ -26,10 +25,9 @@ class Rows:
     def add(self, counts: dict[str, list[int]], notes: dict[str, str]) -> None:
         """Add the counts and measurements of another process."""
         for row, (recovered, total) in counts.items():
-            so_far = self.counts.setdefault(row, [0, 0])
-            so_far[0] += recovered
-            so_far[1] += total
-        self.notes.update(notes)
+            before = self.counts.get(row, [0, 0])
+            self.counts[row] = [before[0] + recovered, before[1] + total]
+        self.notes |= notes
 
     def lines(self) -> list[str]:
         counted = [f"row: {row} {recovered}/{total}" for row, (recovered, total) in self.counts.items()]

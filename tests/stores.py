@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from rdpm_cli import noise
-from rdpm_cli.codes import encode
-from rdpm_cli.codes.encode import Encoded, StoreOptions, make_plan
-from rdpm_cli.codes.store import NAMES, TOKENIZER, CodeStore, DataOrigin, Plan, name_lines
-from rdpm_cli.codes.write import Work, tabulate, write_shard, write_store
+from rdpm_cli.codes import write
+from rdpm_cli.codes.store import NAMES, TOKENIZER, CodeStore, DataOrigin, Plan, json_lines
+from rdpm_cli.codes.write import MicroBatch, StoreOptions, Work, make_plan, tabulate, write_shard, write_store
 from rdpm_cli.data.source import Source
 from rdpm_cli.tokenizer import model
-from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
 NOT_THE_STORE = {".lock", ".lock.owner", "run.json"}
@@ -81,13 +78,13 @@ def content(root: Path) -> dict[str, bytes]:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The source indices that this process encodes from now on."""
     indices: list[int] = []
-    original = encode.prepare_and_encode
+    original = write.prepare_and_encode
 
-    def spy(source: Source, tokenizer: Tokenizer, plan: Plan, batch: range) -> Encoded:
+    def spy(source: Source, tokenizer: model.Tokenizer, plan: Plan, batch: range) -> MicroBatch:
         indices.extend(batch)
         return original(source, tokenizer, plan, batch)
 
-    monkeypatch.setattr(encode, "prepare_and_encode", spy)
+    monkeypatch.setattr(write, "prepare_and_encode", spy)
     return indices
 
 
@@ -112,21 +109,19 @@ def synthetic_plan(count: int, grid: tuple[int, ...], **fields: Any) -> Plan:
 @torch.no_grad()
 def latent_store(root: Path, quantizer: Quantizer, channels: int, count: int = 60, views: int = 2) -> CodeStore:
     """A finished store of random latents on the quantiser's grid, of three classes, in shards of 25."""
-    grid, sizes = quantizer.grid, {"steps": quantizer.steps, "codes": quantizer.cfg.codes, "channels": channels}
-    plan = synthetic_plan(count, grid, views=views, **sizes)
-    shape = (channels, math.prod(grid))
+    grid, steps, shape = quantizer.grid, quantizer.steps, (channels, math.prod(quantizer.grid))
+    plan = synthetic_plan(count, grid, views=views, steps=steps, codes=quantizer.cfg.codes, channels=channels)
     z_NCS = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).half().float()
     root.mkdir(parents=True)
     (root / TOKENIZER).write_bytes(b"none")
-    (root / NAMES).write_bytes(name_lines([str(index) for index in range(count)]))
-    for shard in range(plan.shard_count):
-        items = plan.shard_range(shard)
+    (root / NAMES).write_bytes(json_lines({"index": index, "name": str(index)} for index in range(count)))
+    for shard, items in enumerate(plan.shard_ranges):
         index = np.repeat(np.arange(items.start, items.stop), views)
         view = np.tile(np.arange(views), len(items))
-        eps = noise.normal_steps("encode", 0, index.tolist(), view.tolist(), plan.steps, shape)
+        eps = noise.normal_steps("encode", 0, index.tolist(), view.tolist(), steps, shape)
         codes = quantizer.encode(z_NCS[index], torch.from_numpy(eps)).numpy()
-        arrays: dict[str, NDArray[Any]] = {
-            "codes": codes.astype(np.uint16).reshape(len(index), plan.steps, *grid),
+        arrays: dict[str, Any] = {
+            "codes": codes.astype(np.uint16).reshape(len(index), steps, *grid),
             "labels": (index % 3).astype(np.int32),
             "index": index.astype(np.int64),
             "latents": z_NCS[items.start : items.stop].half().numpy().reshape(len(items), channels, *grid),

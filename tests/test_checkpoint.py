@@ -2,10 +2,8 @@
 
 import hashlib
 import http.server
-import os
 import pickle
 import random
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,6 @@ from torch import nn
 
 from rdpm_cli import checkpoint, files
 from rdpm_cli.checkpoint import Published, WeightFile, find_weights, read_tensors
-from rdpm_cli.cli.app import run
 from rdpm_cli.errors import AbsentWeightsError, CheckpointError, RunError
 from rdpm_cli.schema import Section
 
@@ -30,9 +27,6 @@ def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 0xFF
     path.write_bytes(content)
-
-
-# ---- files of tensors ----------------------------------------------------------------------------------------------
 
 
 def test_tensors_come_back(tmp_path: Path) -> None:
@@ -59,25 +53,11 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
             read_tensors(tmp_path / "cut.pt")
 
 
-@pytest.mark.parametrize("folder", [True, False])
-def test_an_absent_file_is_refused(folder: bool, tmp_path: Path) -> None:
-    path = tmp_path / "absent.pt"
-    if folder:
-        path.mkdir()
-    with pytest.raises(CheckpointError, match=r"absent\.pt") as caught:
-        read_tensors(path, hint="the hint")
-    assert (caught.value.exit_code, caught.value.hint) == (3, "the hint")
-
-
-def test_the_error_about_code_in_a_file_gives_no_advice_to_run_it(tmp_path: Path) -> None:
-    class Runs:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, ("true",)
-
-    torch.save({"a": Runs()}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"posix\.system") as caught:
-        read_tensors(tmp_path / "a.pt")
-    assert "weights_only" not in caught.value.message
+def test_an_absent_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent.pt"):
+        with pytest.raises(CheckpointError, match=path.name) as caught:
+            read_tensors(path, hint="the hint")
+        assert (caught.value.exit_code, caught.value.hint) == (3, "the hint")
 
 
 class Trap:
@@ -94,12 +74,10 @@ class Trap:
 def test_no_pickled_code_runs(tmp_path: Path) -> None:
     for name, write in {"torch.pt": torch.save, "plain.pt": lambda x, f: f.write_bytes(pickle.dumps(x))}.items():
         write({"a": Trap(tmp_path / "made")}, tmp_path / name)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match=name) as caught:
             read_tensors(tmp_path / name)
+        assert "weights_only" not in caught.value.message  # torch's advice to run the code
     assert not (tmp_path / "made").exists()
-
-
-# ---- model files ---------------------------------------------------------------------------------------------------
 
 
 def model_file(path: Path, **changes: Any) -> dict[str, Any]:
@@ -112,16 +90,12 @@ def model_file(path: Path, **changes: Any) -> dict[str, Any]:
     return content
 
 
-def test_a_model_file_comes_back(tmp_path: Path) -> None:
+def test_a_model_file_comes_back_and_its_bytes_do_not_depend_on_its_name(tmp_path: Path) -> None:
     content = model_file(tmp_path / "judge.pt")
     assert_same(checkpoint.load(tmp_path / "judge.pt", "rdpm-judge"), content)
     assert_same(checkpoint.load(tmp_path / "judge.pt"), content)
-
-
-def test_the_bytes_of_a_file_do_not_depend_on_its_name(tmp_path: Path) -> None:
-    model_file(tmp_path / "one.pt")
     model_file(tmp_path / "other" / "two.pt")
-    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other" / "two.pt").read_bytes()
+    assert (tmp_path / "judge.pt").read_bytes() == (tmp_path / "other" / "two.pt").read_bytes()
 
 
 def test_the_digest_covers_weights_and_config_only(tmp_path: Path) -> None:
@@ -138,25 +112,19 @@ def test_the_digest_covers_weights_and_config_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "token"),
     [
-        ({"format": "other"}, "", "checkpoint"),
-        ({}, "rdpm-tokenizer", "tokenizer"),
-        ({"version": 9}, "", "9"),
-        ({"digest": "0" * 64}, "", "digest"),
-        ({"config": {"width": 4}}, "", "digest"),
+        ({"format": "other"}, "", "checkpoint"), ({}, "rdpm-tokenizer", "tokenizer"), ({"version": 9}, "", "9"),
+        ({"digest": "0" * 64}, "", "digest"), ({"config": {"width": 4}}, "", "digest"),
     ],
-)
+)  # fmt: skip
 def test_a_file_of_another_kind_or_damaged_is_refused(
     changes: dict[str, Any], kind: str, token: str, tmp_path: Path
 ) -> None:
-    model_file(tmp_path / "judge.pt", **changes)
-    with pytest.raises(CheckpointError, match=token) as caught:
+    content = model_file(tmp_path / "judge.pt", **changes)
+    with pytest.raises(CheckpointError, match=rf"judge\.pt.*{token}") as caught:
         checkpoint.load(tmp_path / "judge.pt", kind)
-    assert (caught.value.exit_code, "judge.pt" in caught.value.message, bool(caught.value.hint)) == (3, True, True)
-
-
-def test_a_file_without_one_of_its_keys_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="weights"):
-        checkpoint.check({"format": "rdpm-judge", "version": 1, "config": {}}, "x.pt")
+    assert (caught.value.exit_code, bool(caught.value.hint)) == (3, True)
+    with pytest.raises(CheckpointError, match=r"x\.pt"):
+        checkpoint.check({name: value for name, value in content.items() if name != "weights"}, "x.pt")
 
 
 def test_a_flipped_weight_is_found(tmp_path: Path) -> None:
@@ -198,52 +166,21 @@ def test_weights_are_filled_in_strictly(tmp_path: Path) -> None:
             checkpoint.fill(misfit, content, "judge.pt")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "inspect {file}",
-        "verify {file}",
-        "train-tokenizer digits --recipe digits --from-weights {file} --out {out}",
-        "train-tokenizer digits --recipe digits --out {out} loss.perceptual=lpips loss.perceptual_weights={file}",
-        "eval recon digits:heldout --tokenizer {file}",
-        "eval fid digits:heldout --ref digits:train --resolution 16 --weights {file}",
-        "sample --ckpt {file} --out {out}",
-    ],
-)
-def test_text_in_place_of_weights_is_one_clear_error(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file, out = tmp_path / "text.pt", tmp_path / "out"
-    file.write_text("hello world, this is no checkpoint")
-    assert run(command.format(file=file, out=out).split()) == 3
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("rdpm: error: ")
-    assert str(file) in lines[0]
-    assert not out.exists()
-
-
-# ---- training states -----------------------------------------------------------------------------------------------
-
-
 def state(step: int) -> dict[str, Any]:
     weights = torch.full((100,), float(step))
     return {"step": step, "skipped": 0, "threads": 1, "players": {"tokenizer": {"weights": weights}}, "ema": None}
 
 
-def test_the_newest_states_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
+def test_the_newest_states_are_kept_with_their_sha256_and_the_newest_is_loaded(tmp_path: Path) -> None:
     assert checkpoint.load_newest_state(tmp_path, CPU) is None
     for step in (3, 7, 20, 100):
-        checkpoint.save_state(tmp_path, step, state(step), keep=2)
+        path = checkpoint.save_state(tmp_path, step, state(step), keep=2)
     assert [step for step, _ in checkpoint.states(tmp_path)] == [20, 100]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step-{step:09d}.pt{suffix}" for step in (20, 100) for suffix in ("", ".sha256")
     ]
-    newest = checkpoint.load_newest_state(tmp_path, CPU)
-    assert_same(newest, state(100))
-
-
-def test_the_checksum_is_in_the_format_of_sha256sum(tmp_path: Path) -> None:
-    path = checkpoint.save_state(tmp_path, 3, state(3), keep=2)
+    assert_same(checkpoint.load_newest_state(tmp_path, CPU), state(100))
+    # In the format of `sha256sum --check`.
     assert path.with_name(f"{path.name}.sha256").read_text() == f"{files.sha256_file(path)}  {path.name}\n"
 
 
@@ -252,32 +189,10 @@ def test_a_flip_of_any_byte_of_a_state_is_found(tmp_path: Path) -> None:
     size, draw = path.stat().st_size, random.Random(0)
     for position in [0, size - 1, *draw.sample(range(size), 40)]:
         flip(path, position)
-        with pytest.raises(CheckpointError, match=path.name) as caught:
+        with pytest.raises(CheckpointError, match=path.name):
             checkpoint.load_newest_state(tmp_path, CPU)
-        assert caught.value.hint
         flip(path, position)
     assert checkpoint.load_newest_state(tmp_path, CPU)
-
-
-def test_a_state_of_an_earlier_version_has_no_checksum_and_loads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = checkpoint.save_state(tmp_path, 3, state(3), keep=2)
-    path.with_name(f"{path.name}.sha256").unlink()
-    assert_same(checkpoint.load_newest_state(tmp_path, CPU), state(3))
-    assert path.name in capsys.readouterr().err
-
-
-def test_good_states_stay_if_the_disk_gives_other_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (1, 2):
-        checkpoint.save_state(tmp_path, step, state(step), keep=2)
-    monkeypatch.setattr(files, "sha256_file", lambda path: "0" * 64)
-    with pytest.raises(RunError, match=r"step-000000003\.pt"):
-        checkpoint.save_state(tmp_path, 3, state(3), keep=2)
-    assert [step for step, _ in checkpoint.states(tmp_path)] == [1, 2]
-
-
-# ---- published weight files ----------------------------------------------------------------------------------------
 
 
 def published(content: bytes, url: str = "https://example.org/net.pth") -> Published:
@@ -299,7 +214,6 @@ def test_absent_weights_name_the_file_its_folders_and_its_address(no_weights: Pa
         find_weights(net, None, "--weights FILE")
     for folder in (no_weights / "weights", no_weights / "torch" / "hub" / "checkpoints"):
         assert str(folder / net.file) in caught.value.message
-        assert str(folder / net.file) in caught.value.reason
     assert caught.value.exit_code == 3
     assert all(token in caught.value.hint for token in (net.url, "$RDPM_WEIGHTS", "--weights FILE"))
 
@@ -308,16 +222,10 @@ def test_a_looked_up_file_must_be_the_published_one_a_named_one_need_not(no_weig
     net = published(b"weights")
     other = no_weights / "weights" / net.file
     other.write_bytes(b"other weights")
-    with pytest.raises(CheckpointError, match=net.file) as caught:
+    with pytest.raises(CheckpointError, match=net.file):
         find_weights(net, None, "--weights FILE")
-    assert not isinstance(caught.value, AbsentWeightsError)
     assert find_weights(net, other, "") == WeightFile(other, files.sha256_file(other), published=False)
-
-
-def test_an_absent_named_file_is_not_replaced_by_another(no_weights: Path) -> None:
-    net = published(b"weights")
-    (no_weights / "weights" / net.file).write_bytes(b"weights")
-    with pytest.raises(CheckpointError, match=r"mine\.pth"):
+    with pytest.raises(CheckpointError, match=r"mine\.pth"):  # an absent one is not replaced by another
         find_weights(net, no_weights / "mine.pth", "--weights FILE")
 
 
@@ -344,8 +252,7 @@ def test_a_download_is_whole_and_the_published_file_or_absent(no_weights: Path, 
     target = no_weights / "weights" / net.file
     assert find_weights(net, None, "--weights FILE", download=True).path == target
     assert target.read_bytes() == b"weights"
-    with pytest.raises(CheckpointError, match=re.escape(server)):
-        find_weights(published(b"other", server), None, "--weights FILE", download=True)
-    with pytest.raises(RunError, match="cannot be fetched"):
-        find_weights(published(b"third", "http://127.0.0.1:9/net.pth"), None, "--weights FILE", download=True)
+    for content, url in ((b"other", server), (b"third", "http://127.0.0.1:9/net.pth")):
+        with pytest.raises(RunError, match=url):
+            find_weights(published(content, url), None, "--weights FILE", download=True)
     assert [path.name for path in (no_weights / "weights").iterdir()] == [net.file]

@@ -23,21 +23,16 @@ def images(count: int = COUNT) -> Pixels:
 
 def record_of(*, png: bool = True, **options: Any) -> dict[str, Any]:
     return folder.picture_record(
-        "rdpm-samples",
-        {"checkpoint": "c" * 64},
-        {"cfg": 1.0, **options},
-        resolution=SIDE,
-        class_names=list("abc"),
-        reference=None,
-        rows=folder.sample_rows(LABELS, png),
-    )
+        "rdpm-samples", {"checkpoint": "c" * 64}, {"cfg": 1.0, **options}, resolution=SIDE, class_names=list("abc"),
+        reference=None, rows=folder.sample_rows(LABELS, png),
+    )  # fmt: skip
 
 
 def write_folder(out: Path, *, png: bool = True, npz: bool = False) -> Path:
     """A finished folder of `images()`."""
     record = record_of(png=png)
     folder.claim(out, record)
-    sample_files = SampleFiles(out, COUNT, 2, png=png, npz=npz)
+    sample_files = SampleFiles(out, COUNT, 2, png=png)
     for batch in sample_files.batches:
         sample_files.write(batch, images()[batch.start : batch.stop])
     if npz:
@@ -59,71 +54,51 @@ def test_a_written_folder_is_read_back(tmp_path: Path, png: bool, npz: bool) -> 
     opened = folder.open_samples(write_folder(tmp_path, png=png, npz=npz))
     np.testing.assert_array_equal(read_all(opened), images())
     assert (opened.count, opened.resolution, opened.labels) == (COUNT, SIDE, LABELS)
-    assert opened.class_names == list("abc")
-    assert opened.record["options"] == {"cfg": 1.0}
+    assert (opened.class_names, opened.record["options"]) == (list("abc"), {"cfg": 1.0})
 
 
-def test_labels_are_unknown_unless_every_row_has_one(tmp_path: Path) -> None:
-    record = folder.read_record(write_folder(tmp_path))
+def test_exactly_the_listed_files_are_read_and_labels_are_known_only_if_all_are(tmp_path: Path) -> None:
+    record = files.read_json(write_folder(tmp_path) / folder.RECORD)
+    pictures.save_png(tmp_path / "000009.png", images()[0])
     record["samples"][2]["label"] = None
     folder.finish(tmp_path, record)
-    assert folder.open_samples(tmp_path).labels is None
-
-
-def test_exactly_the_listed_files_are_read(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    pictures.save_png(tmp_path / "000009.png", images()[0])
-    assert folder.open_samples(tmp_path).count == COUNT
-
-
-def damage(out: Path, key: str, value: Any) -> None:
-    record = folder.read_record(out)
-    if key in ("file", "label"):
-        record["samples"][1][key] = value
-    else:
-        record[key] = value
-    files.write_json(out / folder.RECORD, record)
+    opened = folder.open_samples(tmp_path)
+    assert (opened.count, opened.labels) == (COUNT, None)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "token"),
+    ("key", "value", "token", "npz"),
     [
-        ("file", "../000001.png", "../000001.png"),
-        ("file", "absent.png", "absent.png"),
-        ("label", "many", "samples.json"),
-        ("resolution", None, "samples.json"),
-        ("resolution", 16, "000000.png"),
+        ("file", "absent.png", "absent.png", False),
+        ("label", "many", "samples.json", False),
+        ("resolution", None, "samples.json", False),
+        ("resolution", 16, "000000.png", False),
+        ("resolution", 16, "samples.npz", True),
     ],
 )
-def test_a_record_that_does_not_fit_its_folder_is_refused(tmp_path: Path, key: str, value: Any, token: str) -> None:
-    damage(write_folder(tmp_path), key, value)
+def test_a_record_that_does_not_fit_its_folder_is_refused(
+    tmp_path: Path, key: str, value: Any, token: str, npz: bool
+) -> None:
+    record = files.read_json(write_folder(tmp_path, png=not npz, npz=npz) / folder.RECORD)
+    (record["samples"][1] if key in ("file", "label") else record)[key] = value
+    files.write_json(tmp_path / folder.RECORD, record)
     with pytest.raises(DataError) as error:
         read_all(folder.open_samples(tmp_path))
     assert token in error.value.message
 
 
-def test_an_npz_of_another_shape_than_the_record_lists_is_refused(tmp_path: Path) -> None:
-    damage(write_folder(tmp_path, png=False, npz=True), "resolution", 16)
-    with pytest.raises(DataError) as error:
-        folder.open_samples(tmp_path)
-    assert folder.NPZ in error.value.message
-
-
-def test_an_npz_takes_options_and_labels_from_the_record_next_to_it(tmp_path: Path) -> None:
-    opened = folder.open_npz(write_folder(tmp_path, npz=True) / folder.NPZ)
+def test_an_npz_takes_options_and_labels_from_the_record_next_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_folder(tmp_path, npz=True) / folder.NPZ
+    opened = folder.open_npz(path)
     assert (opened.labels, opened.class_names, opened.record["options"]) == (LABELS, list("abc"), {"cfg": 1.0})
     np.testing.assert_array_equal(read_all(opened), images())
     np.savez(tmp_path / "other.npz", images()[:3])
     other = folder.open_npz(tmp_path / "other.npz")
     assert (other.count, other.labels, other.record) == (3, None, {})
-
-
-def test_an_npz_that_is_no_longer_the_recorded_one_keeps_its_own_labels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_folder(tmp_path, npz=True)
-    np.savez(tmp_path / folder.NPZ, images(), np.array([2, 2, 2, 2, 2]))
-    opened = folder.open_npz(tmp_path / folder.NPZ)
+    np.savez(path, images(), np.array([2, 2, 2, 2, 2]))  # no longer the recorded one
+    opened = folder.open_npz(path)
     assert (opened.labels, opened.record) == ([2] * 5, {})
     assert folder.RECORD in capsys.readouterr().err
 
@@ -132,14 +107,14 @@ def test_an_npz_that_is_no_longer_the_recorded_one_keeps_its_own_labels(
 
 
 def test_a_folder_belongs_to_one_record(tmp_path: Path) -> None:
-    folder.claim(tmp_path / "s", record_of())
-    assert folder.is_unfinished(tmp_path / "s")
-    folder.claim(tmp_path / "s", record_of())  # the same job again
+    for _ in range(2):  # the same job again
+        folder.claim(tmp_path, record_of())
+        assert folder.is_unfinished(tmp_path)
     with pytest.raises(UsageError) as error:
-        folder.claim(tmp_path / "s", record_of(cfg=2.0))
+        folder.claim(tmp_path, record_of(cfg=2.0))
     assert "options.cfg: 1.0 -> 2.0" in error.value.message
-    folder.finish(tmp_path / "s", record_of())
-    assert not folder.is_unfinished(tmp_path / "s")
+    folder.finish(tmp_path, record_of())
+    assert not folder.is_unfinished(tmp_path)
 
 
 def test_a_folder_of_something_else_is_not_written(tmp_path: Path) -> None:
@@ -152,18 +127,12 @@ def test_a_folder_of_something_else_is_not_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("index", "count"), [(0, 1), (1, 4)])
 def test_two_writers_of_one_part_are_refused(tmp_path: Path, index: int, count: int) -> None:
+    (tmp_path / ".000001.png.99.tmp").write_bytes(b"half")  # of a killed process
     with folder.writing(tmp_path, index, count), folder.writing(tmp_path, 2, 4):
+        assert bool(list(tmp_path.glob("*.tmp"))) == (count > 1)  # only a single writer knows that nobody writes it
         second = folder.writing(tmp_path, index, count)
         with pytest.raises(RunError, match="pid"):
             second.__enter__()
-
-
-def test_the_only_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
-    (tmp_path / "chunks").mkdir()
-    for name in (".000001.png.99.tmp", "chunks/.000000.npy.99.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-    with folder.writing(tmp_path, 0, 1):
-        assert not list(tmp_path.rglob("*.tmp"))
 
 
 # ---- the files of a job --------------------------------------------------------------------------------------------
@@ -171,47 +140,31 @@ def test_the_only_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "micro_batch", "batches"), [(800, 32, 25), (5, 2, 3), (3, 8, 1)])
 def test_micro_batches_cover_all_samples_in_order(count: int, micro_batch: int, batches: int) -> None:
-    cut = SampleFiles(Path("s"), count, micro_batch, png=True, npz=True).batches
+    cut = SampleFiles(Path("s"), count, micro_batch, png=True).batches
     assert [index for batch in cut for index in batch] == list(range(count))
-    assert len(cut) == batches
-    assert {len(batch) for batch in cut[:-1]} <= {micro_batch}
+    assert (len(cut), {len(batch) for batch in cut[:-1]} <= {micro_batch}) == (batches, True)
 
 
-@pytest.mark.parametrize(("png", "npz"), [(True, False), (False, True), (True, True)])
-def test_a_micro_batch_is_missing_until_all_its_files_are_there(tmp_path: Path, png: bool, npz: bool) -> None:
-    sample_files = SampleFiles(tmp_path, COUNT, 2, png=png, npz=npz)
+@pytest.mark.parametrize("png", [True, False])
+def test_a_micro_batch_is_missing_until_its_samples_are_there(tmp_path: Path, png: bool) -> None:
+    sample_files = SampleFiles(tmp_path, COUNT, 2, png=png)
     first, second, _ = sample_files.batches
     assert sample_files.is_missing(first)
     sample_files.write(first, images()[:2])
-    assert not sample_files.is_missing(first)
-    assert sample_files.is_missing(second)
+    assert (sample_files.is_missing(first), sample_files.is_missing(second)) == (False, True)
     pixels = sample_files.read(first)
     assert pixels is not None
     np.testing.assert_array_equal(pixels, images()[:2])
-    (tmp_path / ("000001.png" if png else "chunks/000000.npy")).unlink()
+    with pytest.raises(DataError, match=r"000002\.png"):
+        sample_files.save_npz(SIDE, LABELS)
+    assert not (tmp_path / folder.NPZ).exists()
+    (tmp_path / "000001.png").unlink()
     assert sample_files.is_missing(first)
 
 
-@pytest.mark.parametrize("size", [0, 7, -5])
-def test_a_png_without_its_last_bytes_is_missing(tmp_path: Path, size: int) -> None:
-    sample_files = SampleFiles(tmp_path, COUNT, 2, png=True, npz=False)
-    sample_files.write(range(2), images()[:2])
-    path = tmp_path / "000000.png"
-    path.write_bytes(path.read_bytes()[:size])
-    assert sample_files.is_missing(range(2))
-    sample_files.write(range(2), images()[:2])
-    assert not sample_files.is_missing(range(2))
-
-
-def test_a_chunk_of_another_micro_batch_is_missing(tmp_path: Path) -> None:
-    """As of a job that began on a GPU and continues on a CPU."""
-    SampleFiles(tmp_path, COUNT, 4, png=False, npz=True).write(range(4), images()[:4])
-    assert SampleFiles(tmp_path, COUNT, 2, png=False, npz=True).is_missing(range(2))
-
-
-def test_an_npz_is_packed_with_one_micro_batch_in_memory(tmp_path: Path) -> None:
+def test_an_npz_is_packed_with_one_micro_batch_in_memory_and_replaces_the_pngs(tmp_path: Path) -> None:
     side, count = 64, 640
-    sample_files = SampleFiles(tmp_path, count, 8, png=False, npz=True)
+    sample_files = SampleFiles(tmp_path, count, 8, png=False)
     for batch in sample_files.batches:
         sample_files.write(batch, np.full((len(batch), side, side, 3), batch.start % 251, np.uint8))
     tracemalloc.start()
@@ -219,22 +172,15 @@ def test_an_npz_is_packed_with_one_micro_batch_in_memory(tmp_path: Path) -> None
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < count * side * side * 3 / 4
-    assert not (tmp_path / "chunks").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.NPZ]
+    assert not any(map(sample_files.is_missing, sample_files.batches))
     with np.load(tmp_path / folder.NPZ) as archive:
         assert archive["arr_0"][:, 0, 0, 0].tolist() == [index // 8 * 8 % 251 for index in range(count)]
         assert archive["arr_1"].tolist() == list(range(count))
 
 
-def test_an_npz_is_not_packed_from_a_part_of_the_samples(tmp_path: Path) -> None:
-    sample_files = SampleFiles(tmp_path, COUNT, 2, png=False, npz=True)
-    sample_files.write(range(2), images()[:2])
-    with pytest.raises(RunError, match="2 to 3"):
-        sample_files.save_npz(SIDE, LABELS)
-    assert not (tmp_path / folder.NPZ).exists()
-
-
 def test_notes_are_kept_once_after_those_of_the_previous_record(tmp_path: Path) -> None:
-    sample_files = SampleFiles(tmp_path, COUNT, 2, png=True, npz=False)
+    sample_files = SampleFiles(tmp_path, COUNT, 2, png=True)
     folder.finish(tmp_path, {"made_with": [{"device": "gpu"}]})
     for _ in range(2):
         sample_files.note({"device": "cpu"})

@@ -15,14 +15,11 @@ from rdpm_cli.data.open import open_source
 from rdpm_cli.data.pixels import chw, hwc, to_model
 from rdpm_cli.data.source import Source, Subset
 from rdpm_cli.distributed import TrainStep
-from rdpm_cli.engine.score import train_judge
 from rdpm_cli.errors import CheckpointError
 from rdpm_cli.evaluation import judge
 from rdpm_cli.evaluation.features import collect, open_extractor
-from rdpm_cli.evaluation.judge import Judge, JudgeBatches, JudgeConfig, JudgeTask
-from rdpm_cli.evaluation.reference import open_images
-from rdpm_cli.evaluation.score import class_accuracy
-from rdpm_cli.recipes import load_recipe
+from rdpm_cli.evaluation.judge import ClassJudge, Judge, JudgeBatches, JudgeConfig, JudgeTask
+from rdpm_cli.evaluation.score import class_accuracy, open_images
 from rdpm_cli.training.config import TrainConfig
 
 SMALL = ["width=8", "blocks=1", "features=6", "train.batch=16", "train.epochs=null", "train.steps=3"]
@@ -38,21 +35,12 @@ def judge_batches(source: Source, seed: int = 0, batch: int = 18, flip: bool = F
     return JudgeBatches(source, cfg, 16, seed)
 
 
-# ---- network and file ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", [16, 32, 20])
-def test_the_judge_gives_features_and_one_logit_per_class(side: int) -> None:
-    features, logits = make_judge(classes=5)(torch.zeros(2, 3, side, side))
-    assert (tuple(features.shape), tuple(logits.shape)) == ((2, 6), (2, 5))
-
-
-@pytest.mark.parametrize(("side", "halvings"), [(16, 2), (32, 2), (64, 3), (256, 5)])
+@pytest.mark.parametrize(("side", "halvings"), [(16, 2), (20, 2), (32, 2), (64, 3), (256, 5)])
 def test_larger_images_are_halved_more_often(side: int, halvings: int) -> None:
-    network = Judge(side, 8, 6, 3, blocks=1)
+    network = Judge(side, 8, 6, 5, blocks=1)
     strides = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
     assert len(strides) == halvings
-    assert tuple(network(torch.zeros(1, 3, side, side))[1].shape) == (1, 3)
+    assert [tuple(x.shape) for x in network(torch.zeros(1, 3, side, side))] == [(1, 6), (1, 5)]
 
 
 def test_a_file_gives_the_same_judge_also_without_blocks_in_its_config(tmp_path: Path) -> None:
@@ -67,36 +55,27 @@ def test_a_file_gives_the_same_judge_also_without_blocks_in_its_config(tmp_path:
     assert torch.equal(old.eval()(x)[1], loaded(x)[1])
 
 
-# ---- batches and training ------------------------------------------------------------------------------------------
-
-
-def test_a_batch_depends_only_on_seed_and_step(source: Source) -> None:
-    first, second = judge_batches(source), judge_batches(source)
-    first.batch_at(0, range(18))
+def test_a_batch_depends_only_on_seed_and_step_and_a_rank_takes_its_rows(source: Source) -> None:
+    first, second = (judge_batches(source, batch=32) for _ in range(2))
+    first.batch_at(0, range(32))
     for step in (3, 1):
-        a, b = first.batch_at(step, range(18)), second.batch_at(step, range(18))
+        a, b = first.batch_at(step, range(32)), second.batch_at(step, range(32))
         assert torch.equal(a.pixels_BCHW, b.pixels_BCHW)
-        assert torch.equal(a.labels_B, b.labels_B)
-        assert not torch.equal(a.pixels_BCHW, second.batch_at(step + 1, range(18)).pixels_BCHW)
-        assert not torch.equal(a.pixels_BCHW, judge_batches(source, seed=1).batch_at(step, range(18)).pixels_BCHW)
-
-
-def test_a_rank_takes_its_rows_of_the_batch(source: Source) -> None:
-    batches = judge_batches(source, batch=32)
-    whole = batches.batch_at(2, range(32))
-    parts = [batches.batch_at(2, range(0, 16)), batches.batch_at(2, range(16, 32))]
-    assert torch.equal(torch.cat([part.pixels_BCHW for part in parts]), whole.pixels_BCHW)
-    assert torch.equal(torch.cat([part.labels_B for part in parts]), whole.labels_B)
+        assert not torch.equal(a.pixels_BCHW, second.batch_at(step + 1, range(32)).pixels_BCHW)
+        other = judge_batches(source, seed=1, batch=32)
+        assert not torch.equal(a.pixels_BCHW, other.batch_at(step, range(32)).pixels_BCHW)
+        parts = [first.batch_at(step, range(0, 16)), first.batch_at(step, range(16, 32))]
+        assert torch.equal(torch.cat([part.pixels_BCHW for part in parts]), a.pixels_BCHW)
+        assert torch.equal(torch.cat([part.labels_B for part in parts]), a.labels_B)
 
 
 def shift_of(source: Source, pixels_HWC: Images) -> tuple[int, int, int] | None:
     """(index, y, x) of the source image that, shifted within a border of one pixel, gives these pixels."""
     for index in range(len(source)):
         padded = np.pad(source.pixels(index, 16), ((1, 1), (1, 1), (0, 0)), "edge")
-        for y in range(3):
-            for x in range(3):
-                if np.array_equal(padded[y : y + 16, x : x + 16], pixels_HWC):
-                    return index, y, x
+        for y, x in np.ndindex(3, 3):
+            if np.array_equal(padded[y : y + 16, x : x + 16], pixels_HWC):
+                return index, y, x
     return None
 
 
@@ -130,38 +109,29 @@ def test_the_loss_is_cross_entropy_of_the_true_class(source: Source) -> None:
     assert float(logs["accuracy"]) == pytest.approx(float((logits.argmax(1) == batch.labels_B).float().mean()))
 
 
-# ---- eval judge ----------------------------------------------------------------------------------------------------
-
-
-def accuracy_as_extractor(path: Path, images: Source) -> float | None:
-    extractor, target = open_extractor(path, None, CPU), open_images(images, 16)
-    return class_accuracy(extractor, target.labels, target.class_names, collect(extractor, target).predicted)
-
-
-def test_a_trained_judge_records_its_accuracy_on_held_out_images(image_folder: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("digits", ["judge.train.steps=3", "judge.train.batch=16", "judge.width=8"])
-    trained = train_judge(str(image_folder), str(image_folder), tmp_path / "judge", recipe, "cpu")
-    images = open_source(str(image_folder))
-    assert trained.values["heldout_accuracy"] == pytest.approx(
-        accuracy_as_extractor(Path(trained.values["judge"]), images)
-    )
-    data = files.read_json(tmp_path / "judge" / "run.json")["settings"]["data"]
-    assert (data["digest"], data["heldout_digest"], data["resolution"]) == (images.digest(), images.digest(), 16)
-
-
-def test_a_judge_holds_out_a_share_and_is_trained_once(
+def test_a_judge_records_its_accuracy_on_held_out_images_and_is_trained_once(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["eval", "judge", str(image_folder), str(tmp_path / "judge"), *SMALL, "--resolution", "16", "--quiet"]
-    assert run([*command, "--json"]) == 0
-    values = json.loads(capsys.readouterr().out)
     training, held_out = judge.split(open_source(str(image_folder)))
-    assert (values["images"], values["heldout_images"]) == (len(training), len(held_out))
-    assert values["heldout_accuracy"] == pytest.approx(accuracy_as_extractor(Path(values["judge"]), held_out))
-    before = (tmp_path / "judge" / "judge.pt").read_bytes()
-    assert run([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == values
-    assert (tmp_path / "judge" / "judge.pt").read_bytes() == before
+    named = open_source("digits:heldout")
+    for name, images, option in (
+        ("share", str(image_folder), []),
+        ("named", "digits", ["--heldout", "digits:heldout", "--recipe", "digits"]),
+    ):
+        command = ["eval", "judge", images, str(tmp_path / name), *SMALL, "--resolution", "16", "--quiet", "--json"]
+        assert run([*command, *option]) == 0
+        values = json.loads(capsys.readouterr().out)
+        unseen = named if option else held_out
+        extractor, target = open_extractor(values["judge"], None, CPU), open_images(unseen, 16)
+        accuracy = class_accuracy(extractor, target.labels, target.class_names, collect(extractor, target))
+        assert values["heldout_accuracy"] == pytest.approx(accuracy)
+        assert (values["images"], values["heldout_images"]) == (1500 if option else len(training), len(unseen))
+        data = files.read_json(tmp_path / name / "run.json")["settings"]["data"]
+        assert (data["heldout_digest"], data["resolution"]) == (unseen.digest(), 16)
+        before = (tmp_path / name / "judge.pt").read_bytes()
+        assert run([*command, *option]) == 0
+        assert json.loads(capsys.readouterr().out) == values
+        assert (tmp_path / name / "judge.pt").read_bytes() == before
 
 
 def test_the_held_out_share_is_a_function_of_the_index() -> None:
@@ -169,8 +139,7 @@ def test_the_held_out_share_is_a_function_of_the_index() -> None:
     training, held_out = judge.split(whole)
     assert isinstance(held_out, Subset)
     assert held_out.names == judge.split(open_source("digits"))[1].names
-    assert len(training) + len(held_out) == len(whole)
-    assert not set(training.names) & set(held_out.names)
+    assert sorted([*training.names, *held_out.names]) == sorted(whole.names)
     assert 0.07 < len(held_out) / len(whole) < 0.13
     assert held_out.labels == [whole.need_labels()[i] for i in held_out.indices]
     assert np.array_equal(held_out.pixels(3, 16), whole.pixels(held_out.indices[3], 16))
@@ -179,15 +148,11 @@ def test_the_held_out_share_is_a_function_of_the_index() -> None:
 @pytest.mark.parametrize(
     ("args", "code", "token"),
     [
-        ("{images} {out} --heldout {flat}", 3, "flat"),
-        ("{images} {out} --heldout digits:heldout", 3, "digits:heldout"),
-        ("{few} {out}", 3, "--heldout"),
-        ("{images} {out}/judge.pt", 2, "judge.pt"),
-        ("{images} {out} widht=8", 2, "widht"),
-        ("{images} {out} --recipe imagenet256-d16", 2, "judge"),
-        ("{images} {out} width=12", 2, "width"),
+        ("{images} {out} --heldout {flat}", 3, "flat"), ("{few} {out}", 3, "--heldout"),
+        ("{images} {out} --heldout digits:heldout", 3, "digits:heldout"), ("{images} {out}/judge.pt", 2, "judge.pt"),
+        ("{images} {out} width=12", 2, "width"), ("{images} {out} --recipe imagenet256-d16", 2, "judge"),
     ],
-)
+)  # fmt: skip
 def test_a_judge_that_cannot_be_trained_is_refused(
     args: str, code: int, token: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,15 +165,12 @@ def test_a_judge_that_cannot_be_trained_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-# ---- best of n -----------------------------------------------------------------------------------------------------
-
-
 def test_a_class_judge_gives_log_probabilities_by_class_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "BATCH", 4)
     path, images, labels = save_judge(tmp_path / "judge.pt"), pixels(10), [0, 1, 0, 1, 1, 0, 1, 0, 0, 1]
-    scores = judge.open_judge(path, ["c", "a"], CPU)(images, labels)
+    scores = ClassJudge(path, ["c", "a"], CPU)(images, labels)
     log_p = torch.log_softmax(make_judge()(to_model(chw(images)))[1].detach().double(), 1)
     assert scores == pytest.approx([float(log_p[row, [2, 0][label]]) for row, label in enumerate(labels)])
-    assert judge.open_judge(str(path), "abc", CPU).sha256 == checkpoint.load(path)["digest"]
+    assert ClassJudge(str(path), "abc", CPU).sha256 == checkpoint.load(path)["digest"]
     with pytest.raises(CheckpointError, match="'d'"):
-        judge.open_judge(path, ["a", "d"], CPU)
+        ClassJudge(path, ["a", "d"], CPU)

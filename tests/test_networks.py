@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rdpm_cli.tokenizer.config import AutoencoderConfig, DiscriminatorConfig, TokenizerConfig
-from rdpm_cli.tokenizer.networks import Decoder, Encoder, PatchDiscriminator, layer_norm, round_to_half
+from rdpm_cli.tokenizer.networks import Decoder, Encoder, PatchDiscriminator
 
 SMALL: dict[str, Any] = {"resolution": 16, "width": 8, "multipliers": [1, 1, 2], "res_blocks": 1, "groups": 4}
 
@@ -26,9 +26,6 @@ def critic(layers: int) -> PatchDiscriminator:
         return PatchDiscriminator(DiscriminatorConfig(width=8, layers=layers))
 
 
-# ---- the autoencoder -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "features", "side"),
     [({}, 32, 4), ({"channels": 6, "multipliers": [1, 2]}, 6, 8), ({"features": 10, "resolution": 32}, 10, 8)],
@@ -39,7 +36,6 @@ def test_encoder_and_decoder_have_the_sizes_of_their_config(changes: dict[str, A
     y = Encoder(cfg)(x)
     assert y.shape == (2, features, side, side)
     assert cfg.grid == (side, side)
-    assert cfg.resolution // cfg.factor == side
     assert Decoder(cfg)(y).shape == x.shape
 
 
@@ -49,27 +45,7 @@ def test_sizes_that_do_not_divide_are_refused(changes: dict[str, Any]) -> None:
         AutoencoderConfig.model_validate({**SMALL, **changes})
 
 
-def test_layer_norm_is_over_channels_at_each_position() -> None:
-    z = layer_norm(3 * normal(4, 6, 5, 5) + 2)
-    torch.testing.assert_close(z.mean(1), torch.zeros(4, 5, 5), rtol=0, atol=1e-6)
-    torch.testing.assert_close(z.var(1, correction=0), torch.ones(4, 5, 5), rtol=0, atol=1e-4)
-
-
-def test_rounding_to_fp16_passes_the_gradient_through() -> None:
-    z = torch.tensor([1.0001, -3e-8, 2.7], requires_grad=True)
-    rounded = round_to_half(z)
-    assert torch.equal(rounded, z.detach().half().float())
-    rounded.backward(torch.tensor([1.0, 2.0, 3.0]))
-    assert z.grad is not None
-    assert z.grad.tolist() == [1.0, 2.0, 3.0]
-
-
-# ---- the discriminator ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layers", "side", "grid"), [(2, 16, 2), (2, 64, 14), (2, 256, 62), (3, 32, 2), (3, 256, 30), (3, 128, 14)]
-)
+@pytest.mark.parametrize(("layers", "side", "grid"), [(2, 16, 2), (2, 64, 14), (3, 32, 2), (3, 128, 14)])
 def test_the_logits_are_a_grid_of_patches(layers: int, side: int, grid: int) -> None:
     """Two convolutions of stride 1 and kernel 4 each take one off the side / 2^layers that the strided ones leave."""
     assert critic(layers)(normal(2, 3, side, side)).shape == (2, 1, grid, grid)
@@ -81,13 +57,6 @@ def test_a_recipe_whose_images_hold_no_patch_is_refused(size: int) -> None:
     with pytest.raises(ValidationError, match=r"discriminator\.layers"):
         TokenizerConfig.model_validate({**raw, "loss": {"adversarial": "hinge"}})
     TokenizerConfig.model_validate({**raw, "loss": {"adversarial": "none"}})
-
-
-def extent(grad_BCHW: Tensor) -> tuple[int, int]:
-    """(height, width) of the smallest box around the values that are not zero."""
-    nonzero = grad_BCHW.abs().sum((0, 1)) > 0
-    rows, columns = nonzero.any(1).nonzero().flatten(), nonzero.any(0).nonzero().flatten()
-    return int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
 
 
 @pytest.mark.parametrize(("layers", "pixels"), [(2, 34), (3, 70)])
@@ -102,7 +71,9 @@ def test_a_logit_sees_a_patch(layers: int, pixels: int) -> None:
     middle = logits.shape[-1] // 2
     logits[0, 0, middle, middle].backward()
     assert x.grad is not None
-    assert extent(x.grad) == (pixels, pixels)
+    for axes in ((0, 1, 3), (0, 1, 2)):
+        extent = x.grad.abs().sum(axes).nonzero().flatten()
+        assert int(extent[-1] - extent[0]) + 1 == pixels
 
 
 def test_the_logits_of_an_image_do_not_depend_on_the_batch() -> None:
@@ -111,10 +82,3 @@ def test_the_logits_of_an_image_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(network(x), single, rtol=1e-5, atol=1e-6)
     mixed = torch.cat([x[:1], 100 * normal(4, 3, 32, 32)])
     torch.testing.assert_close(network(mixed)[:1], single[:1], rtol=1e-5, atol=1e-6)
-
-
-def test_the_discriminator_starts_undecided() -> None:
-    network = critic(3)
-    assert network(normal(4, 3, 64, 64)).abs().max() < 2
-    convolutions = [layer for layer in network.layers if isinstance(layer, torch.nn.Conv2d)]
-    assert not any(layer.bias.any() for layer in convolutions if layer.bias is not None)

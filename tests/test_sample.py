@@ -10,27 +10,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extractors import save_judge
 from generators import CLASSES, GRID, STEPS, sampling_options, save_generator
+from helpers import CPU
 from PIL import Image
-from processes import command_line, exit_code, killed_after_samples, spawn, torchrun
+from processes import exit_code, killed_after_samples, run_all, spawn
 
 from rdpm_cli import checkpoint, files
 from rdpm_cli.cli.app import run as run_cli
-from rdpm_cli.data.pictures import read_png
-from rdpm_cli.data.pixels import cells, to_pixels
-from rdpm_cli.device import one_thread
+from rdpm_cli.data.pixels import Pixels, cells, hwc, to_pixels
+from rdpm_cli.distributed import one_thread
 from rdpm_cli.engine import sample as engine
-from rdpm_cli.engine.sample import Drawn, Edit, Outputs, Share
-from rdpm_cli.errors import CheckpointError, UsageError
-from rdpm_cli.evaluation import judge as judges
+from rdpm_cli.engine.sample import Drawn, Edit
+from rdpm_cli.errors import UsageError
 from rdpm_cli.generator import registry, sampler
-from rdpm_cli.generator.config import ResGenSampling, SamplingConfig
-from rdpm_cli.generator.contract import Known, SampleOptions
+from rdpm_cli.generator.config import ResGenSampling
+from rdpm_cli.generator.contract import Known
 from rdpm_cli.tokenizer.model import Tokenizer
 
-CPU = torch.device("cpu")
+Capture = pytest.CaptureFixture[str]
 PER_CLASS = 7
 COUNT = CLASSES * PER_CLASS
+LABELS = [0, 1, 2, 1, 0, 2, 1]
 
 
 @pytest.fixture(autouse=True)
@@ -61,93 +62,59 @@ def command(generator: Path, out: Path, *args: str) -> list[str]:
 def draw(generator: Path, out: Path, *args: str) -> dict[str, Any]:
     """The record that the command writes."""
     assert run_cli(command(generator, out, *args)) == 0
-    record = out / "samples.json"
-    return json.loads(record.read_text()) if record.is_file() else {}
+    return files.read_json(out / "samples.json") if (out / "samples.json").is_file() else {}
 
 
 def content(out: Path) -> dict[str, bytes]:
     """The files that hold samples, not those that record how they were drawn."""
-    return {
-        str(p.relative_to(out)): p.read_bytes()
-        for p in sorted(out.rglob("*"))
-        if p.is_file() and not p.relative_to(out).parts[0].startswith(".") and p.name != "run.json"
-    }
-
-
-# ---- whoever draws them, in whatever order -------------------------------------------------------------------------
+    paths = [path for path in out.rglob("*") if path.is_file() and path.name != "run.json"]
+    names = {path.relative_to(out).as_posix(): path for path in paths}
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith(".")}
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_a_sample_depends_on_seed_and_index_not_on_its_batch(generator: Path, batch: int) -> None:
-    """The codes bit for bit; the pixels too, since every pass is padded to one shape."""
-    loaded, labels = registry.load(generator), [0, 1, 2, 1, 0, 2, 1]
+    """The codes bit for bit; the pixels, those of the tokenizer, up to rounding in passes of another shape."""
+    loaded = registry.load(generator)
 
     def samples(indices: Sequence[int], seed: int, size: int) -> sampler.Samples:
-        options = sampling_options(seed, cfg=1.0)
-        job = sampler.Job(loaded.generator, loaded.tokenizer, options, size)
-        return job.draw(indices, [labels[i] for i in indices])
+        job = sampler.Job(loaded.generator, loaded.tokenizer, sampling_options(seed, cfg=1.0), size)
+        return job.draw(indices, [LABELS[i] for i in indices])
 
     together = samples(range(7), 5, 7)
     backwards = samples([6, 2, 0], 5, batch)
     assert torch.equal(backwards.codes_BTS, together.codes_BTS[[6, 2, 0]])
-    assert np.abs(backwards.pixels_BHWC.astype(int) - together.pixels_BHWC[[6, 2, 0]]).max() <= 1
     assert not torch.equal(samples([6, 2, 0], 6, batch).codes_BTS, backwards.codes_BTS)
+    for expected in (together.pixels_BHWC[[6, 2, 0]], hwc(to_pixels(loaded.tokenizer.decode(backwards.codes_BTS)))):
+        assert np.abs(backwards.pixels_BHWC.astype(int) - expected).max() <= 1
 
 
-def test_shards_in_any_order_write_the_same_files(generator: Path, whole: Path, tmp_path: Path) -> None:
-    for number in (3, 1):
-        assert not draw(generator, tmp_path / "s", "--shard", f"{number}/3", "--npz", "--gif")
-        assert len(list((tmp_path / "s").glob("*.png"))) < COUNT
-    assert not (tmp_path / "s" / "samples.npz").exists()
-    draw(generator, tmp_path / "s", "--shard", "2/3", "--npz", "--gif")
-    assert content(tmp_path / "s") == content(whole)
-
-
-def test_two_processes_of_torchrun_write_the_same_files(generator: Path, whole: Path, tmp_path: Path) -> None:
-    args = command(generator, tmp_path / "s", "--npz", "--gif")
-    ranks = [spawn(command_line, args, environment) for environment in torchrun(2)]
-    assert [exit_code(process) for process in ranks] == [0, 0]
-    assert content(tmp_path / "s") == content(whole)
-
-
-@pytest.mark.slow
-def test_gpus_n_writes_the_same_files(
-    generator: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("shards", "processes"), [([3, 1, 2], 1), ([2, 1], 2)])
+def test_shards_in_any_order_and_processes_of_torchrun_write_the_same_files(
+    generator: Path, whole: Path, tmp_path: Path, shards: list[int], processes: int
 ) -> None:
-    draw(generator, tmp_path / "s", "--npz", "--gif", "--gpus", "2", "--json")
-    assert json.loads(capfd.readouterr().out)["samples"] == COUNT
+    for number in shards:
+        assert not (tmp_path / "s" / "samples.npz").exists()
+        args = command(generator, tmp_path / "s", "--shard", f"{number}/{len(shards)}", "--npz", "--gif")
+        assert run_all(args, processes) == [0] * processes
     assert content(tmp_path / "s") == content(whole)
 
 
-@pytest.mark.parametrize("png", [True, False], ids=["png", "no png"])
-def test_a_killed_job_continues_to_the_same_bytes(generator: Path, whole: Path, tmp_path: Path, png: bool) -> None:
-    out = tmp_path / "s"
-    args = command(generator, out, "--npz", "--gif", *([] if png else ["--no-png"]))
+def test_a_killed_job_continues_to_the_same_bytes(generator: Path, whole: Path, tmp_path: Path) -> None:
+    args = command(generator, tmp_path / "s", "--npz", "--gif")
     for batches in (1, 3):
         assert exit_code(spawn(killed_after_samples, batches, args, {})) == -signal.SIGKILL
-        assert not (out / "samples.json").exists()
-    written = {p: p.stat().st_mtime_ns for p in [*out.glob("*.png"), *out.glob("chunks/*.npy")]}
-    assert 0 < len(written) < COUNT + COUNT / 2
+        assert not (tmp_path / "s" / "samples.json").exists()
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*.png")}
+    assert 0 < len(written) < COUNT
     assert run_cli(args) == 0
-    assert not (out / "chunks").exists()
-    assert all(p.stat().st_mtime_ns == time for p, time in written.items() if p.suffix == ".png")
-    expected = content(whole)
-    if not png:
-        expected = {name: data for name, data in expected.items() if not name[:6].isdecimal()}
-        assert "file" not in json.loads((out / "samples.json").read_text())["samples"][0]
-        expected.pop("samples.json")
-    assert expected.items() <= content(out).items()
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    assert content(tmp_path / "s") == content(whole)
 
 
 @pytest.mark.parametrize(("number", "code", "count"), [(signal.SIGTERM, 75, 8), (signal.SIGINT, 130, 6)])
 def test_a_stopped_job_keeps_its_samples_and_continues(
-    generator: Path,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: signal.Signals,
-    code: int,
-    count: int,
+    generator: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, count: int
 ) -> None:
     original = sampler.Job.draw
 
@@ -164,115 +131,37 @@ def test_a_stopped_job_keeps_its_samples_and_continues(
     assert content(tmp_path / "s") == content(whole)
 
 
-@pytest.mark.parametrize("outputs", [["--npz"], ["--npz", "--no-png"]], ids=" ".join)
-def test_a_finished_job_draws_nothing_again(
-    generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outputs: list[str]
+@pytest.mark.parametrize("outputs", [[], ["--npz", "--no-png"]], ids=["png", "npz"])
+def test_a_finished_job_draws_nothing_again_also_for_other_outputs(
+    generator: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outputs: list[str]
 ) -> None:
-    draw(generator, tmp_path / "s", *outputs)
+    record = draw(generator, tmp_path / "s", *outputs)
+    assert ("npz" in record) != ("file" in record["samples"][0])
     expected = content(tmp_path / "s")
     monkeypatch.setattr(sampler.Job, "draw", None)
     draw(generator, tmp_path / "s", *outputs)
     assert content(tmp_path / "s") == expected
+    assert draw(generator, tmp_path / "s", "--npz")["npz"] == "samples.npz"
+    assert content(tmp_path / "s").items() <= content(whole).items()
 
 
-def test_outputs_requested_later_are_made_of_those_that_are_there(
-    generator: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "npz" not in draw(generator, tmp_path / "a")
-    draw(generator, tmp_path / "b", "--npz", "--no-png")
-    monkeypatch.setattr(sampler.Job, "draw", None)
-    for name in "ab":
-        assert draw(generator, tmp_path / name, "--npz")["npz"] == "samples.npz"
-        assert content(tmp_path / name).items() <= content(whole).items()
-
-
-def test_a_damaged_sample_is_drawn_again_or_named(
-    generator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_record_and_previews_show_how_samples_were_drawn(generator: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
-    draw(generator, out)
-    expected = content(out)
-    emptied, cut, damaged = (out / f"{index:06d}.png" for index in (1, 4, 3))
-    emptied.write_bytes(b"")
-    cut.write_bytes(cut.read_bytes()[:-7])
-    draw(generator, out)
-    assert content(out) == expected
-    damaged.write_bytes(b"no image" + damaged.read_bytes()[8:])
-    assert run_cli(command(generator, out)) == 3
-    assert "000003.png" in capsys.readouterr().err
-    damaged.unlink()
-    draw(generator, out)
-    assert content(out) == expected
-
-
-# ---- shares of a job -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shard", "environment", "expected"),
-    [
-        (None, {}, Share()),
-        ("2/3", {}, Share(1, 3)),
-        (None, {"RANK": "1", "WORLD_SIZE": "4"}, Share(1, 4, 1, 4)),
-        ("2/3", {"RANK": "1", "WORLD_SIZE": "4"}, Share(5, 12, 1, 4)),
-    ],
-)
-def test_shards_and_ranks_share_a_job(
-    shard: str | None, environment: dict[str, str], expected: Share, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert engine.share_of(shard) == expected
-
-
-@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/2", ""])
-def test_an_impossible_shard_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--shard"):
-        engine.share_of(text)
-
-
-def test_the_first_rank_waits_for_the_batches_of_its_own_command() -> None:
-    batches = [range(n, n + 1) for n in range(12)]
-    assert Share(4, 12, 0, 4).of_command(batches) == batches[4:8]
-
-
-# ---- the record and the pictures -----------------------------------------------------------------------------------
-
-
-def test_the_record_lists_every_sample(generator: Path, whole: Path) -> None:
-    record = json.loads((whole / "samples.json").read_text())
-    assert list(record) == [
-        "format", "version", "made_from", "options", "resolution", "class_names", "reference", "versions", "samples",
-        "checkpoint", "npz", "made_with",
-    ]  # fmt: skip
-    assert [row["file"] for row in record["samples"]] == sorted(p.name for p in whole.glob("*.png"))
+    record = draw(generator, out)
     assert record["options"] == {**registry.load(generator).sampling.model_dump(), "seed": 0}
     assert record["made_from"] == {"checkpoint": checkpoint.load(generator)["digest"]}
     assert record["checkpoint"] == str(generator.resolve())
-    with np.load(whole / "samples.npz") as arrays:
-        assert arrays["arr_1"].tolist() == [row["label"] for row in record["samples"]]
-        for row, pixels in zip(record["samples"], arrays["arr_0"], strict=True):
-            np.testing.assert_array_equal(read_png(whole / row["file"]), pixels)
-
-
-def test_the_record_has_device_and_precision_of_every_run(generator: Path, tmp_path: Path) -> None:
-    out = tmp_path / "s"
-    notes = draw(generator, out)["made_with"]
-    assert [(note["device"], note["precision"]) for note in notes] == [("cpu", "fp32")]
-    (out / "000003.png").unlink()
-    files.write_json(out / "samples.json", {**files.read_json(out / "samples.json"), "made_with": [{"device": "gpu"}]})
-    assert draw(generator, out)["made_with"] == [{"device": "gpu"}, *notes]
-
-
-def test_the_previews_show_every_step(whole: Path) -> None:
-    assert sorted(p.name for p in (whole / "previews").iterdir()) == ["grid.png", "steps.gif", "steps.png"]
-    with Image.open(whole / "previews" / "steps.gif") as gif, Image.open(whole / "previews" / "steps.png") as sheet:
+    assert [(note["device"], note["precision"]) for note in record["made_with"]] == [("cpu", "fp32")]
+    assert sorted(path.name for path in (whole / "previews").iterdir()) == ["grid.png", "steps.gif", "steps.png"]
+    with Image.open(whole / "previews" / "steps.gif") as gif:
         assert getattr(gif, "n_frames", 1) == STEPS
-        assert sheet.width > STEPS * 64
+    (out / "000003.png").unlink()
+    files.write_json(out / "samples.json", {**record, "made_with": [{"device": "gpu"}]})
+    assert draw(generator, out)["made_with"] == [{"device": "gpu"}, *record["made_with"]]
 
 
 def test_passes_are_counted_as_they_are_made(
-    generator: Path, image: str, judge: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    generator: Path, image_folder: Path, judge: Path, capsys: Capture, tmp_path: Path
 ) -> None:
     def passes(name: str, *args: str) -> int:
         assert run_cli([*command(generator, tmp_path / name), "--per-class", "1", "--json", *args]) == 0
@@ -280,51 +169,22 @@ def test_passes_are_counted_as_they_are_made(
         return values["passes"]
 
     assert passes("whole") == 7  # of T = 4 steps only the first has lambda 0
-    assert passes("late", "--init", image, "--from-step", "3") == 4
-    assert passes("no guidance", "--init", image, "--from-step", "3", "--cfg", "0") == 2
+    assert passes("late", "--init", f"{image_folder}#3", "--from-step", "3") == 4
+    assert passes("no guidance", "--init", f"{image_folder}#3", "--from-step", "3", "--cfg", "0") == 2
     assert passes("best of 4", "--reject", "keep=0.25", "--judge", str(judge)) == 28
 
 
-def test_the_result_has_the_requested_files_only(generator: Path, tmp_path: Path) -> None:
-    outputs = Outputs(grid=False, npz=True)
-    result = engine.sample(generator, "0", 2, tmp_path / "s", sampling={"cfg": 0.5}, outputs=outputs, device="cpu")
-    assert result.values["cfg"] == 0.5
-    assert result.values["npz"] == str(tmp_path / "s" / "samples.npz")
-    assert "grid" not in result.values
-    with pytest.raises(UsageError, match="--no-png"):
-        engine.sample(generator, "0", 2, tmp_path / "t", outputs=Outputs(png=False))
-    assert not (tmp_path / "t").exists()
-
-
-# ---- eval --ckpt ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pieces", [[range(21)], [range(3, 8), range(11, 12), range(15, 21)]], ids=["all", "some"])
-def test_drawn_images_are_those_of_the_folder(generator: Path, whole: Path, pieces: list[range]) -> None:
+def test_images_to_score_are_those_of_the_folder_and_take_options_over_the_presets(
+    generator: Path, whole: Path
+) -> None:
     images = Drawn(generator, per_class=PER_CLASS).images(CPU)
+    pieces = [range(3, 8), range(11, 12), range(15, 21)]
     with np.load(whole / "samples.npz") as arrays:
         assert images.labels == arrays["arr_1"].tolist()
         for piece, pixels in zip(pieces, images.read(pieces), strict=True):
             np.testing.assert_array_equal(pixels, arrays["arr_0"][piece.start : piece.stop])
-    assert images.count == COUNT
-
-
-def test_drawn_images_take_options_over_those_of_the_preset(generator: Path) -> None:
-    images = Drawn(generator, "0,2", 3, 4, ("cfg=2.5", "top_k=3", "draw=gumbel"), "cfg").images(CPU)
-    options = images.record["options"]
-    assert (options["cfg"], options["cfg_schedule"], options["draw"], options["top_k"]) == (
-        2.5,
-        "constant",
-        "gumbel",
-        3,
-    )
-    assert (options["seed"], options["classes"], options["per_class"]) == (4, "0,2", 3)
-    assert (images.count, sorted(images.labels or [])) == (6, [0, 0, 0, 2, 2, 2])
-    with pytest.raises(UsageError, match="samples/"):
-        Drawn(generator, overrides=("samples/",)).images(CPU)
-
-
-# ---- options -------------------------------------------------------------------------------------------------------
+    options = Drawn(generator, "0,2", 3, 4, ("cfg=2.5", "draw=gumbel"), "cfg").images(CPU).record["options"]
+    assert {"cfg": 2.5, "cfg_schedule": "constant", "draw": "gumbel", "classes": "0,2"}.items() <= options.items()
 
 
 def test_options_come_from_checkpoint_preset_and_command_in_this_order(generator: Path, tmp_path: Path) -> None:
@@ -338,81 +198,42 @@ def test_options_come_from_checkpoint_preset_and_command_in_this_order(generator
 
 
 @pytest.mark.parametrize(
-    ("preset", "requested", "token"),
+    ("args", "token"),
     [
-        ("gumble", {}, "gumble"),
-        ("cfg", {}, "cfg"),  # guidance without a lambda
-        (None, {"temperature": 1}, "temperature"),
-        (None, {"cfg": -1}, "cfg"),
-        (None, {"cfg_power": 3.0}, "cfg_power"),  # of another schedule
-        (None, {"draw": "argmax", "tau": 2.0}, "tau"),  # the likeliest code has no temperature
-        ("raw", {"top_k": 3}, "top_k"),
+        ("--preset gumble", "gumble"), ("temperature=1", "temperature"), ("samples/", "samples/"), ("cfg=-1", "cfg"),
+        ("conf_temp=1", "conf_temp"),  # of another family
+        ("cfg_power=3.0", "cfg_power"),  # of another schedule
+        ("draw=argmax tau=2.0", "tau"),  # the likeliest code has no temperature
+        ("--preset raw top_k=3", "top_k"), ("--no-png", "--no-png"),
+        ("--mask m.png", "--mask"), ("--from-step 2", "--from-step"), ("--init i.png", "--init"),
+        ("--reject keep=0.5", "--reject"), ("--judge judge.pt", "--reject"),
+        *((f"--judge judge.pt --reject {text}", "--reject") for text in ("keep=1", "keep=0", "keep=x", "keep=0.3")),
+        *((f"--shard {text}", "--shard") for text in ("0/3", "4/3", "1", "a/b", "1/0")),
     ],
-)
-def test_options_that_cannot_be_or_have_no_effect_are_refused(
-    preset: str | None, requested: dict[str, Any], token: str
+)  # fmt: skip
+def test_arguments_that_cannot_be_or_have_no_effect_are_refused(
+    args: str, token: str, generator: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    with pytest.raises(UsageError) as error:
-        engine.sampling_options(sampling_options().sampling, preset, requested)
-    assert token in error.value.message
+    assert run_cli(command(generator, tmp_path / "s", *args.split())) == 2
+    assert token in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize(
-    ("recorded", "name"),
-    [(sampling_options().sampling, "conf_temp"), (ResGenSampling(), "tau"), (ResGenSampling(), "skip_steps")],
-)
-def test_an_option_of_another_family_is_refused_with_those_of_this_one(recorded: SamplingConfig, name: str) -> None:
-    with pytest.raises(UsageError) as error:
-        engine.sampling_options(recorded, None, {name: 1})
-    assert name in error.value.message
-    assert all(field in error.value.hint for field in type(recorded).model_fields)
-
-
-def test_recorded_options_without_effect_are_no_error() -> None:
-    assert engine.sampling_options(sampling_options(tau=2.0).sampling, "raw", {}).model_dump()["draw"] == "argmax"
-
-
-@pytest.mark.parametrize("text", ["keep=1", "keep=0", "keep=x", "0.25", "keep=-1", "keep=2", "keep=0.3"])
-def test_an_impossible_rate_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--reject"):
-        engine.reject_options(text, "judge.pt")
-
-
-def test_options_that_go_together_are_refused_alone() -> None:
-    for text, judge in (("keep=0.5", None), (None, "judge.pt")):
-        with pytest.raises(UsageError, match="--reject"):
-            engine.reject_options(text, judge)
-    assert engine.reject_options("keep=0.5", "judge.pt") == engine.Reject(2, "judge.pt")
-    for edit, option in (
-        ((None, "m.png", None), "--mask"),
-        ((None, None, 2), "--from-step"),
-        (("i", None, None), "--init"),
-    ):
-        with pytest.raises(UsageError, match=option):
-            engine.edit_options(*edit)
-    assert engine.edit_options(None, None, None) is None
-
-
-# ---- the sampling options in a checkpoint --------------------------------------------------------------------------
-
-
-def test_sampling_defaults_are_no_part_of_the_digest(generator: Path, tmp_path: Path) -> None:
-    content = checkpoint.load(generator)
-    assert "sampling" not in content["config"]
-    checkpoint.save(tmp_path / "other.pt", {**content, "sampling": {**content["sampling"], "cfg": 4.0}})
-    other = registry.load(tmp_path / "other.pt")
-    assert (other.digest, other.sampling.cfg) == (content["digest"], 4.0)
-
-
-# ---- memory that is too small --------------------------------------------------------------------------------------
+def test_options_are_checked_against_those_of_the_checkpoint() -> None:
+    for name in ("tau", "skip_steps"):
+        with pytest.raises(UsageError, match=name) as error:
+            engine.sampling_options(ResGenSampling(), None, {name: 1})
+        assert all(field in error.value.hint for field in ResGenSampling.model_fields)
+    with pytest.raises(UsageError, match="cfg"):
+        engine.sampling_options(sampling_options().sampling, "cfg", {})  # guidance without a lambda
+    engine.sampling_options(sampling_options(tau=2.0).sampling, "raw", {})  # recorded, not requested
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_sample(
-    generator: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    generator: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    loaded = registry.load(generator)
-    labels, options = [0, 1, 2, 1, 0, 2, 1], sampling_options(cfg=1.0)
-    expected = list(sampler.sample(loaded.generator, loaded.tokenizer, labels, options, 1))
+    loaded, options = registry.load(generator), sampling_options(cfg=1.0)
+    expected = list(sampler.sample(loaded.generator, loaded.tokenizer, LABELS, options, 1))
     original, rows = loaded.generator.sample, []
 
     def small(condition: Any, indices_B: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -423,24 +244,11 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_sample(
 
     monkeypatch.setattr(loaded.generator, "sample", small)
     job = sampler.Job(loaded.generator, loaded.tokenizer, options, 8)
-    made_with = job.made_with
-    samples = job.draw(range(7), labels)
-    assert job.made_with == {**made_with, "micro_batch": 2}
-    assert made_with == {"device": "cpu", "precision": "fp32", "micro_batch": 8}
+    samples = job.draw(range(7), LABELS)
+    assert job.made_with == {"device": "cpu", "precision": "fp32", "micro_batch": 2}
     assert rows == [8, 4, 2, 2, 2, 2]
     np.testing.assert_array_equal(samples.pixels_BHWC, np.concatenate([part.pixels_BHWC for part in expected]))
     assert "out of memory" in capsys.readouterr().err
-    monkeypatch.setattr(loaded.generator, "sample", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
-    with pytest.raises(torch.OutOfMemoryError):
-        list(sampler.sample(loaded.generator, loaded.tokenizer, labels, options, 2))
-
-
-# ---- editing -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def image(image_folder: Path) -> str:
-    return f"{image_folder}#3"
 
 
 @pytest.fixture
@@ -452,25 +260,28 @@ def mask(tmp_path: Path) -> Path:
     return tmp_path / "mask.png"
 
 
-def codes_of(generator: Path, edit: Edit | None) -> tuple[torch.Tensor, Known | None, Tokenizer]:
+def edited(generator: Path, edit: Edit) -> tuple[torch.Tensor, Known, Tokenizer]:
     """Codes (3, T, S) of three samples, and those of the image under their noise."""
-    loaded, options, indices = registry.load(generator), sampling_options(cfg=1.0), range(3)
-    known = engine.read_original(edit, loaded.tokenizer).known_codes(loaded.tokenizer, 0, CPU) if edit else None
-    job = sampler.Job(loaded.generator, loaded.tokenizer, options, 2, known)
-    codes_BTS = job.draw(indices, [1] * len(indices)).codes_BTS
-    return codes_BTS, known(list(indices)) if known else None, loaded.tokenizer
+    loaded = registry.load(generator)
+    _, known = engine.open_edit(edit, loaded.tokenizer, 0)
+    job = sampler.Job(loaded.generator, loaded.tokenizer, sampling_options(cfg=1.0), 2, known)
+    return job.draw(range(3), [1, 1, 1]).codes_BTS, known([0, 1, 2]), loaded.tokenizer
 
 
 @pytest.mark.parametrize("bias", ["blend", "none"])
 def test_kept_codes_and_latents_are_those_of_the_image(
-    tmp_path: Path, image: str, mask: Path, tiny_tokenizer_file: Path, bias: str
+    tmp_path: Path, image_folder: Path, mask: Path, tiny_tokenizer_file: Path, bias: str
 ) -> None:
     tokenizer_file = tiny_tokenizer_file
     if bias == "none":
-        tokenizer_file = without_bias(tiny_tokenizer_file, tmp_path / "none.pt")
-    generator = save_generator(tmp_path / "g.pt", tokenizer_file)
-    codes, known, tokenizer = codes_of(generator, Edit(image, str(mask)))
-    assert known is not None
+        content = checkpoint.load(tokenizer_file)
+        config = {**content["config"], "quantizer": {**content["config"]["quantizer"], "bias": "none"}}
+        weights = {name: value for name, value in content["weights"].items() if ".phi." not in name}
+        model = {"config": config, "weights": weights, "digest": checkpoint.model_digest(weights, config)}
+        checkpoint.save(tokenizer_file := tmp_path / "none.pt", {**content, **model})
+    codes, known, tokenizer = edited(
+        save_generator(tmp_path / "g.pt", tokenizer_file), Edit(f"{image_folder}#3", str(mask))
+    )
     left_S = (torch.arange(GRID * GRID) % GRID < 3).expand(3, STEPS, -1)
     assert torch.equal(known.keep_BTS, left_S)
     assert torch.equal(codes[left_S], known.codes_BTS[left_S])
@@ -482,116 +293,69 @@ def test_kept_codes_and_latents_are_those_of_the_image(
     assert not torch.allclose(sampled[..., kept], original[..., kept])
 
 
-def without_bias(tokenizer: Path, path: Path) -> Path:
-    content = checkpoint.load(tokenizer)
-    config = {**content["config"], "quantizer": {**content["config"]["quantizer"], "bias": "none"}}
-    weights = {name: value for name, value in content["weights"].items() if ".phi." not in name}
-    digest = checkpoint.model_digest(weights, config)
-    checkpoint.save(path, {**content, "config": config, "weights": weights, "digest": digest})
-    return path
-
-
 @pytest.mark.parametrize("first", [1, 3])
-def test_from_a_step_on_every_code_is_drawn(generator: Path, image: str, first: int) -> None:
-    codes, known, _ = codes_of(generator, Edit(image, from_step=first))
-    assert known is not None
+def test_from_a_step_on_every_code_is_drawn(generator: Path, image_folder: Path, first: int) -> None:
+    codes, known, tokenizer = edited(generator, Edit(f"{image_folder}#3", from_step=first))
     assert torch.equal(codes[:, : first - 1], known.codes_BTS[:, : first - 1])
     assert not torch.equal(codes[:, first - 1], known.codes_BTS[:, first - 1])
-    if first == 1:
-        assert torch.equal(codes, codes_of(generator, None)[0])
+    job = sampler.Job(registry.load(generator).generator, tokenizer, sampling_options(cfg=1.0), 2)
+    assert torch.equal(codes, job.draw(range(3), [1, 1, 1]).codes_BTS) == (first == 1)
 
 
-def test_mask_and_step_keep_what_either_keeps(generator: Path, image: str, mask: Path) -> None:
-    keep_TS = engine.read_original(Edit(image, str(mask), 3), registry.load(generator).tokenizer).keep_TS
-    keep_THW = keep_TS.unflatten(1, (GRID, GRID))
+def test_mask_and_step_keep_what_either_keeps(generator: Path, image_folder: Path, mask: Path) -> None:
+    keep_THW = edited(generator, Edit(f"{image_folder}#3", str(mask), 3))[1].keep_BTS[0].unflatten(1, (GRID, GRID))
     assert keep_THW[:2].all()
     assert keep_THW[2:, :, :3].all()
     assert not keep_THW[2:, :, 3].any()
+    dot = np.zeros((16, 16, 3), np.uint8)
+    dot[5, 9] = (0, 200, 0)  # one bright pixel opens its whole cell
+    assert np.argwhere(cells(dot, (4, 4))).tolist() == [[1, 2]]
 
 
-def test_an_edit_is_recorded_and_another_one_is_refused(
-    generator: Path, image: str, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_edit_is_recorded_and_another_one_or_an_impossible_one_is_refused(
+    generator: Path, image_folder: Path, mask: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    record = draw(generator, tmp_path / "s", "--init", image, "--mask", str(mask))
+    record = draw(generator, tmp_path / "s", "--init", f"{image_folder}#3", "--mask", str(mask))
     assert set(record["made_from"]) == {"checkpoint", "init", "mask"}
     assert record["options"]["edit"] == {"from_step": 1, "masked": True}
-    other = ["--init", image.replace("#3", "#4"), "--mask", str(mask)]
-    assert run_cli(command(generator, tmp_path / "s", *other)) == 2
-    assert "made_from.init" in capsys.readouterr().err
-
-
-def test_a_mask_has_the_images_size_and_a_white_pixel(generator: Path, image_folder: Path, tmp_path: Path) -> None:
-    tokenizer, init = registry.load(generator).tokenizer, str(image_folder / "a" / "00.png")
-    with Image.open(init) as image:
-        size = image.size
-    Image.new("RGB", size, "white").save(tmp_path / "same.png")
-    assert not engine.read_original(Edit(init, str(tmp_path / "same.png")), tokenizer).keep_TS.any()
-    Image.new("RGB", (50, 60), "white").save(tmp_path / "other.png")
-    Image.new("RGB", size).save(tmp_path / "black.png")
-    for name, token in (("other.png", "50×60"), ("black.png", "black.png")):
-        with pytest.raises(UsageError, match=token):
-            engine.read_original(Edit(init, str(tmp_path / name)), tokenizer)
-    for step in (0, STEPS + 1):
-        with pytest.raises(UsageError, match="--from-step"):
-            engine.read_original(Edit(init, None, step), tokenizer)
-
-
-def test_one_white_pixel_opens_its_cell() -> None:
-    mask = np.zeros((16, 16, 3), np.uint8)
-    mask[5, 9] = (0, 200, 0)
-    assert np.argwhere(cells(mask, (4, 4))).tolist() == [[1, 2]]
-
-
-# ---- best of n -----------------------------------------------------------------------------------------------------
+    Image.new("RGB", (50, 60), "white").save(tmp_path / "large.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    other = ["--init", f"{image_folder}#4", "--mask", str(mask)]
+    impossible = {
+        "50×60": ["--mask", str(tmp_path / "large.png")],
+        "black.png": ["--mask", str(tmp_path / "black.png")],
+    }
+    impossible |= {f"--from-step {step}": ["--from-step", str(step)] for step in (0, STEPS + 1)}
+    for token, args in {"made_from.init": other, **impossible}.items():
+        assert run_cli(command(generator, tmp_path / "s", "--init", f"{image_folder}#3", *args)) == 2
+        assert token in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("judge") / "judge.pt"
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        network = judges.Judge(16, 8, 8, CLASSES)
-    checkpoint.save(path, judges.pack(network, list("cab"), provenance={"heldout_accuracy": 0.5}))
-    return path
+    return save_judge(tmp_path_factory.mktemp("judge") / "judge.pt", seed=3)
 
 
-def test_the_best_of_a_samples_candidates_is_kept(generator: Path, judge: Path) -> None:
+def test_the_best_of_a_samples_candidates_is_kept(generator: Path) -> None:
+    def score(pixels_BHWC: Pixels, labels: list[int]) -> Any:
+        return pixels_BHWC[..., 0].mean((1, 2)) * np.where(np.array(labels) == 2, -1, 1)  # red, but of class 2 not
+
     loaded, labels = registry.load(generator), [0, 2, 1]
-    scores = judges.open_judge(str(judge), list("abc"), CPU)
     job = sampler.Job(loaded.generator, loaded.tokenizer, sampling_options(), 2)
-    best = job.best([0, 1, 2], labels, 4, scores)
+    best, single = job.best([0, 1, 2], labels, 4, score), job.best([1], [2], 4, score)
     candidates = job.draw(range(12), [label for label in labels for _ in range(4)])
-    alone = job.best([1], [2], 4, scores)
-    network, _ = judges.load(judge)
-    for row, label in enumerate(labels):
-        images = candidates.pixels_BHWC[4 * row : 4 * row + 4]
-        logits = network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)[1]
-        row_of_best = int(logits.log_softmax(1)[:, "cab".index("abc"[label])].argmax())
-        np.testing.assert_array_equal(best.pixels_BHWC[row], images[row_of_best])
-        assert torch.equal(best.codes_BTS[row], candidates.codes_BTS[4 * row + row_of_best])
-    np.testing.assert_array_equal(alone.pixels_BHWC[0], best.pixels_BHWC[1])
+    for row, choose in enumerate((np.argmax, np.argmin, np.argmax)):
+        index = 4 * row + int(choose(candidates.pixels_BHWC[4 * row : 4 * row + 4, ..., 0].mean((1, 2))))
+        np.testing.assert_array_equal(best.pixels_BHWC[row], candidates.pixels_BHWC[index])
+        assert torch.equal(best.codes_BTS[row], candidates.codes_BTS[index])
+    np.testing.assert_array_equal(single.pixels_BHWC[0], best.pixels_BHWC[1])
 
 
 def test_rate_and_judge_are_recorded_and_shards_agree(generator: Path, judge: Path, tmp_path: Path) -> None:
     best = ["--reject", "keep=0.25", "--judge", str(judge)]
-    record = draw(generator, tmp_path / "a", *best)
-    digest = checkpoint.load(judge)["digest"]
+    record, digest = draw(generator, tmp_path / "a", *best), checkpoint.load(judge)["digest"]
     expected = {"keep": 0.25, "candidates": 4, "judge": "judge judge.pt", "judge_sha256": digest}
     assert record["options"]["reject"] == expected
     for number in (2, 1):
         draw(generator, tmp_path / "b", "--shard", f"{number}/2", *best)
     assert content(tmp_path / "b") == content(tmp_path / "a")
-
-
-def test_a_judge_that_does_not_know_the_classes_is_refused(judge: Path) -> None:
-    with pytest.raises(CheckpointError, match="'d'"):
-        judges.open_judge(str(judge), list("abcd"), CPU)
-
-
-def test_decoding_is_the_tokenizers(generator: Path) -> None:
-    """The sampler's pixels are the tokenizer's reconstruction of its codes."""
-    loaded = registry.load(generator)
-    job = sampler.Job(loaded.generator, loaded.tokenizer, SampleOptions(loaded.sampling), 3)
-    samples = job.draw(range(3), [0, 1, 2])
-    images = to_pixels(loaded.tokenizer.decode(samples.codes_BTS)).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_array_equal(samples.pixels_BHWC, images)

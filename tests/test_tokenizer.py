@@ -1,7 +1,6 @@
 """The tokenizer as a whole: latents, codes, and its file."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from rdpm_cli import checkpoint, noise
 from rdpm_cli.data.pixels import to_model
-from rdpm_cli.errors import CheckpointError
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture, TokenizerConfig
@@ -42,24 +40,18 @@ def eps_of(tokenizer: model.Tokenizer, seed: int = 0, view: int = 0) -> Tensor:
     return tokenizer.noise("encode", seed, range(4), [view] * 4)
 
 
-# ---- latents and codes ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("autoencoder", "channels", "grid"),
-    [({}, 4, (4, 4)), ({"channels": 6, "multipliers": [1, 2]}, 6, (8, 8)), ({"resolution": 32}, 4, (8, 8))],
+    ("autoencoder", "shape"),
+    [({}, (4, 16)), ({"channels": 6, "multipliers": [1, 2]}, (6, 64)), ({"resolution": 32}, (4, 64))],
 )
-def test_latents_noise_and_codes_have_the_flattened_shape(
-    autoencoder: dict[str, Any], channels: int, grid: tuple[int, ...]
-) -> None:
-    tokenizer, S = make(**autoencoder), math.prod(grid)
-    assert (tokenizer.latent_shape, tokenizer.grid) == ((channels, S), grid)
+def test_latents_noise_and_codes_have_the_flattened_shape(autoencoder: dict[str, Any], shape: tuple[int, int]) -> None:
+    tokenizer = make(**autoencoder)
     side = tokenizer.cfg.autoencoder.resolution
     x, eps = torch.zeros(2, 3, side, side), tokenizer.noise("encode", 0, [0, 1], [0, 0])
-    assert tokenizer.latents(x).shape == (2, channels, S)
-    assert eps.shape == (2, T, channels, S)
+    assert (tokenizer.latent_shape, math.prod(tokenizer.grid)) == (shape, shape[1])
+    assert (tokenizer.latents(x).shape, eps.shape) == ((2, *shape), (2, T, *shape))
     codes = tokenizer.encode(x, eps)
-    assert codes.shape == (2, T, S)
+    assert codes.shape == (2, T, shape[1])
     assert tokenizer.decode(codes).shape == x.shape
 
 
@@ -73,46 +65,33 @@ def test_positions_are_flattened_row_by_row() -> None:
 def test_features_widen_what_lies_around_the_latent_and_nothing_else() -> None:
     plain, same, wide = make(), make(features=4), make(features=10)
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in plain.state_dict().items())
-    assert plain.state_dict().keys() == same.state_dict().keys()
-    shapes = {name: tuple(value.shape) for name, value in plain.state_dict().items()}
-    changed = {n: tuple(v.shape) for n, v in wide.state_dict().items() if tuple(v.shape) != shapes[n]}
+    changed = {n for n, v in wide.state_dict().items() if v.shape != plain.state_dict()[n].shape}
     assert changed == {
-        "encoder.conv_out.weight": (10, 16, 3, 3), "encoder.conv_out.bias": (10,),
-        "quant_conv.weight": (4, 10, 3, 3), "decoder.conv_in.weight": (16, 10, 3, 3),
-        "post_quant_conv.weight": (10, 4, 3, 3), "post_quant_conv.bias": (10,),
+        "encoder.conv_out.weight", "encoder.conv_out.bias", "quant_conv.weight", "decoder.conv_in.weight",
+        "post_quant_conv.weight", "post_quant_conv.bias",
     }  # fmt: skip
     assert wide.decode_latents(wide.latents(images())).shape == images().shape
 
 
 def test_latents_are_layer_normed_fp16_values_in_fp32() -> None:
-    z = make().latents(images())
+    normed, plain = make(), make(latent_norm="none")
+    z = normed.latents(images())
     assert z.dtype == torch.float32
     assert torch.equal(z, z.half().float())
     torch.testing.assert_close(z.mean(1), torch.zeros(4, 16), rtol=0, atol=1e-3)
     torch.testing.assert_close(z.var(1, correction=0), torch.ones(4, 16), rtol=0, atol=1e-2)
-
-
-def test_latent_norm_none_keeps_the_encoders_scale() -> None:
-    normed, plain = make(), make(latent_norm="none")
     plain.load_state_dict(normed.state_dict())
     assert (plain.latents(images()).var(1, correction=0) - 1).abs().max() > 0.1
 
 
-def test_codes_are_a_function_of_the_stored_latents() -> None:
+def test_codes_are_a_function_of_the_stored_latents_and_their_noise() -> None:
     """The fp16 latents, seed and view in a store give back the codes in it."""
     tokenizer, x = make(), images()
-    stored = tokenizer.latents(x).detach().half()
-    codes = tokenizer.encode(x, eps_of(tokenizer, 7, 1))
+    stored, codes = tokenizer.latents(x).detach().half(), tokenizer.encode(x, eps_of(tokenizer, 7, 1))
     assert torch.equal(codes, tokenizer.quantizer.encode(stored.float(), eps_of(tokenizer, 7, 1)))
-
-
-def test_encode_is_deterministic_and_depends_on_the_noise() -> None:
-    tokenizer, x = make(), images()
-    first, second = (tokenizer.encode(x, eps_of(tokenizer)) for _ in range(2))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, tokenizer.encode(x, eps_of(tokenizer, seed=1)))
-    assert not torch.equal(first, tokenizer.encode(x, eps_of(tokenizer, view=1)))
-    assert 0 <= int(first.min()) <= int(first.max()) < K
+    assert 0 <= int(codes.min()) <= int(codes.max()) < K
+    for seed, view in ((8, 1), (7, 0)):
+        assert not torch.equal(codes, tokenizer.encode(x, eps_of(tokenizer, seed, view)))
 
 
 def test_noise_is_the_addressed_stream() -> None:
@@ -134,7 +113,6 @@ def test_imagenet_architecture_has_a_grid_of_16() -> None:
     """The paper's: 256×256, f = 16, C = 32, K = 4096, T = 10. On the meta device: shapes without values."""
     cfg = load_recipe("imagenet256-tokenizer", section="tokenizer").tokenizer
     assert cfg is not None
-    assert cfg.autoencoder.factor == 16
     with torch.device("meta"):
         tokenizer = model.Tokenizer(cfg)
         z = tokenizer.latents(torch.empty(1, 3, 256, 256))
@@ -142,7 +120,6 @@ def test_imagenet_architecture_has_a_grid_of_16() -> None:
         assert tokenizer.decode_latents(z).shape == (1, 3, 256, 256)
     assert tokenizer.quantizer.books.shape == (1, 4096, 32)
     assert tokenizer.quantizer.steps == 10
-    assert "phi.weight" in tokenizer.quantizer.state_dict()
 
 
 def test_parameters_of_each_part_add_up() -> None:
@@ -151,9 +128,6 @@ def test_parameters_of_each_part_add_up() -> None:
     assert table.pop("codebook") == K * 4  # trained by its average, not by gradients
     assert sum(table.values()) == model.parameters(tokenizer)
     assert table["quantizer"] == 4 * 4 * 9 + 4
-
-
-# ---- its file ------------------------------------------------------------------------------------------------------
 
 
 def test_file_gives_back_the_same_tokenizer(tmp_path: Path) -> None:
@@ -182,51 +156,12 @@ def test_a_file_of_an_earlier_version_loads(tmp_path: Path) -> None:
 
 def test_the_names_of_the_weights_are_those_of_earlier_files() -> None:
     names = make().state_dict().keys()
-    assert {name.partition(".")[0] for name in names} == {
-        "encoder", "decoder", "quant_conv", "post_quant_conv", "quantizer",
-    }  # fmt: skip
-    assert [name for name in names if name.startswith("quantizer.")] == [
-        "quantizer.books", "quantizer.ema_counts", "quantizer.ema_sums", "quantizer.phi.weight", "quantizer.phi.bias",
-    ]  # fmt: skip
-
-
-def test_digest_covers_weights_and_config_but_not_provenance() -> None:
-    plain = model.pack(make(), class_names=[], provenance={})
-    assert model.pack(make(), class_names=["x"], provenance={"data": "other"})["digest"] == plain["digest"]
-    moved = make()
-    with torch.no_grad():
-        next(moved.parameters()).view(-1)[0] += 1e-3
-    rescheduled = make()
-    schedule = rescheduled.cfg.schedule.model_copy(update={"kind": "pow"})
-    rescheduled.cfg = rescheduled.cfg.model_copy(update={"schedule": schedule})
-    assert len({plain["digest"], model.pack(moved)["digest"], model.pack(rescheduled)["digest"]}) == 3
+    parts = {"encoder", "decoder", "quant_conv", "post_quant_conv", "quantizer"}
+    assert {name.partition(".")[0] for name in names} == parts
+    quantizer = ["books", "ema_counts", "ema_sums", "phi.weight", "phi.bias"]
+    assert [name for name in names if name.startswith("quantizer.")] == [f"quantizer.{name}" for name in quantizer]
 
 
 def test_config_of_the_file_holds_only_the_architecture() -> None:
     cfg = TokenizerConfig.model_validate({**ARCHITECTURE, "train": {"steps": 1}})
     assert set(model.pack(model.Tokenizer(cfg))["config"]) == {"autoencoder", "schedule", "quantizer"}
-
-
-SPOILT: dict[str, Callable[[dict[str, Any]], object]] = {
-    "digest": lambda content: content["weights"]["encoder.conv_in.weight"].add_(1),
-    "its digest": lambda content: content["config"]["schedule"].update(kind="rvq"),
-    "encoder.conv_in.bias": lambda content: content["weights"].pop("encoder.conv_in.bias"),
-    "generator": lambda content: content.update(format="rdpm-generator"),
-    "": lambda content: content.update(format="vqgan"),
-    str(checkpoint.VERSION + 1): lambda content: content.update(version=checkpoint.VERSION + 1),
-}
-
-
-@pytest.mark.parametrize("token", SPOILT)
-def test_spoiled_file_is_refused(tmp_path: Path, token: str) -> None:
-    content = model.pack(make(), class_names=[], provenance={})
-    SPOILT[token](content)
-    if token == "encoder.conv_in.bias":  # with a digest that is right, only the layers tell
-        content["digest"] = checkpoint.model_digest(content["weights"], content["config"])
-    path = tmp_path / "spoiled.pt"
-    checkpoint.save(path, content)
-    with pytest.raises(CheckpointError) as caught:
-        model.load(path)
-    assert str(path) in caught.value.message
-    assert token in caught.value.message
-    assert caught.value.exit_code == 3

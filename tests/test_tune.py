@@ -3,20 +3,15 @@
 from pathlib import Path
 
 import pytest
-import torch
+from extractors import save_judge
 from generators import save_generator
 
-from rdpm_cli import checkpoint
-from rdpm_cli.device import one_thread
+from rdpm_cli.distributed import one_thread
 from rdpm_cli.engine import tune
-from rdpm_cli.engine.score import Ruler
 from rdpm_cli.engine.tune import Measure, Search, differing, tune_sampling
 from rdpm_cli.errors import UsageError
-from rdpm_cli.evaluation import judge as judges
 from rdpm_cli.generator import registry
 from rdpm_cli.generator.config import RDPMSampling, ResGenSampling, SamplingConfig
-
-# ---- the search ----------------------------------------------------------------------------------------------------
 
 
 class Bowl:
@@ -43,9 +38,7 @@ def search_of(folder: Path, measure: Measure, budget: int = 100, start: Sampling
 def test_the_search_reaches_the_minimum_and_measures_nothing_twice(tmp_path: Path) -> None:
     bowl, start = Bowl(), RDPMSampling(tau=2.0)
     search = search_of(tmp_path, bowl, start=start)
-    best = search.run()
-    assert isinstance(best, RDPMSampling)
-    assert (best.cfg, best.cfg_schedule, best.tau, best.skip_steps) == (1.0, "cosine", 1.25, 2)
+    assert differing(search.run(), start) == "cfg=1.0 cfg_schedule=cosine tau=1.25 skip_steps=2"
     assert search.value == 0
     assert len({options.model_dump_json() for options in bowl.measured}) == len(bowl.measured)
     assert search.tried["as recorded"] == bowl(start)
@@ -76,11 +69,6 @@ def test_the_fields_of_resgen_are_searched(tmp_path: Path) -> None:
     assert search.value == 0
 
 
-def test_differing_fields_are_named() -> None:
-    assert differing(RDPMSampling(cfg=1.5, tau=2.0), RDPMSampling(tau=2.0)) == "cfg=1.5"
-    assert differing(RDPMSampling(), RDPMSampling()) == "as recorded"
-
-
 def test_an_interrupted_search_measures_the_rest_only(tmp_path: Path) -> None:
     bowl = Bowl()
 
@@ -100,44 +88,28 @@ def test_an_interrupted_search_measures_the_rest_only(tmp_path: Path) -> None:
         Search(RDPMSampling(), bowl, 100, tmp_path / "tried.json", {"n": 13})
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def judge(tmp_path: Path) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        network = judges.Judge(16, 8, 4, 3)
-    checkpoint.save(tmp_path / "judge.pt", judges.pack(network, list("abc"), provenance={"heldout_accuracy": 0.5}))
-    return tmp_path / "judge.pt"
-
-
 def test_the_tuned_file_is_the_same_model_with_new_defaults(
-    tmp_path: Path, tiny_tokenizer_file: Path, image_folder: Path, judge: Path
+    tmp_path: Path, tiny_tokenizer_file: Path, image_folder: Path
 ) -> None:
     ckpt = save_generator(tmp_path / "generator.pt", tiny_tokenizer_file, micro_batch=4)
+    judge, original = save_judge(tmp_path / "judge.pt"), registry.load(ckpt)
 
     def tuned(out: str | None, samples: int, budget: int) -> dict[str, object]:
-        path = tmp_path / out if out else None
-        ref, ruler = str(image_folder), Ruler(judge)
+        path, ref = tmp_path / out if out else None, str(image_folder)
         with one_thread():
-            result = tune_sampling(ckpt, path, samples=samples, budget=budget, ref=ref, ruler=ruler, device="cpu")
-        return result.values
+            return tune_sampling(ckpt, path, samples=samples, budget=budget, ref=ref, extractor=judge).values
 
-    values, original = tuned(None, 12, 6), registry.load(ckpt)
-    written = registry.load(tmp_path / "generator-tuned.pt")
+    values, written = tuned(None, 12, 6), registry.load(tmp_path / "generator-tuned.pt")
     tried = values["tried"]
     assert isinstance(tried, dict)
     assert values["digest"] == written.digest == original.digest
-    assert len(tried) == 6
-    assert list(tried.values()) == sorted(tried.values())
-    assert values["value"] == min(tried.values())
-    assert values["before"] == tried["as recorded"]
+    assert (len(tried), list(tried.values())) == (6, sorted(tried.values()))
+    assert (values["value"], values["before"]) == (min(tried.values()), tried["as recorded"])
     assert differing(written.sampling, original.sampling) == values["best"]
     assert written.provenance["tuned"]["n"] == 12
     assert tuned("b.pt", 12, 6)["tried"] == tried  # the same noise for every candidate, and in every search
     assert values["notes"] == [tune.NOTE]
-    few = tuned("c.pt", 4, 1)["notes"]
+    few = tuned("c.pt", 6, 1)["notes"]
     assert isinstance(few, list)
     assert len(few) == 2  # fewer images than features
     assert not list(tmp_path.glob("*.tried.json"))

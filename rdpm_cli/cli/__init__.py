@@ -1,6 +1,4 @@
 """The command line: parse, call one engine function, print its result. No torch at import."""
 
 from rdpm_cli.cli import commands as commands  # adds the subcommands to the app
-from rdpm_cli.cli.app import main
-
-__all__ = ["commands", "main"]
+from rdpm_cli.cli.app import main as main

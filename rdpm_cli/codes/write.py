@@ -1,355 +1,401 @@
-"""Writing a code store: a shard at a time, resumable, the manifest last.
+"""Items -> codes -> shards of a store: resumable, the manifest last, the same bytes whatever the number of processes.
 
-While a store is unfinished, sums-s.json notes the sha256 of the files of shard s as they were written, and bad-s.jsonl
-the items that the shard leaves out. Both are removed once the manifest is there.
-"""
+Convolutions move by 1e-7 with the batch's shape and the thread count, and a near-tie then flips a code: a micro-batch
+has one fixed shape, padded by its last image, and a CPU encodes it on one thread; more speed comes from more processes.
+A *growing* store has its plan in run.json. A shard is written once its note-s.json is there, with its manifest entry
+and the items that it leaves out. A *finished* store has manifest.json and every file that it lists, and its notes
+go. One that lost a file grows again: the notes of its whole shards are restored from the manifest, which goes.
+Legend: n good items of B, V views, F = 2 with flips else 1, T steps, C channels, S positions."""
 
 import contextlib
 import hashlib
 import io
 import math
+import multiprocessing
+import re
 import time
-from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
-from rdpm_cli import files, runs
+from rdpm_cli import files, noise, runs
 from rdpm_cli.codes import store
-from rdpm_cli.codes.encode import Encoded, encode_all, micro_batches, report_killed_worker
-from rdpm_cli.codes.store import BadItem, CodeStore, DecodedItem, Manifest, Plan, Shard
-from rdpm_cli.data.pixels import Pixels, hwc, to_pixels, unreadable
+from rdpm_cli.codes.store import BadItem, CodeStore, DataOrigin, Manifest, Plan, Shard
+from rdpm_cli.data.pixels import EXACT_PSNR, TRANSFORM, Pixels, chw, hwc, to_model, to_pixels, unreadable
 from rdpm_cli.data.source import Source, spread
-from rdpm_cli.device import one_thread
-from rdpm_cli.distributed import barrier, world
-from rdpm_cli.errors import DataError, ImageError, RunError, UsageError, some_of
+from rdpm_cli.distributed import barrier, one_thread, world
+from rdpm_cli.errors import DataError, ImageError, RdpmError, RunError, UsageError, some_of
 from rdpm_cli.tokenizer.model import Tokenizer
 
-SUMS_OF_SHARD, BAD_OF_SHARD = "sums-{:05d}.json", "bad-{:05d}.jsonl"
-POLL = 0.5  # seconds between looks at the shards of the other ranks
-MANIFEST_BYTES = 1000  # about the size of a shard's row in the manifest
-DECODED, DIGITS, EXACT = 16, 2, 100.0  # items whose PSNR is recorded; its decimals; dB of an exact copy
+NOTE = "note-{:05d}.json"
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What fixes a store besides source and tokenizer. precision, micro_batch: None for the device's default."""
+
+    views: int = 1
+    flip: bool = False
+    latents: bool = False
+    seed: int = 0
+    shard_images: int = 4096
+    precision: Literal["fp32", "bf16"] | None = None
+    micro_batch: int | None = None
+
+
+def make_plan(source: Source, tokenizer: Tokenizer, digest: str, options: StoreOptions, device: torch.device) -> Plan:
+    """Everything that fixes the store. digest: of the tokenizer. Raises UsageError, and DataError without classes."""
+    source.need_labels()
+    cpu = device.type == "cpu"
+    if options.flip and options.views % 2:
+        raise UsageError(f"--flip mirrors every second view, but --views is {options.views}", "give an even number")
+    if cpu and (options.precision == "bf16" or options.micro_batch):
+        reason = "a store made on a CPU has the same bytes on every machine of its type"
+        raise UsageError(f"--precision and --micro-batch are for GPUs: {reason}", "leave them out")
+    auto, quant = tokenizer.cfg.autoencoder, tokenizer.cfg.quantizer
+    batch = max(1, (2048 if cpu else 16384) // math.prod(auto.grid))  # latent positions of a forward pass
+    defaults = {"precision": "fp32" if cpu else "bf16", "micro_batch": batch}
+    return Plan(
+        tokenizer=digest, transform=TRANSFORM, noise=tuple(noise.fingerprint(options.seed)), device=device.type,
+        steps=quant.steps, codes=quant.codes, grid=auto.grid, channels=auto.channels, resolution=auto.resolution,
+        class_names=tuple(source.class_names),
+        data=DataOrigin(source=source.spec, count=len(source), digest=source.digest()),
+        **{name: defaults[name] if value is None else value for name, value in asdict(options).items()},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Work:
     """How a store is made; nothing here changes its bytes, except by the items that are left out.
 
-    workers: processes that share the work. on_bad: stop at the first unreadable item, or leave it out.
-    max_bad: share of the items that may be left out.
-    """
+    on_bad: stop at the first unreadable item, or leave it out. max_bad: share that may be left out, rounded up."""
 
     workers: int = 1
     on_bad: Literal["stop", "skip"] = "stop"
     max_bad: float = 0.0001
 
-    def bad_allowed(self, count: int) -> int:
-        """How many of `count` items may be left out: the share rounded up, without the error of binary fractions."""
-        return math.ceil(self.max_bad * count - 1e-9)
+
+class Note(Shard):
+    """The content of a note: a written shard, and the items that it leaves out."""
+
+    bad: list[BadItem]
 
 
 def write_store(
     root: Path, source: Source, tokenizer: Tokenizer, tokenizer_file: bytes, plan: Plan, work: Work
 ) -> Generator[int, None, None]:
-    """Write what is missing of the store, yielding the number of items that each piece of work here has finished.
+    """Write what is missing of the store, yielding the number of items done: first those that were there already.
 
-    The first number counts the items that were there already. Several ranks share the shards; the first one holds the
-    lock and finishes. tokenizer_file: the bytes of its file. Raises UsageError, ImageError, DataError, RunError.
-    """
+    Several ranks share the shards; the first one holds the lock and finishes. Raises any RdpmError."""
     rank, size = world()
     with report_killed_worker(), contextlib.ExitStack() as stack:
-        stack.enter_context(files.report_full_disk(root, lambda: _bytes(plan, unwritten_shards(root, plan))))
+        stack.enter_context(files.report_full_disk(root))
         if rank == 0:
             stack.enter_context(files.only_writer(root))
-            _open(root, source, plan, tokenizer_file, work.workers)
+            _open(root, source, plan, tokenizer_file, work)
         barrier()
         if is_finished(root):
             yield plan.data.count
             return
         shards = unwritten_shards(root, plan)[rank::size]
         barrier()  # every rank has listed the same shards before any of them writes one
-        yield plan.data.count - sum(len(plan.shard_range(shard)) for shard in shards)
+        yield plan.data.count - sum(len(plan.shard_ranges[shard]) for shard in shards)
         yield from _write_shards(root, source, tokenizer, plan, shards, work)
         while unwritten_shards(root, plan):  # of the other ranks; polled, so that a signal can end the wait
-            time.sleep(POLL)
+            time.sleep(0.5)
             yield 0
         if rank == 0:
             _finish(root, source, tokenizer, plan, work)
         barrier()
 
 
-# ---- what is there -------------------------------------------------------------------------------------------------
-
-
 def is_finished(root: Path) -> bool:
     """Whether there is a manifest, and every file that it lists."""
-    if not (root / store.MANIFEST).exists():
-        return False
-    m = Manifest.load(root)
-    return all((root / name).exists() for table in (m.files, *(shard.sha256 for shard in m.shards)) for name in table)
-
-
-def missing_shards(root: Path, plan: Plan) -> list[int]:
-    """Shards whose files are not as they were written. Reads all of them."""
-    sums = _sums(root, plan)
-    return [shard for shard in range(plan.shard_count) if shard not in sums or store.damage(root, sums[shard])]
+    return (root / store.MANIFEST).exists() and all((root / name).exists() for name in Manifest.load(root).sums())
 
 
 def unwritten_shards(root: Path, plan: Plan) -> list[int]:
-    """Shards that lack a file: less to read than missing_shards, and enough once a run has begun."""
-    names = {shard: store.shard_files(shard, plan.latents).values() for shard in range(plan.shard_count)}
-    return [shard for shard in names if not all((root / name).exists() for name in names[shard])]
+    """Shards that lack a file or their note."""
+    return sorted(set(range(len(plan.shard_ranges))) - set(_notes(root, plan)))
 
 
-def _sums(root: Path, plan: Plan) -> dict[int, dict[str, str]]:
-    """shard -> file -> sha256 as written, by the manifest if there is one, else by the notes of complete shards."""
-    sums: dict[int, dict[str, str]] = {}
+def _notes(root: Path, plan: Plan) -> dict[int, Note]:
+    """The notes of the written shards. A finished store has them in its manifest."""
     if (root / store.MANIFEST).exists():
-        bad = _bad(root, plan)
-        for shard, row in enumerate(Manifest.load(root).shards):
-            # Without the reasons of its bad items, from bad.jsonl, a shard has to be made again.
-            if row.images + len(bad[shard]) == len(plan.shard_range(shard)):
-                sums[shard] = row.sha256
-        return sums
-    for shard in range(plan.shard_count):
-        with contextlib.suppress(DataError):  # absent or damaged
-            sums[shard] = files.read_json(root / SUMS_OF_SHARD.format(shard))
-    return {n: note for n, note in sums.items() if set(store.shard_files(n, plan.latents).values()) <= set(note)}
-
-
-def _bad(root: Path, plan: Plan) -> dict[int, list[BadItem]]:
-    """shard -> the items that it leaves out, by the list of a finished store, else by the notes of the shards."""
-    bad: dict[int, list[BadItem]] = defaultdict(list)
-    if (root / store.MANIFEST).exists():
-        sums = {name: sha256 for name, sha256 in Manifest.load(root).files.items() if name == store.BAD}
-        items = [] if store.damage(root, sums) else store.read_bad(root / store.BAD)
+        lines = store.read_lines(root / store.BAD) if (root / store.BAD).exists() else []
+        bad = [[item for item in lines if item["index"] in items] for items in plan.shard_ranges]
+        notes = {n: Note(**row.model_dump(), bad=bad[n]) for n, row in enumerate(Manifest.load(root).shards)}
     else:
-        items = [item for n in range(plan.shard_count) for item in store.read_bad(root / BAD_OF_SHARD.format(n))]
-    for item in items:
-        bad[item.index // plan.shard_images].append(item)
-    return bad
+        paths = {n: root / NOTE.format(n) for n in range(len(plan.shard_ranges))}
+        notes = {n: Note.model_validate(files.read_json(path)) for n, path in paths.items() if path.exists()}
+    # Without the reasons of its bad items, from bad.jsonl, a shard has to be made again.
+    whole = {n: note for n, note in notes.items() if note.images + len(note.bad) == len(plan.shard_ranges[n])}
+    return {n: note for n, note in whole.items() if all((root / name).exists() for name in note.sha256)}
 
 
-# ---- begin or resume -----------------------------------------------------------------------------------------------
-
-
-def _open(root: Path, source: Source, plan: Plan, tokenizer_file: bytes, workers: int) -> None:
-    """Check the plan, drop the shards that are not as they were written, write the files next to the shards.
-
-    A finished store that lost a file becomes an unfinished one. Raises UsageError, RunError when the disk is too small.
-    """
-    _check_plan(root, plan)
-    for leftover in root.glob(".*.tmp"):  # of a process that was killed; this one holds the lock
-        leftover.unlink()
-    runs.write_run(root, {"workers": workers, "plan": plan.model_dump(mode="json")})
-    if is_finished(root):
-        _remove_notes(root, range(plan.shard_count))
-        return
-    missing, names = missing_shards(root, plan), store.name_lines(source.names)
-    files.need_space(root, _bytes(plan, missing) + len(tokenizer_file) + len(names))
-    if (root / store.MANIFEST).exists():
-        bad = _bad(root, plan)
-        for shard, sums in _sums(root, plan).items():
-            _write_note(root, shard, sums, bad[shard])
-        (root / store.MANIFEST).unlink()
-    _drop(root, missing)
-    # Items that can be read again, for example because a disk has come back, return with their shards.
-    _drop(root, [n for n, bad in _bad(root, plan).items() if any(_is_readable(source, plan, item) for item in bad)])
-    files.write_atomic(root / store.TOKENIZER, partial(_write, tokenizer_file))
-    files.write_atomic(root / store.NAMES, partial(_write, names))
-
-
-def _check_plan(root: Path, plan: Plan) -> None:
-    """Raise UsageError if the folder holds a store of another plan, or something else."""
+def _open(root: Path, source: Source, plan: Plan, tokenizer_file: bytes, work: Work) -> None:
+    """Check the plan, restore the notes of a store that lost a file, write the files next to the shards."""
     new = plan.model_dump(mode="json")
+    old = new if all(path.name.startswith(".") for path in root.iterdir()) else runs.read_run(root).get("plan", {})
     if (root / store.MANIFEST).exists():
         old = Manifest.load(root).model_dump(mode="json", include=set(Plan.model_fields))
-    else:
-        old = runs.read_run(root).get("plan", {})
-    if not old and any(not path.name.startswith(".") for path in root.iterdir()):
-        raise UsageError(f"{root} is not empty and not a code store", "choose another folder")
-    if old and old.get("seed") != new["seed"]:  # its noise then differs too, which says nothing more
-        old, new = ({**settings, "noise": ()} for settings in (old, new))
-    if changed := files.differences(old or new, new):
-        hint = "choose another folder, or remove it"
-        raise UsageError(f"{root} was begun with other settings: {'; '.join(changed[:6])}", hint)
+    if changed := files.differences(old, new):
+        message = f"{root} holds something else, or was begun with other settings: {'; '.join(changed[:6])}"
+        raise UsageError(message, "choose another folder, or remove it")
+    for leftover in root.glob(".*.tmp"):  # of a process that was killed; this one holds the lock
+        leftover.unlink()
+    runs.write_run(root, {"workers": work.workers, "plan": new})
+    if is_finished(root):
+        for path in root.glob("note-*.json"):
+            path.unlink()
+        return
+    notes = _notes(root, plan)
+    names = store.json_lines({"index": index, "name": name} for index, name in enumerate(source.names))
+    items = sum(len(indices) for number, indices in enumerate(plan.shard_ranges) if number not in notes)
+    rows = 1000 * len(plan.shard_ranges)  # a shard's row in the manifest takes about 1,000 bytes
+    files.need_space(root, items * plan.image_bytes() + rows + len(tokenizer_file) + len(names))
+    for number, note in notes.items():
+        path = root / NOTE.format(number)
+        # Items that can be read again, for example because a disk has come back, return with their shards.
+        if read_items(source, plan, [item["index"] for item in note.bad])[0]:
+            path.unlink(missing_ok=True)
+        elif not path.exists():
+            files.write_json(path, note.model_dump())
+    (root / store.MANIFEST).unlink(missing_ok=True)
+    _write(root / store.TOKENIZER, tokenizer_file)
+    _write(root / store.NAMES, names)
 
 
-def _is_readable(source: Source, plan: Plan, item: BadItem) -> bool:
+@dataclass
+class MicroBatch:
+    """Some items of a source: the indices of the good ones, and the bad ones.
+
+    arrays: before the network pixels_BHWC uint8 and eps_VBTCS, padded to the plan's micro-batch; after it codes
+    (n, V, T, S) uint16, and latents (n, F, C, S) fp16 where kept. In numpy, to pass them on without shared memory."""
+
+    indices: list[int]
+    bad: list[BadItem]
+    arrays: dict[str, NDArray[Any]]
+
+
+def micro_batches(plan: Plan, shard: int) -> list[range]:
+    """The source indices of a shard's micro-batches."""
+    indices = plan.shard_ranges[shard]
+    return [range(start, min(start + plan.micro_batch, indices.stop)) for start in indices[:: plan.micro_batch]]
+
+
+def read_items(source: Source, plan: Plan, indices: Sequence[int]) -> tuple[dict[int, Pixels], list[BadItem]]:
+    """Decode and crop: the pixels of the good items by index, and the bad ones."""
+    pixels: dict[int, Pixels] = {}
+    bad: list[BadItem] = []
+    for index in indices:
+        try:
+            pixels[index] = source.pixels(index, plan.resolution)
+        except ImageError as error:
+            reason = " ".join(re.sub(" at 0x[0-9a-f]+", "", error.reason).split())  # the address of a Python object
+            bad.append({"index": index, "name": error.name, "reason": reason})
+    return pixels, bad
+
+
+def prepare(source: Source, plan: Plan, batch: range) -> MicroBatch:
+    """Decode, crop, draw the noise. A row depends on its own item only, whichever others are bad."""
+    pixels, bad = read_items(source, plan, batch)
+    rows = pixels or {batch.start: np.zeros((plan.resolution, plan.resolution, 3), np.uint8)}
+    padded = [*rows, *[list(rows)[-1]] * (plan.micro_batch - len(rows))]
+    shape = (plan.channels, math.prod(plan.grid))
+    views = [[view] * len(padded) for view in range(plan.views)]
+    eps = [noise.normal_steps("encode", plan.seed, padded, view, plan.steps, shape) for view in views]
+    images = np.stack([rows[index] for index in padded])
+    return MicroBatch(list(pixels), bad, {"pixels_BHWC": images, "eps_VBTCS": np.stack(eps)})
+
+
+@torch.no_grad()
+def encode(tokenizer: Tokenizer, plan: Plan, batch: MicroBatch) -> MicroBatch:
+    """E and Q of a micro-batch on the tokenizer's device: E in the plan's precision, Q in fp32."""
+    device, count, half = next(tokenizer.parameters()).device, len(batch.indices), plan.precision == "bf16"
+    layout = torch.channels_last if half else torch.contiguous_format  # channels_last: of a GPU's fast convolutions
+    x_BCHW = to_model(chw(batch.arrays["pixels_BHWC"]).to(device))
+    views = (x_BCHW, x_BCHW.flip(3))[: plan.mirrored]
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        z_F = [tokenizer.latents(x.contiguous(memory_format=layout)) for x in views]  # z = LN(E(x)), (B, C, S)
+    eps = torch.from_numpy(batch.arrays["eps_VBTCS"])
+    codes_V = [tokenizer.quantizer.encode(z_F[v % plan.mirrored], eps[v].to(device)) for v in range(plan.views)]
+    # torch has no conversion from int64 to uint16 on every device, numpy has
+    arrays: dict[str, NDArray[Any]] = {"codes": torch.stack(codes_V, 1)[:count].int().cpu().numpy().astype(np.uint16)}
+    if plan.latents:
+        arrays["latents"] = torch.stack(z_F, 1)[:count].half().cpu().numpy()
+    return MicroBatch(batch.indices, batch.bad, arrays)
+
+
+def prepare_and_encode(source: Source, tokenizer: Tokenizer, plan: Plan, batch: range) -> MicroBatch:
+    """All of a micro-batch, on one thread."""
+    with one_thread():
+        return encode(tokenizer, plan, prepare(source, plan, batch))
+
+
+def encode_all(
+    source: Source, tokenizer: Tokenizer, plan: Plan, batches: Sequence[range], workers: int
+) -> Generator[MicroBatch, None, None]:
+    """Every micro-batch, in order. On a CPU the workers do all of it; a GPU encodes what they prepare."""
+    cpu = plan.device == "cpu"
+    work = partial(prepare_and_encode, source, tokenizer, plan) if cpu else partial(prepare, source, plan)
+    with contextlib.closing(in_order(work, batches, workers)) as results:
+        for batch in results:
+            yield batch if cpu else encode(tokenizer, plan, batch)
+
+
+def in_order(work: Callable[[range], Any], batches: Sequence[range], workers: int) -> Generator[Any, None, None]:
+    """work(batch) of every micro-batch, in order, by this number of processes, inside `report_killed_worker`.
+
+    Raises the RdpmError of a batch in its turn. No worker outlives the iterator."""
+
+    def attempt(batch: Any) -> Any:
+        try:
+            return work(batch)
+        except RdpmError as error:
+            return error  # raised here, it would be reworded by DataLoader
+
+    workers = min(workers, len(batches)) if min(workers, len(batches)) > 1 else 0
+    previous = set(multiprocessing.active_children())
+    loader: DataLoader[Any] = DataLoader(
+        batches,  # type: ignore[arg-type]  # any sequence is a dataset
+        batch_size=None,
+        collate_fn=attempt,
+        num_workers=workers,
+        worker_init_fn=runs.serve_parent,  # DataLoader itself sets one thread
+        multiprocessing_context="fork" if workers else None,  # workers share the model and the source's index
+    )
+    results = iter(loader)
     try:
-        source.pixels(item.index, plan.resolution)
-    except ImageError:
-        return False
-    return True
+        for result in results:
+            if isinstance(result, RdpmError):
+                raise result
+            yield result
+    finally:
+        # The end of `results` would wait for workers that are in the middle of a micro-batch, or of a read that hangs.
+        for worker in set(multiprocessing.active_children()) - previous:
+            with contextlib.suppress(RuntimeError):  # DataLoader reports each one that is killed
+                worker.kill()
+                worker.join()
 
 
-def _drop(root: Path, shards: Sequence[int]) -> None:
-    """Have these shards written again."""
-    for shard in shards:
-        (root / store.shard_files(shard, False)["index"]).unlink(missing_ok=True)
-    _remove_notes(root, shards)
-
-
-def _remove_notes(root: Path, shards: Sequence[int]) -> None:
-    for shard in shards:
-        for name in (BAD_OF_SHARD, SUMS_OF_SHARD):
-            (root / name.format(shard)).unlink(missing_ok=True)
-
-
-def _bytes(plan: Plan, shards: Sequence[int]) -> int:
-    """About what these shards and the manifest take on the disk."""
-    return plan.image_bytes() * sum(len(plan.shard_range(s)) for s in shards) + MANIFEST_BYTES * plan.shard_count
-
-
-# ---- shards --------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def report_killed_worker() -> Iterator[None]:
+    """Turn DataLoader's error for a worker that was killed into a RunError."""
+    # DataLoader raises it from a signal handler, wherever the process is then: while it writes a shard, for example.
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        hint = "out of memory? run the same command again with fewer --workers; finished shards are kept"
+        raise RunError(str(error).splitlines()[0], hint) from error
 
 
 def _write_shards(
     root: Path, source: Source, tokenizer: Tokenizer, plan: Plan, shards: list[int], work: Work
 ) -> Iterator[int]:
     """Encode and write these shards. One shard is held in memory at a time."""
-    batches = {shard: micro_batches(plan, shard) for shard in shards}
-    queue = [batch for shard in shards for batch in batches[shard]]
-    with contextlib.closing(encode_all(source, tokenizer, plan, queue, work.workers)) as results:
-        for shard in shards:
-            encoded: list[Encoded] = []
-            for _ in batches[shard]:
-                if encoded:
-                    yield encoded[-1].items
-                encoded.append(next(results))
-                if encoded[-1].bad and work.on_bad == "stop":
-                    raise _bad_item(source, encoded[-1].bad[0])
-            write_shard(root, shard, _arrays(encoded, source, plan), [item for batch in encoded for item in batch.bad])
-            yield encoded[-1].items
+    queue = [(shard, batch) for shard in shards for batch in micro_batches(plan, shard)]
+    encoded: list[MicroBatch] = []
+    with contextlib.closing(
+        encode_all(source, tokenizer, plan, [batch for _, batch in queue], work.workers)
+    ) as results:
+        for (shard, items), result in zip(queue, results, strict=True):
+            encoded.append(result)
+            bad = [item for batch in encoded for item in batch.bad]
+            if bad and work.on_bad == "stop":
+                raise unreadable(source.spec, bad[0]["name"], bad[0]["reason"])
+            if items.stop == plan.shard_ranges[shard].stop:  # before its last items count as done
+                write_shard(root, shard, shard_arrays(encoded, source, plan), bad)
+                encoded.clear()
+            yield len(items)
 
 
-def _arrays(encoded: Sequence[Encoded], source: Source, plan: Plan) -> dict[str, NDArray[Any]]:
-    """The arrays of a shard, with the axes of the grid."""
+def shard_arrays(encoded: Sequence[MicroBatch], source: Source, plan: Plan) -> dict[str, NDArray[Any]]:
+    """The arrays of a shard, as `store.shard_arrays` describes them."""
     indices = [index for batch in encoded for index in batch.indices]
-    rows = len(indices) * plan.views
-    arrays: dict[str, NDArray[Any]] = {
-        "codes": np.concatenate([batch.codes for batch in encoded]).reshape(rows, plan.steps, *plan.grid),
-        "index": np.repeat(np.array(indices, dtype=np.int64), plan.views),
-    }
-    for name, dtype in store.COLUMNS.items():
-        column = source.columns[name]
-        arrays[name] = np.repeat(np.array([column[i] for i in indices], dtype=dtype), plan.views)
-    if plan.latents:
-        latents = np.concatenate([batch.latents for batch in encoded if batch.latents is not None])
-        arrays["latents"] = latents.reshape(len(indices) * plan.mirrored, plan.channels, *plan.grid)
-    return arrays
+    values = {kind: np.concatenate([batch.arrays[kind] for batch in encoded]) for kind in encoded[0].arrays}
+    values["index"] = np.repeat(np.array(indices, dtype=np.int64), plan.views)
+    for name in store.COLUMNS:
+        values[name] = np.repeat([source.columns[name][index] for index in indices], plan.views)
+    shapes = store.shard_arrays(plan, len(indices))
+    return {kind: values[kind].astype(dtype).reshape(shape) for kind, (dtype, shape) in shapes.items()}
 
 
 def write_shard(root: Path, shard: int, arrays: dict[str, NDArray[Any]], bad: Sequence[BadItem]) -> None:
-    """Write a shard's arrays, as `store.shard_arrays` describes them, and its notes before the index, which comes last.
-
-    The checksums are those of the bytes in memory, so a disk that writes others is noticed.
-    """
+    """Write a shard's arrays, and its note last, which marks a written shard."""
+    (root / NOTE.format(shard)).unlink(missing_ok=True)
     sums = {}
-    for kind, name in store.shard_files(shard, "latents" in arrays).items():
+    for kind, array in arrays.items():
         buffer = io.BytesIO()
-        np.save(buffer, arrays[kind], allow_pickle=False)
-        content = buffer.getvalue()
-        sums[name] = hashlib.sha256(content).hexdigest()
-        if kind == "index":
-            _write_note(root, shard, sums, bad)
-        files.write_atomic(root / name, partial(_write, content))
+        np.save(buffer, array, allow_pickle=False)
+        name, content = f"{kind}-{shard:05d}.npy", buffer.getvalue()
+        sums[name] = hashlib.sha256(content).hexdigest()  # of the bytes in memory: a disk that writes others is noticed
+        _write(root / name, content)
+    index = arrays["index"]
+    note = Note(images=len(np.unique(index)), rows=len(index), sha256=sums, bad=list(bad))
+    files.write_json(root / NOTE.format(shard), note.model_dump())
 
 
-def _write_note(root: Path, shard: int, sums: dict[str, str], bad: Sequence[BadItem]) -> None:
-    """Write a shard's list of bad items, where there are any, and the checksums of its files and of that list."""
-    path, lines = root / BAD_OF_SHARD.format(shard), store.bad_lines(bad)
-    path.unlink(missing_ok=True)
-    if bad:
-        files.write_atomic(path, partial(_write, lines))
-        sums = {path.name: hashlib.sha256(lines).hexdigest(), **sums}
-    files.write_json(root / SUMS_OF_SHARD.format(shard), sums)
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
-
-
-# ---- the end -------------------------------------------------------------------------------------------------------
+def _write(path: Path, content: bytes) -> None:
+    files.write_atomic(path, lambda file: file.write(content))
 
 
 def _finish(root: Path, source: Source, tokenizer: Tokenizer, plan: Plan, work: Work) -> None:
     """Join the lists of bad items, decode a few items, write the manifest. Raises DataError beyond work.max_bad."""
-    bad = [item for items in _bad(root, plan).values() for item in items]
+    bad = [item for _, note in sorted(_notes(root, plan).items()) for item in note.bad]
+    (root / store.BAD).unlink(missing_ok=True)
     if bad:
-        files.write_atomic(root / store.BAD, partial(_write, store.bad_lines(bad)))
-    else:
-        (root / store.BAD).unlink(missing_ok=True)
-    _check_bad(root, source, bad, work)
+        _write(root / store.BAD, store.json_lines(bad))
+        if work.on_bad == "stop":  # an earlier run left them out
+            raise unreadable(source.spec, bad[0]["name"], bad[0]["reason"])
+    allowed = math.ceil(work.max_bad * len(source) - 1e-9)  # without the error of binary fractions
+    if len(bad) > min(allowed, len(source) - 1):
+        names = some_of((item["name"] for item in bad), 3)
+        reason = f"--max-bad allows {allowed}; the reasons are in {root / store.BAD}"
+        message = f"{len(bad)} of {len(source)} images of {source.spec} cannot be read ({names}), and {reason}"
+        raise DataError(message, "repair them and run the same command again, or give a larger --max-bad")
     manifest = tabulate(root, plan)
-    samples = decoded_items(root, manifest, tokenizer, source)
+    samples = tuple(decoded_items(root, manifest, tokenizer, source))
     manifest.model_copy(update={"samples": samples}).write(root)
-    _remove_notes(root, range(plan.shard_count))  # after the manifest: a kill between the two costs no shard
-
-
-def _bad_item(source: Source, item: BadItem) -> ImageError:
-    return unreadable(source.spec, item.name, item.reason, ", or leave out such images with --on-bad skip")
-
-
-def _check_bad(root: Path, source: Source, bad: Sequence[BadItem], work: Work) -> None:
-    """Raise ImageError or DataError if more items were left out than may be."""
-    allowed = work.bad_allowed(len(source))
-    if bad and work.on_bad == "stop":  # an earlier run left them out
-        raise _bad_item(source, bad[0])
-    if len(bad) == len(source):
-        message = f"no image of {source.spec} can be read; the {len(bad)} reasons are in {root / store.BAD}"
-        raise DataError(message, "repair the images and run the same command again")
-    if len(bad) > allowed:
-        names = some_of((item.name for item in bad), 3)
-        raise DataError(
-            f"{len(bad)} of {len(source)} images cannot be read ({names}), and --max-bad {work.max_bad:g} allows "
-            f"{allowed}; all of them, with the reasons, are in {root / store.BAD}",
-            "repair them and run the same command again, or give a larger --max-bad to finish without them",
-        )
+    for path in root.glob("note-*.json"):  # after the manifest: a kill between the two costs no shard
+        path.unlink()
 
 
 def tabulate(root: Path, plan: Plan) -> Manifest:
-    """The manifest of the written shards, not yet on disk. Raises RunError if a shard's checksums were deleted."""
-    sums, bad, shards = _sums(root, plan), _bad(root, plan), []
-    if lost := [n for n in range(plan.shard_count) if n not in sums]:
-        raise RunError(f"{root / SUMS_OF_SHARD.format(lost[0])} is damaged", "run the same command again")
-    for number, note in sums.items():
-        images = len(plan.shard_range(number)) - len(bad[number])
-        sha256 = {name: note[name] for name in store.shard_files(number, plan.latents).values()}
-        shards.append(Shard(images=images, rows=images * plan.views, sha256=sha256))
-    names = (store.TOKENIZER, store.NAMES, *([store.BAD] if any(bad.values()) else []))
+    """The manifest of the written shards, not yet on disk. Raises RunError if a shard was deleted."""
+    notes = list(_notes(root, plan).values())
+    if len(notes) < len(plan.shard_ranges):
+        raise RunError(f"shards of {root} were deleted while it was written", "run the same command again")
+    bad = sum(len(note.bad) for note in notes)
+    names = [store.TOKENIZER, store.NAMES] + [store.BAD] * bool(bad)
     return Manifest(
-        **plan.model_dump(),
-        images=sum(shard.images for shard in shards),
-        rows=sum(shard.rows for shard in shards),
-        bad=sum(map(len, bad.values())),
-        samples=(),
+        **plan.model_dump(), samples=(), bad=bad,
+        images=sum(note.images for note in notes), rows=sum(note.rows for note in notes),
         files={name: files.sha256_file(root / name) for name in names},
-        shards=tuple(shards),
-    )
+        shards=tuple(Shard(**note.model_dump(exclude={"bad"})) for note in notes),
+    )  # fmt: skip
 
 
-def decoded_items(root: Path, manifest: Manifest, tokenizer: Tokenizer, source: Source) -> tuple[DecodedItem, ...]:
-    """The PSNR of 16 items, evenly spaced: the first view of each, decoded alone and on one thread."""
+def decoded_items(root: Path, manifest: Manifest, tokenizer: Tokenizer, source: Source) -> list[dict[str, int | float]]:
+    """The PSNR in dB of 16 items, evenly spaced: the first view of each, decoded alone and on one thread."""
     codes, device = CodeStore(root, manifest=manifest), next(tokenizer.parameters()).device
-    items = []
-    for number in spread(manifest.images, DECODED):
+    items: list[dict[str, int | float]] = []
+    for number in spread(manifest.images, 16):
         row = np.array([number * manifest.views])
-        codes_BTS = torch.from_numpy(codes.codes(row).astype(np.int64)).to(device)
         with one_thread():
+            codes_BTS = torch.from_numpy(codes.codes(row).astype(np.int64)).to(device)
             recon = hwc(to_pixels(tokenizer.decode(codes_BTS)))[0]
         index = int(codes.index[row[0]])
-        items.append(DecodedItem(index=index, psnr=psnr(source.pixels(index, manifest.resolution), recon)))
-    return tuple(items)
-
-
-def psnr(image: Pixels, recon: Pixels) -> float:
-    """10 log10(255² / MSE) of uint8 pixels, in dB, rounded; an exact copy counts as 100."""
-    error = int(np.square(image.astype(np.int64) - recon).sum())
-    return round(10 * math.log10(255**2 * image.size / error), DIGITS) if error else EXACT
+        error = int(np.square(source.pixels(index, manifest.resolution).astype(np.int64) - recon).sum())
+        psnr = 10 * math.log10(255**2 * recon.size / error) if error else EXACT_PSNR
+        items.append({"index": index, "psnr": round(psnr, 2)})
+    return items

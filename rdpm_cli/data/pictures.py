@@ -1,25 +1,23 @@
 """Pictures for people and other programs: PNG files, labelled grids, GIFs, curves, and .npz files of images."""
 
 import contextlib
-import io
 import math
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from rdpm_cli import files
-from rdpm_cli.data.pixels import Pixels
+from rdpm_cli.data.pixels import Pixels, image_errors, open_image, to_rgb
 from rdpm_cli.errors import DataError
 
 INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 2  # colours of a grid; pixels between its tiles
-PANELS_A_ROW = 3
 NPZ_HINT = "images are `arr_0`, (N, H, W, 3) uint8, as np.savez writes them; references have `mu` and `sigma`"
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
 
@@ -31,12 +29,8 @@ def save_png(path: Path, pixels_HWC: Pixels) -> None:
 
 def read_png(path: Path) -> Pixels:
     """An image that save_png has written, (H, W, 3). Raises DataError."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        hint = "delete the file and run the command that drew it again"
-        raise DataError(f"{path} cannot be read as an image: {error}", hint) from error
+    with image_errors(str(path.parent), path.name), open_image(path) as image:
+        return np.asarray(to_rgb(image))
 
 
 def grid(images_BHWC: Pixels, columns: int, row_labels: Sequence[str] = (), title: str = "") -> Pixels:
@@ -48,8 +42,7 @@ def grid(images_BHWC: Pixels, columns: int, row_labels: Sequence[str] = (), titl
     top = 24 if title else 0
     sheet = Image.new("RGB", (left + columns * (side + GAP) + GAP, top + rows * (side + GAP) + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((left + GAP, 4), title, INK, font)
+    draw.text((left + GAP, 4), title, INK, font)
     for row, text in enumerate(row_labels[:rows]):
         draw.text((left - 6, top + row * (side + GAP) + side // 2), text, INK, font, anchor="rm")
     for index, pixels in enumerate(images_BHWC):
@@ -67,34 +60,25 @@ def save_gif(path: Path, frames: Sequence[Pixels], seconds: float = 0.4) -> None
     files.write_atomic(path, lambda file: first.save(file, "GIF", **options))
 
 
-def draw_curves(panels: Mapping[str, Mapping[str, Curve]], log_panels: Sequence[str] = ()) -> bytes:
+def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panels: Sequence[str] = ()) -> None:
     """A PNG of one panel a title, one line a name: {title: {name: (x, y)}}. The x label follows '|' in the title."""
     # Imported here because matplotlib takes a second, and few commands draw curves.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(len(panels), PANELS_A_ROW)
+    columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure, buffer = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained"), io.BytesIO()
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for number, (title, lines) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(rows, columns, number)
         text, _, x_label = title.partition("|")
         for name, (x, y) in lines.items():
             axis.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=4)
-        axis.set(title=text, xlabel=x_label or "step")
-        if title in log_panels:
-            axis.set_yscale("log")
+        axis.set(title=text, xlabel=x_label or "step", yscale="log" if title in log_panels else "linear")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    canvas.print_png(buffer)
-    return buffer.getvalue()
-
-
-def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], log_panels: Sequence[str] = ()) -> None:
-    """Write what draw_curves draws."""
-    content = draw_curves(panels, log_panels)
-    files.write_atomic(path, lambda file: file.write(content))
+    files.write_atomic(path, canvas.print_png)
 
 
 def save_npz(path: Path, shape: tuple[int, int, int, int], batches: Iterable[Pixels], labels: Sequence[int]) -> None:
@@ -117,59 +101,51 @@ def save_npz(path: Path, shape: tuple[int, int, int, int], batches: Iterable[Pix
 
 
 @contextlib.contextmanager
-def _npz_errors(path: Path) -> Iterator[None]:
+def _npz(path: Path) -> Iterator[Any]:
+    """numpy's NpzFile. Raises DataError, also for an array of Python objects: nothing is unpickled."""
     try:
-        yield
-    except (OSError, ValueError, EOFError, KeyError, struct.error, zlib.error, zipfile.BadZipFile) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            yield archive
+    except (OSError, ValueError, TypeError, EOFError, KeyError, struct.error, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an .npz: {error}", NPZ_HINT) from error
 
 
 def npz_names(path: Path) -> list[str]:
     """The names of the arrays in an .npz. Raises DataError."""
-    with _npz_errors(path), zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
+    with _npz(path) as archive:
+        return list(archive.files)
 
 
 def npz_array(path: Path, name: str) -> NDArray[Any]:
-    """One array of an .npz. Raises DataError, also for an array of Python objects: nothing is unpickled."""
-    with _npz_errors(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+    """One array of an .npz. Raises DataError."""
+    with _npz(path) as archive:
         array: NDArray[Any] = archive[name]
         return array
 
 
 class NpzImages:
-    """`arr_0` of an .npz, read in pieces: 50,000 images of 256×256 are 10 GB. count; shape (N, H, W, 3)."""
+    """`arr_0` of an .npz, read in pieces: 50,000 images of 256×256 are 10 GB. Raises DataError.
+
+    shape: (N, H, W, 3). labels: `arr_1`, where it holds one whole number an image."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError for a file without such an array."""
         self.path = path
-        with self._open() as (file, size):
-            np.lib.format.read_magic(file)
-            self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            self.start = file.tell()  # of the pixels
-        unusable = dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[-1] != 3
-        if unusable or size - self.start != math.prod(self.shape):
-            order = "Fortran" if fortran else "C"
-            raise DataError(f"{path}: arr_0 is {dtype} {self.shape} in {order} order, {size:,} bytes", NPZ_HINT)
-        self.count = self.shape[0]
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[IO[bytes], int]]:
-        with _npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-            yield file, archive.getinfo("arr_0.npy").file_size
+        with _npz(path) as archive:
+            with archive.zip.open("arr_0.npy") as file:
+                np.lib.format.read_magic(file)
+                self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                self.start = file.tell()  # of the pixels
+            numbers: NDArray[Any] = archive["arr_1"] if "arr_1" in archive.files else np.empty(0)
+        if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[-1] != 3:
+            raise DataError(f"{path}: arr_0 is {dtype} {self.shape} in {'Fortran' if fortran else 'C'} order", NPZ_HINT)
+        known = numbers.shape == self.shape[:1] and numbers.dtype.kind in "iu"
+        self.labels: list[int] | None = numbers.tolist() if known else None
 
     def read(self, pieces: Iterable[range]) -> Iterator[Pixels]:
         """The images of ascending ranges, an array (n, H, W, 3) a range."""
         image_bytes = math.prod(self.shape[1:])
-        with self._open() as (file, _):
+        with _npz(self.path) as archive, archive.zip.open("arr_0.npy") as file:
             for piece in pieces:
                 file.seek(self.start + piece.start * image_bytes)
                 content = bytearray(file.read(len(piece) * image_bytes))  # torch warns about read-only arrays
                 yield np.frombuffer(content, dtype=np.uint8).reshape(len(piece), *self.shape[1:])
-
-    def labels(self) -> list[int] | None:
-        """`arr_1`, where it holds one whole number an image."""
-        if "arr_1" not in npz_names(self.path):
-            return None
-        array = npz_array(self.path, "arr_1")
-        return list(map(int, array)) if array.shape == (self.count,) and array.dtype.kind in "iu" else None

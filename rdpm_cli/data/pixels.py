@@ -1,9 +1,7 @@
 """Pixels: bytes -> RGB -> the ADM centre crop -> tensors in [-1, 1], and back.
 
-Decoding follows ADM and torchvision: alpha is dropped by `convert("RGB")`, not composited; EXIF orientation is not
-applied (Pillow itself rotates TIFF files); an animation gives its first frame; the content decides the format, not the
-file name's suffix. Suffixes of tensors: B batch, C = 3 channels, H W height and width.
-"""
+As ADM and torchvision decode: alpha is dropped, not composited; EXIF orientation is not applied; an animation gives its
+first frame; the content decides the format. Suffixes of tensors: B batch, C = 3 channels, H W height and width."""
 
 import contextlib
 import errno
@@ -22,6 +20,7 @@ from rdpm_cli.errors import DataError, ImageError, RdpmError, RunError
 
 Pixels = NDArray[np.uint8]  # (H, W, 3) RGB, or (B, H, W, 3)
 TRANSFORM = "adm-center-crop"  # its name in manifests
+EXACT_PSNR = 100.0  # dB of an exact copy, so that means stay finite
 # Formats that start other programs (EPS), or that no data set consists of, are left out.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO}
@@ -45,12 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> Pixels:
     """ADM's `center_crop_arr`: halve with BOX while the short side is at least 2·size, BICUBIC to size, crop.
 
-    -> (size, size, 3) uint8, the same pixels as DiT, MAR, LlamaGen and EDM2's dhariwal crop. Raises ValueError for an
-    image so thin that enlarging its short side to `size` makes the long one gigantic.
-    """
-    # Pillow's own limit on pixels applies to the stored image, not to what resizing makes of it.
-    if Image.MAX_IMAGE_PIXELS and size * size * max(image.size) > Image.MAX_IMAGE_PIXELS * min(image.size):
-        raise ValueError(f"{image.width}×{image.height} pixels are too thin to be enlarged to {size}")
+    -> (size, size, 3) uint8, the same pixels as DiT, MAR, LlamaGen and EDM2's dhariwal crop."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if min(image.size) != size:
@@ -60,19 +54,11 @@ def center_crop(image: Image.Image, size: int) -> Pixels:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def crop(image: Image.Image, size: int, name: str) -> Pixels:
-    """An RGB image after the ADM centre crop -> (size, size, 3) uint8. Raises ImageError with this name."""
-    with image_errors("", name):
-        return center_crop(image, size)
-
-
 @contextlib.contextmanager
 def image_errors(source: str, name: str) -> Iterator[None]:
-    """Turn everything that a bad image raises inside into an ImageError for the item `name` of `source`.
+    """Turn what a bad image raises into an ImageError for the item `name` of `source`.
 
-    A fault of the machine makes no image bad: it becomes a RunError, or a DataError for a deleted file, since
-    `--on-bad skip` would otherwise leave a good image out of a code store for ever.
-    """
+    A fault of the machine becomes a RunError, or a DataError for a deleted file: `--on-bad skip` must not skip them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's warnings only the one about huge images counts
@@ -81,20 +67,18 @@ def image_errors(source: str, name: str) -> Iterator[None]:
     except (RdpmError, MemoryError):
         raise
     except Exception as error:  # decoders of damaged bytes raise almost anything
-        reason = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is empty or of no known image format"
-        elif isinstance(error, OSError) and error.errno in ABSENT:
-            raise DataError(f"{source}: {name} cannot be opened: {error.strerror}", "check the path") from error
         # Pillow's own errors, and those of damaged bytes, carry no error number or EINVAL.
-        elif isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise RunError(f"{source}: reading {name} failed: {error.strerror}", "run the command again") from error
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            kind = DataError if error.errno in ABSENT else RunError
+            raise kind(f"{source}: reading {name} failed: {error.strerror}", "run the command again") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # its text names the path, which no store should hold
+        reason = "it is empty or of no known image format" if unknown else str(error) or type(error).__name__
         raise unreadable(source, name, reason) from error
 
 
-def unreadable(source: str, name: str, reason: str, alternative: str = "") -> ImageError:
-    """The error for the item `name` of `source`. alternative: what else to do than to replace the file."""
-    hint = f"replace or remove this file{alternative}"
+def unreadable(source: str, name: str, reason: str) -> ImageError:
+    """The error for the item `name` of `source`."""
+    hint = "replace or remove this file; rdpm tokenize can leave such images out with --on-bad skip"
     return ImageError(f"{source}: {name} cannot be read as an image: {reason}", hint, name=name, reason=reason)
 
 

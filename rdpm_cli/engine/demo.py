@@ -8,11 +8,12 @@ from typing import Any
 
 from rdpm_cli import files, progress
 from rdpm_cli.engine.generator import train_gen
+from rdpm_cli.engine.judge import eval_judge
 from rdpm_cli.engine.sample import Outputs, sample
-from rdpm_cli.engine.score import Ruler, eval_images, train_judge
+from rdpm_cli.engine.score import eval_images
 from rdpm_cli.engine.tokenizer import StoreOptions, reconstruct, tokenize, train_tokenizer
 from rdpm_cli.engine.watch import training_curves
-from rdpm_cli.recipes import Recipe, load_recipe
+from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, versions
 
 TRAIN, HELDOUT = "digits:train", "digits:heldout"
@@ -30,65 +31,48 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> Result:
         if previous.get("recipe") == recipe.digest():
             progress.say(f"{out}/ holds this demo already; remove it, or name another --out, to run it again")
             return _result(out, previous)
-    start, resumed = time.monotonic(), (out / "runs").exists()
+    start, resumed, runs = time.monotonic(), (out / "runs").exists(), out / "runs"
     progress.say(f"rdpm demo: {TRAIN} -> tokenizer -> codes -> generator -> samples -> scores; {ESTIMATE}")
-    judge, trained = _train(out, seed, recipe, changes)
+    progress.say("[1/7] a judge: a classifier of real digits, which scores the samples later")
+    judge = eval_judge(TRAIN, runs / "judge", "digits", changes, heldout=HELDOUT)
+    assert recipe.tokenizer is not None
+    q = recipe.tokenizer.quantizer
+    progress.say(f"[2/7] train-tokenizer: images -> codebook of {q.codes} codes, T = {q.steps} noisy residual steps")
+    train_tokenizer(TRAIN, runs / "tokenizer", "digits", changes)
+    _copy(runs / "tokenizer" / "tokenizer.pt", out / "tokenizer.pt")
+    progress.say(f"[3/7] tokenize: {recipe.views} noise draws per image -> codes/")
+    tokenize(TRAIN, out / "codes", out / "tokenizer.pt", StoreOptions(views=recipe.views, seed=seed))
+    progress.say("[4/7] train-gen: codes -> transformer, by cross-entropy")
+    trained = train_gen(out / "codes", runs / "generator", "digits", changes)
+    _copy(runs / "generator" / "generator.pt", out / "generator.pt")
     recon = _draw(out, seed)
-    _say(7, "eval: the judge looks at samples and at held-out digits")
+    progress.say("[7/7] eval: the judge looks at samples and at held-out digits")
     scores = _scores(out, Path(judge.values["judge"]))
-    training_curves(out / "curves.png", out / "runs" / "tokenizer", out / "runs" / "generator")
+    training_curves(out / "curves.png", runs / "tokenizer", runs / "generator")
     result = {
         **scores,
-        "reconstruction_mse": recon.values["mse"],
-        "reconstruction_psnr": recon.values["psnr"],
+        "reconstruction_mse": recon.values["mse"], "reconstruction_psnr": recon.values["psnr"],
         "judge_accuracy": judge.values["heldout_accuracy"],
         "generator_parameters": trained.values["parameters"],
         "heldout_accuracy_per_t": trained.values["heldout/accuracy"],
         "baseline_accuracy_per_t": trained.values["heldout/baseline"],
         "seconds": round(time.monotonic() - start, 1),  # of this call: less than the whole if it resumed
-        "resumed": resumed,
-        "seed": seed,
-        "recipe": recipe.digest(),
-        "versions": versions(),
-    }
+        "resumed": resumed, "seed": seed, "recipe": recipe.digest(), "versions": versions(),
+    }  # fmt: skip
     files.write_json(out / "result.json", result)
     return _result(out, result)
 
 
-def _train(out: Path, seed: int, recipe: Recipe, changes: list[str]) -> tuple[Result, Result]:
-    """The judge, the tokenizer, the codes and the generator. -> the results of judge and generator"""
-    runs = out / "runs"
-    _say(1, "a judge: a classifier of real digits, which scores the samples later")
-    judge = train_judge(TRAIN, HELDOUT, runs / "judge", recipe)
-    assert recipe.tokenizer is not None
-    quantizer = recipe.tokenizer.quantizer
-    _say(
-        2, f"train-tokenizer: images -> codebook of {quantizer.codes} codes, T = {quantizer.steps} noisy residual steps"
-    )
-    train_tokenizer(TRAIN, runs / "tokenizer", "digits", changes)
-    _copy(runs / "tokenizer" / "tokenizer.pt", out / "tokenizer.pt")
-    _say(3, f"tokenize: {recipe.views} noise draws an image -> codes/")
-    tokenize(TRAIN, out / "codes", out / "tokenizer.pt", StoreOptions(views=recipe.views, seed=seed))
-    _say(4, "train-gen: codes -> transformer, by cross-entropy")
-    trained = train_gen(out / "codes", runs / "generator", "digits", changes)
-    _copy(runs / "generator" / "generator.pt", out / "generator.pt")
-    return judge, trained
-
-
 def _draw(out: Path, seed: int) -> Result:
     """Samples and reconstructions, with their pictures where a person looks first. -> the result of reconstruct"""
-    _say(5, f"sample: {PER_CLASS} of every class")
+    progress.say(f"[5/7] sample: {PER_CLASS} of every class")
     samples = sample(out / "generator.pt", "all", PER_CLASS, out / "samples", seed=seed, outputs=Outputs(gif=True))
-    _say(6, "reconstruct: held-out digits")
+    progress.say("[6/7] reconstruct: held-out digits")
     recon = reconstruct(HELDOUT, out / "reconstructions", out / "tokenizer.pt", seed=seed)
     _copy(Path(samples.values["grid"]), out / "samples.png")
     _copy(Path(samples.values["gif"]), out / "steps.gif")
     _copy(Path(recon.values["grid"]), out / "reconstructions.png")
     return recon
-
-
-def _say(stage: int, text: str) -> None:
-    progress.say(f"[{stage}/7] {text}")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -99,19 +83,14 @@ def _copy(source: Path, target: Path) -> None:
 
 def _scores(out: Path, judge: Path) -> dict[str, Any]:
     """Class accuracy and Fréchet distance of samples, and the distance of held-out digits at the same N."""
-    ruler = Ruler(extractor=judge)
-    real = eval_images("fid", HELDOUT, TRAIN, ruler).values
-    sampled = eval_images("fid", str(out / "samples"), None, ruler, subset=real["n"]).values
+    real = eval_images("fid", HELDOUT, TRAIN, extractor=judge).values
+    sampled = eval_images("fid", str(out / "samples"), extractor=judge, subset=real["n"]).values
     return {
-        "class_accuracy": sampled["class_accuracy"],
-        "frechet_distance": sampled["value"],
-        "frechet_distance_heldout": real["value"],
-        "frechet_ratio": sampled["value"] / real["value"],
-        "frechet_n": real["n"],
-        "frechet_subsets": sampled["subsets"],
-        "samples": sampled["target"]["count"],
+        "class_accuracy": sampled["class_accuracy"], "frechet_distance": sampled["value"],
+        "frechet_distance_heldout": real["value"], "frechet_ratio": sampled["value"] / real["value"],
+        "frechet_n": real["n"], "frechet_subsets": sampled["subsets"], "samples": sampled["target"]["count"],
         "reference": sampled["reference"],
-    }
+    }  # fmt: skip
 
 
 def _result(out: Path, values: dict[str, Any]) -> Result:

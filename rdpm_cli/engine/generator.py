@@ -5,18 +5,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rdpm_cli import progress, recipes
-from rdpm_cli.codes.store import CodeStore, Manifest, store_reference
-from rdpm_cli.distributed import is_first
+from rdpm_cli.codes.store import CodeStore, Manifest, store_reference, verify
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.train import Training, default_folder, recipe_settings, train_once
 from rdpm_cli.generator import registry
-from rdpm_cli.generator.batches import GeneratorTask
-from rdpm_cli.generator.config import GeneratorConfig
-from rdpm_cli.generator.contract import Generator, GeneratorBatches
+from rdpm_cli.generator.contract import GeneratorTask
 from rdpm_cli.runs import Result, versions
 from rdpm_cli.tokenizer import model as tokenizer_model
-from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.training.log import last_metrics
 
 # Values of the log in the result; each group is taken from the last line that has its first name.
@@ -27,14 +25,9 @@ REPORTED = (
 
 
 def train_gen(
-    codes: Path,
-    out: Path | None,
-    recipe: str,
-    overrides: Sequence[str] = (),
-    *,
-    device: str = "auto",
+    codes: Path, out: Path | None, recipe: str, overrides: Sequence[str] = (), *, device: str = "auto",
     track: str | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once. track: as --track."""
     resolved = recipes.load_recipe(recipe, overrides, "generator")
     cfg = resolved.generator
@@ -42,68 +35,39 @@ def train_gen(
     m = Manifest.load(codes)  # before its tokenizer is read: a missing store has the clearer error
     tokenizer, content = tokenizer_model.load(codes / "tokenizer.pt")
     store = CodeStore(codes, content["digest"])
-    registry.check_codes(cfg.family, tokenizer.cfg, str(codes))
-    batches = registry.batches(cfg, store, tokenizer, resolved.seed)
+    family = registry.FAMILIES[cfg.family]
+    family.make.check_codes(tokenizer.cfg, str(codes))
+    batches = family.batches(store, cfg, tokenizer.quantizer, resolved.seed)
     kernel = registry.find_kernel(cfg, device)
     if cfg.proxy.samples:
-        watch.check_proxy(cfg.proxy, store)
+        watch.open_proxy(cfg.proxy, store, torch.device("cpu"))  # fails, if it does, before the run folder is claimed
     final = (out or default_folder(resolved, "generator")) / "generator.pt"
     if not final.exists():
-        store.verify()  # before the run folder is claimed
+        verify(codes)
 
     def make(training: Training) -> dict[str, Any]:
+        """Train in the run's folder. -> the content of generator.pt, with the trained weights or their average."""
         generator = registry.build(cfg, tokenizer.to(training.device), len(m.class_names))
         generator.network.to(training.device).train()
         registry.prepare(generator, cfg, kernel)
         measured = generator.begin(cfg, store)
-        _train(training, generator, tokenizer, cfg, store, batches)
-        provenance = {
-            "recipe": resolved.model_dump(mode="json"),
-            "store": {"path": str(codes.resolve()), "digest": m.digest()},
-            "reference": store_reference(codes, m),
-            **measured,
-            **versions(),
-        }
+        progress.say(f"{registry.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
+        draw = partial(watch.training_curves, training.out / "curves.png", generator_run=training.out)
+        observers = [watch.generator_monitor(generator, tokenizer, cfg, list(m.class_names), batches)]
+        if cfg.proxy.samples:
+            observers.append(watch.proxy_score(generator, tokenizer, cfg, store))
+        flops = plan.generator_flops(cfg, tokenizer.cfg)
+        players = [GeneratorTask(generator)]
+        generator.network = training.fit(players, batches, cfg.train, batches.images, observers, flops, draw)
+        provenance: dict[str, Any] = {"recipe": resolved.model_dump(mode="json")}
+        provenance |= {"store": {"path": str(codes.resolve()), "digest": m.digest()}}
+        provenance |= {"reference": store_reference(codes, m), **measured, **versions()}
         return registry.pack(generator, cfg, content, list(m.class_names), provenance=provenance)
 
     settings = {"command": "train-gen", "recipe": recipe_settings(resolved, "generator"), "store": m.digest()}
     train_once(final, resolved.seed, settings, device, make, track)
-    return _answer(final)
-
-
-def _train(
-    training: Training,
-    generator: Generator,
-    tokenizer: Tokenizer,
-    cfg: GeneratorConfig,
-    store: CodeStore,
-    batches: GeneratorBatches,
-) -> None:
-    """Train in the run's folder. generator.network becomes the trained network, or its average."""
-    m = store.manifest
-    progress.say(f"{registry.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
-    draw = partial(watch.training_curves, training.out / "curves.png", generator_run=training.out)
-    observers = [
-        watch.generator_monitor(generator, tokenizer, cfg, list(m.class_names), batches),
-        watch.curves(cfg.train, draw),
-    ]
-    if cfg.proxy.samples:
-        observers.append(watch.proxy_score(generator, tokenizer, cfg, store))
-    flops = plan.generator_flops(cfg, tokenizer.cfg)
-    task = GeneratorTask(generator)
-    generator.network = training.fit([task], batches, cfg.train, batches.images, observers, flops)
-    if is_first():
-        draw()
-
-
-def _answer(final: Path) -> Result:
-    """The result of a finished run."""
     loaded = registry.load(final)
-    values: dict[str, Any] = {
-        "generator": str(final),
-        "digest": loaded.digest,
-        "parameters": registry.parameters(loaded.generator),
-    }
+    values = {"generator": str(final), "digest": loaded.digest, "parameters": registry.parameters(loaded.generator)}
     for names in REPORTED:
         values |= last_metrics(final.parent, names)
     return Result("generator trained", values, f"rdpm sample --ckpt {final} --classes all")

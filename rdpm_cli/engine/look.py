@@ -37,13 +37,18 @@ Values = dict[str, Any]
 
 def inspect(target: str) -> Result:
     """The kind, config, digests and provenance of a checkpoint, run, store, folder of samples, source or recipe."""
-    path, is_digits = Path(target), is_builtin(target) and target not in recipes.recipe_names()
+    path, is_images = Path(target), is_builtin(target) and target not in recipes.recipe_names()
     if path.suffix == ".pt":
         kind, values = _model_file(path)
-    elif path.is_dir() and (folder := _folder(path)):
-        kind, values = folder
-    elif path.is_dir() or path.suffix.lower() in ARCHIVES or is_digits:
-        kind, values = "images", _images(target)
+    elif path.is_dir() and (record := _folder(path)):
+        kind, values = record
+    elif path.is_dir() or path.suffix.lower() in ARCHIVES or is_images:
+        source = open_source(target)
+        kind, values = "images", {
+            "source": source.spec, "images": len(source), "classes": len(source.class_names),
+            "class_names": source.class_names[:20], "first": source.names[0],
+            "first_size": list(source.image(0).size), "digest": source.digest(),
+        }  # fmt: skip
     elif path.is_file() and path.suffix not in {".yaml", ".yml"}:
         raise DataError(f"{path} is not a checkpoint, store, recipe or image archive", "name the folder it is in")
     else:
@@ -65,16 +70,14 @@ def _folder(path: Path) -> tuple[str, Values] | None:
         manifest = store.Manifest.load(path)
         return "code store", {"digest": manifest.digest(), **manifest.model_dump(mode="json")}
     if (path / samples.RECORD).is_file():
-        record = samples.read_record(path)
+        record = files.read_json(path / samples.RECORD)
         return "samples", {**record, "samples": len(record["samples"])}
-    if run := read_run(path):
-        if "plan" in run:
-            return "unfinished code store", run
-        if "pictures" in run:
-            return "unfinished samples", run
-        states = [file.name for _, file in checkpoint.states(path / "checkpoints")]
-        return "run", {**run, "checkpoints": states, "finished": sorted(p.name for p in path.glob("*.pt"))}
-    return None
+    if not (run := read_run(path)):
+        return None
+    if "plan" in run or "pictures" in run:
+        return "unfinished code store" if "plan" in run else "unfinished samples", run
+    states = [file.name for _, file in checkpoint.states(path / "checkpoints")]
+    return "run", {**run, "checkpoints": states, "finished": sorted(p.name for p in path.glob("*.pt"))}
 
 
 def _recipe(target: str) -> Values:
@@ -82,18 +85,15 @@ def _recipe(target: str) -> Values:
     recipe = recipes.load_recipe(target)
     values: Values = {"name": recipe.name, "digest": recipe.digest()}
     architecture = recipe.tokenizer or TokenizerArchitecture()
-    with torch.device("meta"):  # shapes alone, so that the largest networks take no memory
+    with torch.device("meta"):  # shapes without content, so that the largest networks take no memory
         tokenizer = tokenizer_model.Tokenizer(architecture)
         if recipe.tokenizer:
             values["tokenizer_parameters"] = values["parameters"] = tokenizer_model.parameters(tokenizer)
         if recipe.generator:
             values["parameters"] = registry.parameters(registry.build(recipe.generator, tokenizer, recipe.classes))
-            values["parameters_assume"] = {
-                "classes": recipe.classes,
-                "positions": math.prod(tokenizer.grid),
-                "codes": architecture.quantizer.codes,
-                "channels": architecture.autoencoder.channels,
-            }
+            assumed = {"classes": recipe.classes, "positions": math.prod(tokenizer.grid)}
+            assumed |= {"codes": architecture.quantizer.codes, "channels": architecture.autoencoder.channels}
+            values["parameters_assume"] = assumed
     return {**values, "recipe": recipe.model_dump(mode="json", exclude_none=True)}
 
 
@@ -112,19 +112,6 @@ def _model_file(path: Path) -> tuple[str, Values]:
     else:
         values["parameters"] = sum(weight.numel() for weight in content["weights"].values())
     return kind, values
-
-
-def _images(target: str) -> Values:
-    source = open_source(target)
-    return {
-        "source": source.spec,
-        "images": len(source),
-        "classes": len(source.class_names),
-        "class_names": source.class_names[:20],
-        "first": source.names[0],
-        "first_size": list(source.image(0).size),
-        "digest": source.digest(),
-    }
 
 
 def verify(path: Path) -> Result:
@@ -159,42 +146,11 @@ def doctor() -> Result:
     """Versions, devices, weights, disk and launcher. fix: a line for each thing that is missing.
 
     broken: those among them that stop commands: a package that cannot be imported, a GPU that torch cannot use, a
-    damaged weight file, an incomplete launcher. Missing extras and weights only limit some options.
-    """
+    damaged weight file, an incomplete launcher. Missing extras and weights only limit some options."""
     fix: dict[str, str] = {}
     broken: dict[str, str] = {}
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text()) if DRIVER.is_file() else None
-    if not gpus and driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"}:
-        broken["devices.gpus"] = "install a torch that was built for this driver's CUDA, or a newer driver"
-    elif not gpus:
-        fix["devices.gpus"] = "commands run on the CPU; use a machine with a GPU for more than the digits"
-    launcher = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    if 0 < len(launcher) < len(TORCHRUN):
-        broken["launcher"] = f"unset {' '.join(launcher)}, or start by torchrun or --gpus N"
-    values: Values = {
-        **_packages(fix, broken),
-        "devices": {
-            "torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
-            "driver": driver[0] if driver else "absent",
-            "cpu_cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(files.memory_bytes() / 2**30, 1),
-            "gpus": gpus,
-            "names": [torch.cuda.get_device_name(number) for number in range(gpus)],
-        },
-        "weights": _weights(fix, broken),
-        "disk": {"folder": str(Path.cwd()), "free_gib": round(files.free_bytes(Path.cwd()) / 2**30, 1)},
-        "launcher": launcher,
-        "settings": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
-    }
-    values |= {"ready": not broken, "broken": list(broken), "fix": fix | broken}
-    return Result("not ready" if broken else "ready", values, "" if broken else "rdpm demo")
-
-
-def _packages(fix: dict[str, str], broken: dict[str, str]) -> Values:
-    # Other versions of the JPEG decoder may give other pixels.
     versions: Values = {"rdpm": __version__, "python": platform.python_version()}
-    versions["libjpeg-turbo"] = pillow.version_feature("libjpeg_turbo")
+    versions["libjpeg-turbo"] = pillow.version_feature("libjpeg_turbo")  # another one may give other pixels
     extras: Values = {}
     for requirement in metadata.requires("rdpm") or []:
         name, extra = re.split(r"[^\w-]", requirement)[0], re.search(r"extra == .(\w+)", requirement)
@@ -208,7 +164,27 @@ def _packages(fix: dict[str, str], broken: dict[str, str]) -> Values:
             else:
                 broken[f"versions.{name}"] = f"uv pip install --reinstall {name}"
         (extras if extra else versions)[extra[1] if extra else name] = version
-    return {"versions": versions, "extras": extras}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text()) if DRIVER.is_file() else None
+    if not gpus and driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"}:
+        broken["devices.gpus"] = "install a torch that was built for this driver's CUDA, or a newer driver"
+    elif not gpus:
+        fix["devices.gpus"] = "commands run on the CPU; use a machine with a GPU for more than the digits"
+    launcher = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    if 0 < len(launcher) < len(TORCHRUN):
+        broken["launcher"] = f"unset {' '.join(launcher)}, or start by torchrun or --gpus N"
+    devices = {
+        "torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
+        "driver": driver[0] if driver else "absent", "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1), "gpus": gpus,
+        "names": [torch.cuda.get_device_name(number) for number in range(gpus)],
+    }  # fmt: skip
+    disk = {"folder": str(Path.cwd()), "free_gib": round(files.free_bytes(Path.cwd()) / 2**30, 1)}
+    settings = {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
+    values: Values = {"versions": versions, "extras": extras, "devices": devices, "weights": _weights(fix, broken)}
+    values |= {"disk": disk, "launcher": launcher, "settings": settings}
+    values |= {"ready": not broken, "broken": list(broken), "fix": fix | broken}
+    return Result("not ready" if broken else "ready", values, "" if broken else "rdpm demo")
 
 
 def _weights(fix: dict[str, str], broken: dict[str, str]) -> Values:

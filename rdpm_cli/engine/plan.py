@@ -1,8 +1,7 @@
 """`--dry-run` of the trainings: operations, memory and hours, without a GPU and without writing anything.
 
 A training step runs on fake tensors, which have shapes but no content: torch counts its operations, a dispatch mode
-counts the bytes of the tensors that live at once.
-"""
+counts the bytes of the tensors that live at once."""
 
 import math
 import weakref
@@ -21,29 +20,27 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli import files, noise, runs
-from rdpm_cli.codes.store import Manifest, held_out, image_bytes
+from rdpm_cli.codes.store import Manifest, held_out
 from rdpm_cli.data.open import is_there, open_source
-from rdpm_cli.distributed import TrainStep, check_share
+from rdpm_cli.distributed import TrainStep, rank_rows
 from rdpm_cli.engine.train import default_folder, recipe_settings
 from rdpm_cli.engine.watch import GIB, GPUS, Gpu
-from rdpm_cli.errors import UsageError
 from rdpm_cli.generator import registry
-from rdpm_cli.generator.batches import GeneratorTask
 from rdpm_cli.generator.config import GeneratorConfig
+from rdpm_cli.generator.contract import GeneratorTask
 from rdpm_cli.recipes import Recipe, load_recipe
 from rdpm_cli.runs import Result
 from rdpm_cli.tokenizer import losses, model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture, TokenizerConfig
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.networks import PatchDiscriminator
-from rdpm_cli.tokenizer.quantizer import Chain, Quantizer, Usage
+from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
 from rdpm_cli.tokenizer.training import DiscriminatorTask, TokenizerTask
 from rdpm_cli.training.config import TrainConfig, binding
 from rdpm_cli.training.loop import Player
 
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 USABLE = 0.9  # of a GPU's memory: the rest is for CUDA itself, kernels' workspaces and gaps between tensors
-ADAM = 2  # moments a parameter
 TITLE = "dry run: nothing was run or written"
 CPU = torch.device("cpu")
 
@@ -60,17 +57,8 @@ class Hardware:
 
     @classmethod
     def of(cls, gpu: str | None = None, gpus: int | None = None, utilisation: float | None = None) -> "Hardware":
-        """By the options --gpu, --gpus and --utilisation; None for the default. Raises UsageError."""
-        share = 0.4 if utilisation is None else utilisation
-        if not 0 < share <= 1:
-            raise UsageError(f"--utilisation {share} is not a share", "give a number above 0, up to 1")
-        by_name = {entry.name: entry for entry in GPUS}
-        if (gpu or "h200").lower() not in by_name:
-            raise UsageError(f"--gpu {gpu}: not in the table", f"give one of {', '.join(by_name)}")
-        return cls(by_name[(gpu or "h200").lower()], gpus or 1, share)
-
-
-# ---- players on fake tensors ---------------------------------------------------------------------------------------
+        """By the options --gpu, --gpus and --utilisation; None for the default."""
+        return cls(next(entry for entry in GPUS if entry.name == (gpu or "h200")), gpus or 1, utilisation or 0.4)
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -85,7 +73,7 @@ def generator_players(cfg: GeneratorConfig, codes: TokenizerArchitecture, classe
         channels, grid = codes.autoencoder.channels, codes.autoencoder.grid
         quantizer = Quantizer(codes.quantizer, codes.schedule, channels, grid).eval().requires_grad_(False)
         family = registry.FAMILIES[cfg.family]
-        generator = family.make(cfg, quantizer, classes)
+        generator = family.make(cfg.network, quantizer, classes)
         registry.prepare(generator, cfg)
         return [GeneratorTask(generator)], family.batches.blank(cfg, quantizer, rows)
 
@@ -95,11 +83,15 @@ def generator_players(cfg: GeneratorConfig, codes: TokenizerArchitecture, classe
 def tokenizer_players(cfg: TokenizerConfig) -> Make:
     """A fresh tokenizer's players and micro-batches of images for them."""
 
+    def without_search(z_BCS: Tensor, eps_BTCS: Tensor) -> Chain:
+        """z'_T = z. The search for codes needs their values; it keeps 1% of the memory that the networks keep."""
+        zero = z_BCS.new_zeros(())
+        return Chain(zero, z_BCS, zero, zero.view(1), zero, zero)
+
     def make(rows: int) -> tuple[Sequence[Player], Any]:
         tokenizer = Tokenizer(cfg, cfg.loss.weight).train()
-        # The search for codes needs their values. It keeps 1% of the memory that the networks keep.
-        tokenizer.quantizer.forward = _pass_on  # type: ignore[assignment, method-assign]
-        lpips = losses.hollow_perceptual() if cfg.loss.perceptual != "none" else None
+        tokenizer.quantizer.forward = without_search  # type: ignore[method-assign]
+        lpips = losses.Perceptual("vgg") if cfg.loss.perceptual != "none" else None
         critic = PatchDiscriminator(cfg.discriminator) if cfg.loss.adversarial != "none" else None
         task = TokenizerTask(tokenizer, cfg, lpips, critic)
         size = cfg.autoencoder.resolution
@@ -109,28 +101,19 @@ def tokenizer_players(cfg: TokenizerConfig) -> Make:
     return make
 
 
-def _pass_on(z_BCS: Tensor, eps_BTCS: Tensor) -> Chain:
-    """A chain whose z'_T is z."""
-    zero = z_BCS.new_zeros(())
-    return Chain(zero, z_BCS, zero, zero.view(1), Usage(zero, zero, zero, zero.view(1, 1)), zero)
-
-
-def _loss(player: Player, batch: Any, cfg: TrainConfig, place: TrainStep) -> Tensor:
-    """The loss of a player under the recipe's precision."""
+def _loss(player: Player, batch: Any, cfg: TrainConfig, rows: int, step: int) -> Tensor:
+    """The loss of a player at a step, under the recipe's precision."""
     with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"):
-        return player.loss(batch, place)[0]
-
-
-# ---- operations ----------------------------------------------------------------------------------------------------
+        return player.loss(batch, TrainStep(0, step, range(rows), rows, CPU))[0]
 
 
 def tokenizer_flops(cfg: TokenizerConfig) -> int:
-    """Operations of a tokenizer's training step, an image, once its discriminator trains."""
+    """Operations of a tokenizer's training step per image, once its discriminator trains."""
     return sum(step_flops(tokenizer_players(cfg), cfg.train, cfg.discriminator.start).values())
 
 
 def generator_flops(cfg: GeneratorConfig, codes: TokenizerArchitecture) -> int:
-    """Operations of a generator's training step, an image. codes: the tokenizer that made the codes."""
+    """Operations of a generator's training step per image. codes: the tokenizer that made the codes."""
     return sum(_generator_passes(cfg, codes).values())
 
 
@@ -142,20 +125,16 @@ def _generator_passes(cfg: GeneratorConfig, codes: TokenizerArchitecture) -> dic
 def step_flops(make: Make, cfg: TrainConfig, step: int = 0) -> dict[str, int]:
     """Operations of one image, forward and backward. A multiply-add counts two.
 
-    As torch counts matrix products, convolutions and attention. The search for codes is left out: it is below 1%.
-    """
+    As torch counts matrix products, convolutions and attention. The search for codes is left out: it is below 1%."""
     forward = total = 0
     with fake_tensors(), FlopCounterMode(display=False) as counter:
         players, batch = make(1)
         for player in players:
-            loss = _loss(player, batch, cfg, TrainStep(0, step, range(1), 1, CPU))
+            loss = _loss(player, batch, cfg, 1, step)
             forward += counter.get_total_flops() - total
             loss.backward()
             total = counter.get_total_flops()
     return {"forward": forward, "backward": total - forward}
-
-
-# ---- memory --------------------------------------------------------------------------------------------------------
 
 
 class Live(TorchDispatchMode):
@@ -169,17 +148,14 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage())
+            # a storage that is known already is a view's
+            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self._known:
+                storage = value.untyped_storage()
+                self._known.add(key)
+                self.total += storage.nbytes()
+                self.peak = max(self.peak, self.total)
+                weakref.finalize(storage, self._remove, key, storage.nbytes())
         return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:  # else a view
-            self._known.add(key)
-            self.total += size
-            self.peak = max(self.peak, self.total)
-            weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -187,11 +163,10 @@ class Live(TorchDispatchMode):
 
 
 def activations(make: Make, cfg: TrainConfig, rows: int, step: int = 0) -> int:
-    """Peak bytes, besides weights and gradients, of a micro-batch of `rows` forward and backward through all players.
+    """Peak bytes, without weights and gradients, of a micro-batch of `rows` forward and backward through all players.
 
     Tensors that autograd keeps, temporary ones, and the bf16 copies of weights that autocast keeps; eager, without
-    kernels' workspaces. Types are CUDA's under autocast, and attention keeps no N × N matrix.
-    """
+    kernels' workspaces. Types are CUDA's under autocast, and attention keeps no N × N matrix."""
     with fake_tensors():
         players, batch = make(rows)
         for player in players:
@@ -202,7 +177,7 @@ def activations(make: Make, cfg: TrainConfig, rows: int, step: int = 0) -> int:
                 parameter.grad = torch.empty_like(parameter)
         with Live() as live:
             for player in players:
-                _loss(player, batch, cfg, TrainStep(0, step, range(rows), rows, CPU)).backward()
+                _loss(player, batch, cfg, rows, step).backward()
         return live.peak
 
 
@@ -215,16 +190,14 @@ def fixed_memory(players: Sequence[Player], cfg: TrainConfig) -> dict[str, int]:
     models = [player.model for player in players]
     learnt = size([p for m in models for p in m.parameters() if p.requires_grad])
     sizes = [size([*m.parameters(), *m.buffers()]) for m in models]
-    return {"weights": sum(sizes), "gradients": learnt, "adam": ADAM * learnt, "ema": sizes[0] if cfg.ema else 0}
+    return {"weights": sum(sizes), "gradients": learnt, "adam": 2 * learnt, "ema": sizes[0] if cfg.ema else 0}
 
 
 def memory(make: Make, cfg: TrainConfig, hardware: Hardware, frozen: int, step: int = 0) -> dict[str, Any]:
     """Parameters, GiB of a GPU by part for the recipe's micro-batch, and the largest micro-batch that fits.
 
-    frozen: bytes of networks that do not learn. step: the step that is measured.
-    """
-    check_share(cfg.batch, hardware.count)
-    rank_batch = cfg.batch // hardware.count
+    frozen: bytes of networks that do not learn. step: the step that is measured."""
+    rank_batch = len(rank_rows(cfg.batch, (0, hardware.count)))
     micro = min(cfg.micro_batch or rank_batch, rank_batch)
     # Activations are affine in the number of images: two measurements give every other.
     low, high = (activations(make, cfg, rows, step) for rows in (noise.BLOCK, 2 * noise.BLOCK))
@@ -236,14 +209,12 @@ def memory(make: Make, cfg: TrainConfig, hardware: Hardware, frozen: int, step: 
     room = USABLE * hardware.gpu.memory_gib * GIB
     sizes = {**fixed, "activations": start + each * micro}
     return {
-        "parameters": sum(p.numel() for p in players[0].model.parameters()),
-        "micro_batch": micro,
+        "parameters": sum(p.numel() for p in players[0].model.parameters()), "micro_batch": micro,
         "memory_gib": {name: size / GIB for name, size in {**sizes, "total": sum(sizes.values())}.items()},
-        "memory_gib_an_image": each / GIB,
-        "gpu_memory_gib": hardware.gpu.memory_gib,
+        "memory_gib_an_image": each / GIB, "gpu_memory_gib": hardware.gpu.memory_gib,
         "fits": sum(sizes.values()) <= room,
         "largest_micro_batch": largest_micro_batch(room - sum(fixed.values()) - start, each, rank_batch),
-    }
+    }  # fmt: skip
 
 
 def largest_micro_batch(room: float, each: float, most: int) -> int:
@@ -252,34 +223,22 @@ def largest_micro_batch(room: float, each: float, most: int) -> int:
     return most if fits == most else max(0, fits // noise.BLOCK * noise.BLOCK)
 
 
-# ---- the plans -----------------------------------------------------------------------------------------------------
-
-
 def timing(cfg: TrainConfig, images: int, flops: dict[str, int], hardware: Hardware) -> dict[str, Any]:
-    """Length of the run: images, steps, operations, hours. flops: of a training step, an image, by part."""
+    """Length of the run: images, steps, operations, hours. flops: of a training step per image, by part."""
     each, rate = sum(flops.values()), hardware.utilisation * hardware.gpu.bf16_flops * hardware.count
     trained = cfg.total_steps(images) * cfg.batch
     hours = trained * each / rate / 3600
+    parts = {name: float(n) for name, n in flops.items()}
     return {
-        "images": images,
-        "batch": cfg.batch,
-        "steps": cfg.total_steps(images),
-        "epochs": trained / images,
+        "images": images, "batch": cfg.batch, "steps": cfg.total_steps(images), "epochs": trained / images,
         "flops": {
-            "image_forward": float(flops["forward"]),
-            "image": float(each),
-            "image_parts": {name: float(n) for name, n in flops.items()},
-            "step": float(each * cfg.batch),
-            "run": float(each * trained),
+            "image_forward": parts["forward"], "image": float(each), "image_parts": parts,
+            "step": float(each * cfg.batch), "run": float(each * trained),
         },
-        "gpu": hardware.gpu.name,
-        "gpus": hardware.count,
-        "gpu_bf16_flops": hardware.gpu.bf16_flops,
-        "utilisation": hardware.utilisation,
-        "images_per_second": rate / each,
-        "hours": hours,
+        "gpu": hardware.gpu.name, "gpus": hardware.count, "gpu_bf16_flops": hardware.gpu.bf16_flops,
+        "utilisation": hardware.utilisation, "images_per_second": rate / each, "hours": hours,
         "gpu_hours": hours * hardware.count,
-    }
+    }  # fmt: skip
 
 
 def plan_generator(codes: Path, out: Path | None, recipe: str, overrides: Sequence[str], hardware: Hardware) -> Result:
@@ -291,26 +250,22 @@ def plan_generator(codes: Path, out: Path | None, recipe: str, overrides: Sequen
     architecture: TokenizerArchitecture = loaded.tokenizer or TokenizerArchitecture()
     images, classes = IMAGENET_IMAGES, IMAGENET_CLASSES
     assumed: str | None = f"no store {codes}: ImageNet's {images:,} images, {classes} classes"
-    latents = architecture.autoencoder.channels if cfg.uses_latents else 0
-    image_size = image_bytes(math.prod(architecture.autoencoder.grid), architecture.quantizer.steps, 1, latents)
+    auto, T = architecture.autoencoder, architecture.quantizer.steps
+    # uint16 codes and fp16 latents of one view, a label and an index
+    image_size = 2 * math.prod(auto.grid) * (T + auto.channels * cfg.uses_latents) + 12
     if codes.exists():
         manifest = Manifest.load(codes)
         architecture = model.load(codes / "tokenizer.pt")[0].cfg
-        registry.check_codes(cfg.family, architecture, str(codes))
+        registry.FAMILIES[cfg.family].make.check_codes(architecture, str(codes))
         images, classes, assumed = manifest.images, len(manifest.class_names), None
         image_size = manifest.image_bytes()
     trained = images - max(1, int(held_out(np.arange(images)).sum()))
     with fake_tensors():
         frozen = 4 * model.parameters(Tokenizer(architecture))
-    values = {
-        "recipe": loaded.name,
-        "assumed": assumed,
-        **timing(cfg.train, trained, _generator_passes(cfg, architecture), hardware),
-        **memory(generator_players(cfg, architecture, classes), cfg.train, hardware, frozen),
-        "store_gb": images * image_size / 1e9,
-        **folder,
-    }
-    return Result(TITLE, values)
+    times = timing(cfg.train, trained, _generator_passes(cfg, architecture), hardware)
+    sizes = memory(generator_players(cfg, architecture, classes), cfg.train, hardware, frozen)
+    sizes["store_gb"] = images * image_size / 1e9
+    return Result(TITLE, {"recipe": loaded.name, "assumed": assumed, **times, **sizes, **folder})
 
 
 def plan_tokenizer(images: str, out: Path | None, recipe: str, overrides: Sequence[str], hardware: Hardware) -> Result:
@@ -320,17 +275,15 @@ def plan_tokenizer(images: str, out: Path | None, recipe: str, overrides: Sequen
     assert cfg is not None
     folder = _folder(out, loaded, "train-tokenizer", "tokenizer")
     count = len(open_source(images)) if is_there(images) else None
+    assumed = None if count else f"no images {images}: ImageNet's {IMAGENET_IMAGES:,}"
     make, step = tokenizer_players(cfg), cfg.discriminator.start
-    with fake_tensors():
-        lpips = losses.hollow_perceptual() if cfg.loss.perceptual != "none" else nn.Module()
-    values = {
-        "recipe": loaded.name,
-        "assumed": None if count else f"no images {images}: ImageNet's {IMAGENET_IMAGES:,}",
-        **timing(cfg.train, count or IMAGENET_IMAGES, step_flops(make, cfg.train, step), hardware),
-        **memory(make, cfg.train, hardware, 4 * sum(p.numel() for p in lpips.parameters()), step),
-        **folder,
-    }
-    return Result(TITLE, values)
+    frozen = 0
+    if cfg.loss.perceptual != "none":
+        with fake_tensors():
+            frozen = 4 * sum(p.numel() for p in losses.Perceptual("vgg").parameters())
+    times = timing(cfg.train, count or IMAGENET_IMAGES, step_flops(make, cfg.train, step), hardware)
+    sizes = memory(make, cfg.train, hardware, frozen, step)
+    return Result(TITLE, {"recipe": loaded.name, "assumed": assumed, **times, **sizes, **folder})
 
 
 def _folder(out: Path | None, recipe: Recipe, command: str, section: str) -> dict[str, Any]:

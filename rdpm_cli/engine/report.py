@@ -1,17 +1,13 @@
 """eval report: run folders, code stores, sample folders, model files and score files -> one page, or tables.
 
 Everything is recognised by its content. A page is one HTML file with its pictures inside, from `report.html.jinja`;
-`md` and `csv` hold the scores, `json` everything but the pictures.
-"""
+`md` is a table of the scores, `json` holds everything but the pictures."""
 
 import base64
-import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
-from itertools import groupby
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ import yaml
 from PIL import Image
 
 from rdpm_cli import __version__, files, recipes
-from rdpm_cli.data import pictures
+from rdpm_cli.data.pictures import read_png
 from rdpm_cli.engine import look
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.runs import Result
@@ -41,9 +37,12 @@ FACTS = {
     "samples": "images",
     **{key: key for key in ("images", "views", "codes", "grid", "bad", "resolution", "flip", "latents")},
 }  # fmt: skip
+PICTURES = {  # in a folder; of several files the last one
+    "Curves": "curves.png", "Preview": "previews/step-*", "Grid": "previews/grid.png",
+    "Partial decodes, t = 1 to T": "previews/steps.png",
+}  # fmt: skip
 HINT = "give runs, code stores, sample folders, a demo's folder, .pt files or what `rdpm eval ... --json` printed"
-MAX_PICTURES = 24  # on a page
-MAX_PICTURE_SIZE = (1120, 1400)  # pixels
+MAX_PICTURES, MAX_PICTURE_SIZE = 24, (1120, 1400)  # on a page; pixels
 
 # metric -> label, +1 if higher is better, -1 if lower is better, 0 if neither
 METRICS = {
@@ -92,20 +91,15 @@ class Score:
     @property
     def text(self) -> str:
         """`12.34 ± 0.05 (11.9 to 12.8)`: value, spread, 95% interval."""
-        if self.value is None:
-            return "not computed"
         spread = f" ± {self.spread:.2g}" if self.spread is not None else ""
-        interval = f" ({self.interval[0]:.4g} to {self.interval[1]:.4g})" if self.interval else ""
-        return f"{self.value:.4g}{spread}{interval}"
+        interval = " ({:.4g} to {:.4g})".format(*self.interval) if self.interval else ""
+        return "not computed" if self.value is None else f"{self.value:.4g}{spread}{interval}"
 
     @property
     def setting(self) -> tuple[Any, ...]:
         """What two scores must share to be compared; edits and best-of-n samples only with their like."""
-        special = tuple(str(self.options.get(name)) for name in ("edit", "reject"))
+        special = (str(self.options.get(name)) for name in ("edit", "reject"))
         return self.metric, self.n, self.extractor, self.reference, *special
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_items(paths: Sequence[Path]) -> list[Item]:
@@ -129,23 +123,27 @@ def _read(path: Path) -> Item:
         made_from = {role: record[key] for role, key in roles.items() if record.get(key)}
         return Item("score", str(path), made_from=made_from, record=record)
     values = look.inspect(str(path)).values
-    if values["kind"] == "run":
-        return _read_run(path, values["settings"])
-    stage = "store" if values["kind"] == "code store" else values["kind"]
+    stage = {"code store": "store"}.get(values["kind"], values["kind"])
     stage = "reconstructions" if values.get("format") == "rdpm-reconstructions" else stage
-    if stage not in STAGES:
+    if stage == "run":
+        item = _read_run(path, values["settings"])
+    elif stage not in STAGES:
         raise DataError(f"{path} is not something a report can show", HINT)
-    flat = _flat(values)
-    facts = {name: flat[key] for key, name in FACTS.items() if key in flat}
-    made_from = {role: str(flat[key]) for key, role in ORIGINS.items() if flat.get(key)}
-    prefixes = (f"provenance.recipe.{stage}.", "config.", "options.")
-    prefix = next((p for p in prefixes if any(key.startswith(p) for key in flat)), "options.")
-    settings = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
-    item = Item(stage, str(path), values.get("digest", ""), made_from, facts, settings)
-    item.pictures = _pictures(path, {"Grid": "previews/grid.png", "Partial decodes, t = 1 to T": "previews/steps.png"})
-    if scores := values.get("scores"):
-        reference = {"name": (values.get("reference") or {}).get("source", "")}
-        item.record = {"metric": "reconstruction", "target": {"name": str(path)}, "reference": reference, **scores}
+    else:
+        flat = _flat(values)
+        prefixes = (f"provenance.recipe.{stage}.", "config.", "options.")
+        prefix = next((p for p in prefixes if any(key.startswith(p) for key in flat)), "options.")
+        item = Item(
+            stage, str(path), values.get("digest", ""),
+            {role: str(flat[key]) for key, role in ORIGINS.items() if flat.get(key)},
+            {name: flat[key] for key, name in FACTS.items() if key in flat},
+            {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)},
+        )  # fmt: skip
+        if scores := values.get("scores"):
+            reference = {"name": (values.get("reference") or {}).get("source", "")}
+            item.record = {"metric": "reconstruction", "target": {"name": str(path)}, "reference": reference, **scores}
+    matches = {title: sorted(path.glob(pattern)) for title, pattern in PICTURES.items()}
+    item.pictures = [(f"{title}: {path}", files_of[-1]) for title, files_of in matches.items() if files_of]
     return item
 
 
@@ -159,14 +157,7 @@ def _read_run(path: Path, settings: dict[str, Any]) -> Item:
     for row in log:
         if "heldout/accuracy" in row:  # the last measurement counts
             item.held_out = list(zip(row["heldout/accuracy"], row["heldout/baseline"], strict=True))
-    item.pictures = _pictures(path, {"Curves": "curves.png", "Preview": "previews/step-*"})
     return item
-
-
-def _pictures(folder: Path, patterns: Mapping[str, str]) -> list[tuple[str, Path]]:
-    """The last file of each pattern, with its title."""
-    matches = {title: sorted(folder.glob(pattern)) for title, pattern in patterns.items()}
-    return [(f"{title}: {folder}", paths[-1]) for title, paths in matches.items() if paths]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,17 +168,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-# ---- scores --------------------------------------------------------------------------------------------------------
-
-
 def read_scores(items: Sequence[Item]) -> list[Score]:
     """Every score of the items; `best` is marked among scores of one metric, N, extractor and reference."""
     scores = [score for item in items if item.record for score in _scores_of(item)]
     for score in scores:
         better = METRICS.get(score.metric, ("", 0))[1]
-        values = [s.value for s in scores if s.setting == score.setting and s.value is not None]
+        values = [better * s.value for s in scores if s.setting == score.setting and s.value is not None]
         if score.value is not None and better and len(values) > 1:
-            score.best = score.value == (max(values) if better > 0 else min(values))
+            score.best = better * score.value == max(values)
     return scores
 
 
@@ -203,30 +191,25 @@ def _scores_of(item: Item) -> Iterator[Score]:
         spreads = [record.get(f"{prefix}spread_over_{kind}") for kind in ("subsets", "splits")]
         reason = (record.get("not_computed") or {}).get("value" if main else metric, "")
         yield Score(
-            source=item.name,
-            target=_name(record.get("target")) or item.name,
-            metric=metric,
-            value=value,
+            item.name, _name(record.get("target")) or item.name, metric, value,
             n=record.get(f"{prefix}n") or record.get("n"),
             spread=spreads[0] or spreads[1] or (record.get("spread_over_seeds") or {}).get(metric),
             interval=record.get(f"{prefix}ci95"),
-            extractor=_name(record.get("extractor")),
-            reference=_name(record.get("reference")),
+            extractor=_name(record.get("extractor")), reference=_name(record.get("reference")),
             options={"checkpoint": record.get("checkpoint"), **(record.get("options") or {})},
             note=reason if value is None else "; ".join(record.get("notes") or []),
-        )
+        )  # fmt: skip
 
 
 def _name(part: Any) -> str:
     """A name with the start of the hash that tells it from others of the same name."""
     if not isinstance(part, Mapping):
         return str(part or "")
-    sha256 = part.get("sha256")
-    return f"{part.get('name', '')} ({sha256[:8]})" if sha256 else str(part.get("name", ""))
+    return str(part.get("name", "")) + (f" ({part['sha256'][:8]})" if part.get("sha256") else "")
 
 
-def beside_published(items: Sequence[Item], scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The published figures, each with our scores of the same metric and why the two cannot be compared."""
+def published_figures(items: Sequence[Item], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """The published figures, each with our scores of the same metric and the reasons why the two cannot be compared."""
     rows: list[dict[str, Any]] = []
     for figure in yaml.safe_load((recipes.recipe_folder() / "published.yaml").read_text()):
         ours: list[tuple[float | None, str, list[str]]] = []
@@ -238,8 +221,8 @@ def beside_published(items: Sequence[Item], scores: Sequence[Score]) -> list[dic
                 other_set = figure["kind"] == "evaluator" and "admnet_guided_upsampled_imagenet256" not in score.target
                 if score.metric == figure["metric"] and score.value is not None and not other_set:
                     ours.append((score.value, score.source, _reasons(figure, score)))
-        names = ("ours", "our_source", "reasons")
-        rows += [{**figure, **dict(zip(names, row, strict=True))} for row in ours or [(None, "", [])]]
+        for value, source, reasons in ours or [(None, "", [])]:
+            rows.append({**figure, "ours": value, "our_source": source, "reasons": reasons})
     return rows
 
 
@@ -255,10 +238,7 @@ def _reasons(figure: Mapping[str, Any], score: Score) -> list[str]:
     return [*reasons, figure["note"]] if "note" in figure else reasons
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
-
-
-def data_uri(image: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> str:
     """The picture, scaled down to MAX_PICTURE_SIZE, as the address of an <img>."""
     image.thumbnail(MAX_PICTURE_SIZE, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -266,95 +246,45 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _line(knob: str, score: Score) -> str:
-    """The key of scores on one line: comparable, of one checkpoint, and with all options but the knob equal."""
-    return repr((score.setting, sorted((key, value) for key, value in score.options.items() if key != knob)))
-
-
-def trade_offs(scores: Sequence[Score]) -> list[tuple[str, str]]:
-    """(title, data URI) of every score against guidance or temperature, where several values of it were scored."""
-    plots = []
-    for knob in ("cfg", "tau"):
-        line = partial(_line, knob)
-        usable = [s for s in scores if s.value is not None and isinstance(s.options.get(knob), int | float)]
-        for _, group in groupby(sorted(usable, key=line), key=line):
-            same = list(group)
-            setting = same[0].setting
-            points = sorted((float(s.options[knob]), s.value) for s in same if s.value is not None)
-            if len({x for x, _ in points}) > 1:
-                title = f"{METRICS.get(setting[0], (setting[0], 0))[0]} against {knob}, N = {setting[1]}"
-                x, y = zip(*points, strict=True)
-                content = pictures.draw_curves({f"{title}|{knob}": {setting[0]: (x, y)}})
-                plots.append((title, data_uri(Image.open(io.BytesIO(content)))))
-    return plots
-
-
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
 def as_html(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """The page."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     listed = [entry for item in items for entry in item.pictures]
-    images = []
-    for caption, path in listed[:MAX_PICTURES]:
-        try:
-            with Image.open(path) as image:
-                images.append((caption, data_uri(image.convert("RGB"))))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as an image: {error}", "remove it, or make it again") from error
     return environment.get_template("report.html.jinja").render(
-        title=title,
-        version=__version__,
-        items=items,
+        title=title, version=__version__, items=items, scores=scores,
         names={item.digest: item.name for item in items if item.digest},
-        scores=scores,
         label_of=lambda metric: METRICS.get(metric, (metric, 0))[0],
-        published=beside_published(items, scores),
-        trade_offs=trade_offs(scores),
+        published=published_figures(items, scores),
         held_out=[item for item in items if item.held_out],
-        pictures=images,
+        pictures=[(text, _data_uri(Image.fromarray(read_png(path)))) for text, path in listed[:MAX_PICTURES]],
         pictures_left_out=max(0, len(listed) - MAX_PICTURES),
-    )
-
-
-def as_csv(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
-    """One row a score."""
-    out = io.StringIO(newline="")
-    columns = [entry.name for entry in fields(Score) if entry.name != "best"]
-    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**asdict(s), "options": json.dumps(s.options, sort_keys=True)} for s in scores)
-    return out.getvalue()
+    )  # fmt: skip
 
 
 def as_markdown(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """A table of the scores."""
     header = ["of", "metric", "value", "N", "extractor", "reference", "note"]
     rows = [[s.target, s.metric, s.text, str(s.n), s.extractor, s.reference, s.note] for s in scores]
-    lines = [header, ["---"] * len(header), *rows]
-    table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-    return f"# {title}\n\n{table}"
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (header, ["---"] * len(header), *rows))
+    return f"# {title}\n\n" + "".join(f"| {line} |\n" for line in lines)
 
 
 def as_json(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """Everything but the pictures."""
     chain = [{k: v for k, v in asdict(item).items() if k not in ("pictures", "record", "held_out")} for item in items]
     whole = {"title": title, "rdpm": __version__, "chain": chain, "scores": [asdict(s) for s in scores]}
-    return files.json_text({**whole, "published": beside_published(items, scores)})
+    return json.dumps({**whole, "published": published_figures(items, scores)}, indent=2, allow_nan=False) + "\n"
 
 
-FORMATS = {"html": as_html, "md": as_markdown, "csv": as_csv, "json": as_json}
+FORMATS = {"html": as_html, "md": as_markdown, "json": as_json}
 
 
-def make_report(
-    runs: Sequence[Path], out: Path | None = None, form: str | None = None, title: str | None = None
-) -> Result:
+def make_report(runs: list[Path], out: Path | None = None, form: str | None = None, title: str | None = None) -> Result:
     """Read RUNS and write one file in the format of `form` or of the suffix of `out`. Raises UsageError, DataError."""
     form = form or (out.suffix.lower()[1:] if out else "html")
     if form not in FORMATS:
-        raise UsageError(f"{out}: no format has this suffix", "add --format html, md, csv or json")
+        raise UsageError(f"{out}: no format has this suffix", "add --format html, md or json")
     target = out or Path(f"report.{form}")
     if target.is_dir() or target.resolve() in [path.resolve() for path in runs]:
         raise UsageError(f"{target} is a folder or an input", "name another file with --out")

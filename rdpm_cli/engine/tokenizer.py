@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,14 @@ import numpy as np
 import torch
 
 from rdpm_cli import checkpoint, files, progress
-from rdpm_cli.codes.encode import StoreOptions as StoreOptions
-from rdpm_cli.codes.encode import make_plan, report_killed_worker
-from rdpm_cli.codes.store import MANIFEST, TOKENIZER, CodeStore, Ints, Manifest, read_names, source_of, store_reference
-from rdpm_cli.codes.write import Work, is_finished, write_store
+from rdpm_cli.codes.store import MANIFEST, TOKENIZER, CodeStore, Manifest, read_names, source_of, store_reference
+from rdpm_cli.codes.write import StoreOptions as StoreOptions
+from rdpm_cli.codes.write import Work, is_finished, make_plan, report_killed_worker, write_store
 from rdpm_cli.data import folder, pictures
 from rdpm_cli.data.open import is_builtin, open_source
-from rdpm_cli.data.pixels import Pixels, hwc, to_pixels
-from rdpm_cli.data.source import Source, spread
-from rdpm_cli.device import one_thread
-from rdpm_cli.distributed import is_first, process_group, world
+from rdpm_cli.data.pixels import TRANSFORM, Pixels, hwc, to_pixels
+from rdpm_cli.data.source import spread
+from rdpm_cli.distributed import is_first, one_thread, process_group, world
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.train import Training, default_folder, recipe_settings, train_once
 from rdpm_cli.errors import CheckpointError, UsageError
@@ -39,50 +38,51 @@ FINAL = "tokenizer.pt"  # of a run folder
 WARM_START = "from_weights.json"  # of a run folder: which tensors its first process took from the file
 SHOWN = 16  # images in the grid of reconstructions
 
-
-# ---- train-tokenizer -----------------------------------------------------------------------------------------------
+Reconstructed = tuple[list[int], Pixels | None, Pixels]  # source indices, originals, reconstructions (n, H, W, 3)
 
 
 def train_tokenizer(
-    images: str,
-    out: Path | None,
-    recipe: str,
-    overrides: Sequence[str] = (),
-    *,
-    device: str = "auto",
-    from_weights: Path | None = None,
-    track: str | None = None,
-) -> Result:
-    """Images -> RUN/tokenizer.pt. Resumes RUN; a finished run returns at once.
-
-    from_weights: a file whose tensors a new run begins with. track: as --track.
-    """
-    loaded_recipe = load_recipe(recipe, overrides, "tokenizer")
-    cfg, seed = loaded_recipe.tokenizer, loaded_recipe.seed
+    images: str, out: Path | None, recipe: str, overrides: Sequence[str] = (), *, device: str = "auto",
+    from_weights: Path | None = None, track: str | None = None,
+) -> Result:  # fmt: skip
+    """Images -> RUN/tokenizer.pt; resumes RUN. from_weights: a file whose tensors a new run begins with."""
+    resolved = load_recipe(recipe, overrides, "tokenizer")
+    cfg = resolved.tokenizer
     assert cfg is not None
-    out = out or default_folder(loaded_recipe, "tokenizer")
-    identity = _weights_identity(from_weights)
+    final = (out or default_folder(resolved, "tokenizer")) / FINAL
+    if from_weights and not from_weights.is_file():
+        raise CheckpointError(f"--from-weights: {from_weights} is not a file", "give the file of the weights")
     source = open_source(images)
-    perceptual = _perceptual(cfg)
-    warm = _warm_start(cfg, seed, out, from_weights)  # fails, if it does, before the run folder has these settings
-    data = {"source": source.spec, "digest": source.digest()}
-    backbone = {"name": perceptual.name, "sha256": perceptual.sha256} if perceptual else None
+    perceptual = None
+    if cfg.loss.perceptual != "none":
+        path = Path(cfg.loss.perceptual_weights) if cfg.loss.perceptual_weights else None
+        option, without = "loss.perceptual_weights=FILE", "go on without it by loss.perceptual=none"
+        perceptual = load_perceptual("vgg", path, option, without, cfg.autoencoder.resolution)
+    origin: dict[str, Any] = {"data": {"source": source.spec, "digest": source.digest()}}
+    origin["perceptual"] = {"name": perceptual.name, "sha256": perceptual.sha256} if perceptual else None
+    warm, imported = None, None
+    if from_weights:
+        origin["from_weights"] = {"sha256": files.sha256_file(from_weights)}
+        if not (final.exists() or checkpoint.states(final.parent / CHECKPOINTS)):
+            torch.manual_seed(resolved.seed)  # what the file does not fill is a function of the seed, as in every run
+            warm = Tokenizer(cfg, cfg.loss.weight)
+            imported = load_weights(warm, from_weights)  # fails, if it does, before the run folder has these settings
 
     def make(training: Training) -> dict[str, Any]:
-        tokenizer = warm[0] if warm else Tokenizer(cfg, cfg.loss.weight)
-        imported = _warm_record(out, identity, warm[1] if warm else None)
-        has_books = warm is not None and BOOKS not in warm[1].fresh
-        trained = _train(training, tokenizer.to(training.device).train(), source, perceptual, has_books)
-        provenance = {"recipe": loaded_recipe.model_dump(mode="json"), "data": data, "perceptual": backbone, **imported}
-        provenance |= {**_counts(tokenizer), **versions()}
-        return model.pack(trained, class_names=source.class_names, provenance=provenance)
+        tokenizer = warm or Tokenizer(cfg, cfg.loss.weight)
+        warm_start = (
+            {"from_weights": _warm_start(training.out, origin["from_weights"], imported)} if from_weights else {}
+        )
+        has_books = imported is not None and BOOKS not in imported.fresh
+        trained = _train(training, tokenizer.to(training.device).train(), ImageBatches(source, cfg, resolved.seed),
+                         perceptual, has_books)  # fmt: skip
+        provenance = {"recipe": resolved.model_dump(mode="json"), **origin, **warm_start, **_counts(tokenizer)}
+        return model.pack(trained, class_names=source.class_names, provenance={**provenance, **versions()})
 
-    binding = recipe_settings(loaded_recipe, "tokenizer")
-    settings = {"command": "train-tokenizer", "recipe": binding, "data": data, "perceptual": backbone, **identity}
-    final = out / FINAL
-    train_once(final, seed, settings, device, make, track)
+    settings = {"command": "train-tokenizer", "recipe": recipe_settings(resolved, "tokenizer"), **origin}
+    train_once(final, resolved.seed, settings, device, make, track)
     tokenizer, content = model.load(final)
-    losses = last_metrics(out, ["loss", "recon", "quant", "lpips", "gan"])
+    losses = last_metrics(final.parent, ["loss", "recon", "quant", "lpips", "gan"])
     values = {"tokenizer": str(final), "digest": content["digest"], **losses, **_counts(tokenizer)}
     return Result("tokenizer trained", values, f"rdpm tokenize {images} out/codes --tokenizer {final}")
 
@@ -91,125 +91,70 @@ def _counts(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"parameters": model.parameters(tokenizer), "parameters_of": model.parameter_table(tokenizer)}
 
 
-def _train(
-    training: Training, tokenizer: Tokenizer, source: Source, perceptual: Perceptual | None, has_books: bool
-) -> Tokenizer:
-    """Train in the run folder, with its curves. has_books: the codebook is not to be initialised from the data."""
-    cfg = tokenizer.cfg
-    assert isinstance(cfg, TokenizerConfig)
-    batches = ImageBatches(source, cfg, training.seed)
-    progress.say(
-        f"{len(source):,} images, {len(source.class_names):,} classes; {model.parameters(tokenizer):,} parameters"
-    )
-    if not (has_books or training.started):
-        first = batches.batch_at(0, range(cfg.train.batch))
-        initialise_codebook(tokenizer, first, training.seed, lambda: training.stop.leave("nothing is trained yet"))
-    players = players_of(tokenizer, cfg, training.device, perceptual and perceptual.to(training.device))
-
-    def draw() -> None:
-        watch.training_curves(training.out / "curves.png", tokenizer_run=training.out)
-
-    observers = [
-        watch.tokenizer_preview(tokenizer, source, cfg.train),
-        watch.curves(cfg.train, draw),
-        watch.codebook_alarm(cfg),
-    ]
-    trained = training.fit(players, batches, cfg.train, len(source), observers, plan.tokenizer_flops(cfg))
-    assert isinstance(trained, Tokenizer)
-    if is_first():
-        draw()
-    return trained
-
-
-def _perceptual(cfg: TokenizerConfig) -> Perceptual | None:
-    """The perceptual network of a recipe, if it has one."""
-    if cfg.loss.perceptual == "none":
-        return None
-    path = Path(cfg.loss.perceptual_weights) if cfg.loss.perceptual_weights else None
-    option, without = "loss.perceptual_weights=FILE", "go on without it by loss.perceptual=none"
-    return load_perceptual("vgg", path, option, without, cfg.autoencoder.resolution)
-
-
-def _weights_identity(path: Path | None) -> dict[str, Any]:
-    """The run setting for the file of a warm start, wherever it is; {} without one. Raises CheckpointError."""
-    if path is None:
-        return {}
-    if not path.is_file():
-        raise CheckpointError(f"--from-weights: {files.describe_missing(path)}", "give the file of the weights")
-    return {"from_weights": {"sha256": files.sha256_file(path)}}
-
-
-def _warm_start(cfg: TokenizerConfig, seed: int, out: Path, path: Path | None) -> tuple[Tokenizer, Imported] | None:
-    """A new tokenizer that took what fits of a file; None without a file, or if the run has a state of its own.
-
-    Raises CheckpointError for a file of which nothing fits this recipe.
-    """
-    if path is None or (out / FINAL).exists() or checkpoint.states(out / CHECKPOINTS):
-        return None
-    torch.manual_seed(seed)  # what the file does not fill is a function of the seed, as in every run
-    tokenizer = Tokenizer(cfg, cfg.loss.weight)
-    return tokenizer, load_weights(tokenizer, path)
-
-
-def _warm_record(out: Path, identity: dict[str, Any], imported: Imported | None) -> dict[str, Any]:
-    """The provenance of a warm start. Printed and kept in the run folder when it happens, read from there later."""
-    if not identity:
-        return {}
+def _warm_start(out: Path, identity: dict[str, Any], imported: Imported | None) -> dict[str, Any]:
+    """The record of a warm start: printed and kept in the run folder when it happens, read from there later."""
     if imported is None:
-        return {"from_weights": files.read_json(out / WARM_START)}
-    record = {**identity["from_weights"], "file": imported.file, **imported.record()}
+        return dict(files.read_json(out / WARM_START))
+    record = {**identity, "file": imported.file, **imported.record()}
     if is_first():
         for line in imported.lines():
             progress.say(line)
         files.write_json(out / WARM_START, record)
-    return {"from_weights": record}
+    return record
 
 
-# ---- tokenize ------------------------------------------------------------------------------------------------------
+def _train(
+    training: Training, tokenizer: Tokenizer, batches: ImageBatches, perceptual: Perceptual | None, has_books: bool
+) -> Tokenizer:
+    """Train in the run folder, with its curves. has_books: the codebook is not to be initialised from the data."""
+    cfg, source = tokenizer.cfg, batches.source
+    assert isinstance(cfg, TokenizerConfig)
+    count = f"{len(source):,} images, {len(source.class_names):,} classes"
+    progress.say(f"{count}; {model.parameters(tokenizer):,} parameters")
+    if not (has_books or checkpoint.states(training.out / CHECKPOINTS)):
+        first = batches.batch_at(0, range(cfg.train.batch))
+        initialise_codebook(tokenizer, first, training.seed)
+    players = players_of(tokenizer, cfg, training.device, perceptual and perceptual.to(training.device))
+    draw = partial(watch.training_curves, training.out / "curves.png", tokenizer_run=training.out)
+    observers = [watch.tokenizer_preview(tokenizer, source, cfg.train), watch.codebook_alarm(cfg)]
+    trained = training.fit(players, batches, cfg.train, len(source), observers, plan.tokenizer_flops(cfg), draw)
+    assert isinstance(trained, Tokenizer)
+    return trained
 
 
 def find_tokenizer(path: Path | None) -> Path:
     """--tokenizer, else $RDPM_TOKENIZER, else ./tokenizer.pt. Raises CheckpointError saying how to make one."""
-    if path is not None:
-        return path
-    if named := os.environ.get("RDPM_TOKENIZER"):
-        return Path(named)
-    if Path(FINAL).is_file():
-        return Path(FINAL)
-    raise CheckpointError(
-        "no tokenizer: there is no --tokenizer, no $RDPM_TOKENIZER, and no ./tokenizer.pt",
-        "make one with `rdpm train-tokenizer IMAGES --recipe NAME`, then pass its tokenizer.pt",
-    )
+    if path is None and "RDPM_TOKENIZER" not in os.environ and not Path(FINAL).is_file():
+        raise CheckpointError(
+            "no tokenizer: there is no --tokenizer, no $RDPM_TOKENIZER, and no ./tokenizer.pt",
+            "make one with `rdpm train-tokenizer IMAGES --recipe NAME`, then pass its tokenizer.pt",
+        )
+    return path or Path(os.environ.get("RDPM_TOKENIZER") or FINAL)
 
 
 def tokenize(
-    images: str,
-    out: Path,
-    tokenizer: Path | None = None,
-    options: StoreOptions | None = None,
-    *,
-    workers: int | None = None,
-    on_bad: str = "stop",
-    max_bad: float = 0.0001,
-    device: str = "auto",
-) -> Result:
-    """Images -> code store. Resumes at the first missing shard; a finished store is left alone.
+    images: str, out: Path, tokenizer: Path | None = None, options: StoreOptions | None = None, *,
+    workers: int | None = None, on_bad: str = "stop", max_bad: float = 0.0001, device: str = "auto",
+) -> Result:  # fmt: skip
+    """Images -> code store. Resumes at the first missing shard; a finished store is left as it is.
 
-    workers: processes, default one for each core of this rank. on_bad: stop or skip.
-    """
+    workers: processes, default one for each core of this rank. on_bad: stop or skip."""
     path = find_tokenizer(tokenizer)
     source = open_source(images)
     loaded, content = model.load(path)
     saved = f"finished shards are kept in {out}"
+    if workers is None:  # an equal share of the cores that this process may use
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with (
         report_killed_worker(),
         process_group(device, several=True) as rank_device,
-        stop_on_signal(interrupt=world()[1] > 1, saved=saved) as stop,
+        stop_on_signal(interrupt=world()[1] > 1) as stop,
     ):
         store_plan = make_plan(source, loaded, content["digest"], options or StoreOptions(), rank_device)
         layout = torch.channels_last if store_plan.precision == "bf16" else torch.contiguous_format
         loaded.to(rank_device).to(memory_format=layout)
-        work = Work(workers or _cores(), "skip" if on_bad == "skip" else "stop", max_bad)
+        work = Work(workers, "skip" if on_bad == "skip" else "stop", max_bad)
         pieces = write_store(out, source, loaded, path.read_bytes(), store_plan, work)
         with progress.Bar("tokenize", len(source), "images") as bar, contextlib.closing(pieces):
             bar.resume_at(next(pieces))
@@ -219,69 +164,39 @@ def tokenize(
                 bar.advance(count)
                 if bar.done < len(source) or world()[1] > 1:  # else only the manifest is left to write
                     stop.leave(saved)
-    return _store_result(out)
-
-
-def _cores() -> int:
-    """CPU cores of this rank: an equal share of those that the process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _store_result(root: Path) -> Result:
-    m = Manifest.load(root)
-    size = sum((root / name).stat().st_size for shard in m.shards for name in shard.sha256)
+    m = Manifest.load(out)
+    size = sum((out / name).stat().st_size for shard in m.shards for name in shard.sha256)
     values = {
-        "store": str(root),
-        "digest": m.digest(),
-        "tokenizer": m.tokenizer,
-        "images": m.images,
-        "bad": m.bad,
-        "classes": len(m.class_names),
-        "views": m.views,
-        "shape": [m.steps, *m.grid],
-        "bytes": size,
+        "store": str(out), "digest": m.digest(), "tokenizer": m.tokenizer, "images": m.images, "bad": m.bad,
+        "classes": len(m.class_names), "views": m.views, "shape": [m.steps, *m.grid], "bytes": size,
         "bytes_per_image": round(size / m.images, 1),
-        "psnr": round(sum(item.psnr for item in m.samples) / len(m.samples), 2),
-    }
-    return Result("codes written", values, f"rdpm train-gen {root} --recipe NAME")
-
-
-# ---- reconstruct ---------------------------------------------------------------------------------------------------
-
-Reconstructed = tuple[list[int], Pixels | None, Pixels]  # source indices, originals, reconstructions (n, H, W, 3)
+        "psnr": round(sum(item["psnr"] for item in m.samples) / len(m.samples), 2),
+    }  # fmt: skip
+    return Result("codes written", values, f"rdpm train-gen {out} --recipe NAME")
 
 
 def reconstruct(
-    target: str,
-    out: Path,
-    tokenizer: Path | None = None,
-    *,
-    seed: int = 0,
-    limit: int | None = None,
+    target: str, out: Path, tokenizer: Path | None = None, *, seed: int = 0, limit: int | None = None,
     device: str = "auto",
-) -> Result:
+) -> Result:  # fmt: skip
     """Images, or a code store, -> PNG files; where the images are known, a side-by-side grid, PSNR and SSIM too."""
     if not is_builtin(target) and (Path(target) / MANIFEST).is_file():
         if seed:
             raise UsageError("--seed is only for images: a code store has its own noise", "leave it out")
         return _decode_store(Path(target), out, tokenizer, limit, device)
-    path = find_tokenizer(tokenizer)
     source = open_source(target)
-    loaded, content = model.load(path)
+    loaded, content = model.load(find_tokenizer(tokenizer))
     size, indices = loaded.cfg.autoencoder.resolution, spread(len(source), limit)
-    labels = [None] * len(source) if source.labels is None else list(map(int, source.labels))
+    labels = [None if source.labels is None else int(source.labels[i]) for i in indices]
     record = folder.picture_record(
-        "rdpm-reconstructions",
-        {"tokenizer": content["digest"]},
-        {"seed": seed},
-        resolution=size,
+        "rdpm-reconstructions", {"tokenizer": content["digest"]}, {"seed": seed}, resolution=size,
         class_names=source.class_names,
-        reference=folder.source_reference(source, size),
-        rows=[_row(i, source.names[i], labels[i]) for i in indices],
-    )
+        reference={"source": source.spec, "digest": source.digest(), "resolution": size, "transform": TRANSFORM},
+        rows=_rows(indices, [source.names[i] for i in indices], labels),
+    )  # fmt: skip
     with process_group(device) as rank_device:
-        batches = reconstructions(source, loaded.to(rank_device), seed, rank_device, limit)
+        recons = reconstructions(source, loaded.to(rank_device), [seed], rank_device, indices)
+        batches = ((batch, originals, by_seed[0][0]) for batch, originals, by_seed in recons)
         values = _write_pictures(out, record, batches, {"n": len(indices), "seed": seed})
     return Result("images reconstructed", values, f"rdpm eval fid {out}")
 
@@ -290,36 +205,38 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
     """Decode the first view of every item in a store."""
     loaded, content = model.load(tokenizer or root / TOKENIZER)
     store = CodeStore(root, content["digest"])
-    m, names, labels = store.manifest, read_names(root), store.columns["labels"]
+    m, names, source = store.manifest, read_names(root), source_of(store.manifest)
     rows = np.array(spread(m.images, limit)) * m.views
+    indices = store.index[rows].tolist()
     record = folder.picture_record(
-        "rdpm-reconstructions",
-        {"tokenizer": content["digest"], "store": m.digest()},
-        {"view": 0},
-        resolution=m.resolution,
-        class_names=list(m.class_names),
-        reference=store_reference(root, m),
-        rows=[_row(int(store.index[r]), names[int(store.index[r])], int(labels[r])) for r in rows],
-    )
-    source = source_of(m)
+        "rdpm-reconstructions", {"tokenizer": content["digest"], "store": m.digest()}, {"view": 0},
+        resolution=m.resolution, class_names=list(m.class_names), reference=store_reference(root, m),
+        rows=_rows(indices, [names[i] for i in indices], store.columns["labels"][rows].tolist()),
+    )  # fmt: skip
     if source is None:
         progress.say(f"the images {m.data.source} are not here, or have changed: no scores, no originals in the grid")
+
+    def decode(device: torch.device) -> Iterator[Reconstructed]:
+        """In the store's own micro-batch on one thread, with the originals where there is a source."""
+        loaded.to(device)
+        for start in range(0, len(rows), m.micro_batch):
+            part = slice(start, start + m.micro_batch)
+            codes = torch.from_numpy(store.codes(rows[part]).astype(np.int64)).to(device)
+            with one_thread():
+                pixels = hwc(to_pixels(loaded.decode(codes)))
+            originals = np.stack([source.pixels(i, m.resolution) for i in indices[part]]) if source else None
+            yield indices[part], originals, pixels
+
     with process_group(device) as rank_device:
-        batches = _decoded(store, rows, loaded.to(rank_device), source)
-        values = _write_pictures(out, record, batches, {"n": len(rows)})
+        values = _write_pictures(out, record, decode(rank_device), {"n": len(rows)})
     return Result("codes decoded", values, f"rdpm eval fid {out}")
 
 
-def _decoded(store: CodeStore, rows: Ints, tokenizer: Tokenizer, source: Source | None) -> Iterator[Reconstructed]:
-    """Rows of a store, decoded in its own micro-batch on one thread, with their originals where there is a source."""
-    m, device = store.manifest, tokenizer.quantizer.books.device
-    for start in range(0, len(rows), m.micro_batch):
-        batch = rows[start : start + m.micro_batch]
-        codes = torch.from_numpy(store.codes(batch).astype(np.int64)).to(device)
-        with one_thread():
-            pixels = hwc(to_pixels(tokenizer.decode(codes)))
-        indices = store.index[batch].tolist()
-        yield indices, np.stack([source.pixels(i, m.resolution) for i in indices]) if source else None, pixels
+def _rows(indices: list[int], names: list[str], labels: Sequence[int | None]) -> list[dict[str, Any]]:
+    return [
+        {"file": folder.png_name(index), "index": index, "label": label, "source": name}
+        for index, name, label in zip(indices, names, labels, strict=True)
+    ]
 
 
 def _write_pictures(
@@ -345,7 +262,3 @@ def _write_pictures(
         record["scores"] = {**facts, **(means(scores) if scores else {})}
         folder.finish(out, record)
     return {"folder": str(out), "grid": str(path), **record["made_from"], **record["scores"]}
-
-
-def _row(index: int, name: str, label: int | None) -> dict[str, Any]:
-    return {"file": folder.png_name(index), "index": index, "label": label, "source": name}

@@ -31,50 +31,42 @@ class Training:
     settings: dict[str, Any]
     track: str | None = None
 
-    @property
-    def started(self) -> bool:
-        """Whether there is a state to resume from."""
-        return bool(checkpoint.states(self.out / CHECKPOINTS))
-
     def fit(
-        self,
-        players: Sequence[Player],
-        batches: Batches,
-        cfg: TrainConfig,
-        images: int,
-        observers: Sequence[Observer] = (),
-        flops: int = 0,
-    ) -> nn.Module:
+        self, players: Sequence[Player], batches: Batches, cfg: TrainConfig, images: int,
+        observers: Sequence[Observer] = (), flops: int = 0, draw: Callable[[], None] | None = None,
+    ) -> nn.Module:  # fmt: skip
         """Train with progress, from the newest state on. -> the first player's network, or its EMA.
 
-        images: in the data set, the unit of an epoch. flops: of a training step, an image; 0: not logged.
-        """
+        images: in the data set, the unit of an epoch. flops: of a training step per image; 0: not logged.
+        draw: draws the curves of the log so far."""
         run = Run(self.out, self.seed, self.device, cfg.total_steps(images), cfg.warmup(images), self.stop)
         if states := checkpoint.states(self.out / CHECKPOINTS):
             step, path = states[-1]
             progress.say(f"resuming step {step} of {run.steps} from {path}")
+
+        def draw_when_due(run: Run, logs: dict[str, float] | None) -> None:
+            if draw and watch.due(run, cfg) and not run.done:  # in the end the last lines of the log are drawn too
+                draw()
+
         with (
             log.open_tracker(self.track if is_first() else None, self.out, self.settings) as run.tracker,
             progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar,
         ):
             machine = [watch.machine(flops)] if flops else []  # first: the bar shows the utilisation it adds
-            fit(players, batches, cfg, run, [*machine, watch.loss_spikes(), watch.progress_bar(bar), *observers])
+            fit(players, batches, cfg, run, [*machine, watch.progress_bar(bar), *observers, draw_when_due])
+        if draw and is_first():
+            draw()
         return run.ema.model if run.ema else players[0].model
 
 
 def train_once(
-    final: Path,
-    seed: int,
-    settings: dict[str, Any],
-    device: str,
-    make: Callable[[Training], dict[str, Any]],
+    final: Path, seed: int, settings: dict[str, Any], device: str, make: Callable[[Training], dict[str, Any]],
     track: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write the model file `final`, with the content that make(training) returns, unless it is finished.
 
     settings: with the key `command`; what binds a resumed run. track: as --track. A folder has one writer and one set
-    of settings: raises RunError and UsageError otherwise.
-    """
+    of settings: raises RunError and UsageError otherwise."""
     log.check_tracker(track)
     out = final.parent
     with process_group(device, several=True) as rank_device, contextlib.ExitStack() as stack:

@@ -4,10 +4,8 @@ import contextlib
 import math
 import re
 import resource
-import statistics
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,15 +21,13 @@ from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.data.pictures import Curve
 from rdpm_cli.data.pixels import Pixels, chw, hwc, to_model, to_pixels
 from rdpm_cli.data.source import Source
-from rdpm_cli.device import one_thread
-from rdpm_cli.distributed import is_first, world
-from rdpm_cli.evaluation import features, metrics, reference, score
+from rdpm_cli.distributed import is_first, one_thread, world
+from rdpm_cli.evaluation import features, metrics, score
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
 from rdpm_cli.generator import sampler
-from rdpm_cli.generator.batches import held_out
 from rdpm_cli.generator.config import GeneratorConfig, ProxyConfig
-from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
+from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions, held_out
 from rdpm_cli.progress import Bar, warn
 from rdpm_cli.tokenizer.config import TokenizerConfig
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -42,8 +38,7 @@ from rdpm_cli.training.loop import Observer, Run
 DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampling
 PREVIEWS = 8  # images, or samples a class
 ALARM_LINES = 5  # logged steps of low codebook usage before a warning
-MIN_SPREAD = 0.02  # of an informative latent; healthy small runs had 0.15 to 0.63
-SPIKE, WINDOW, MIN_WINDOW = 6.0, 100, 20  # standard deviations; logged losses compared with, at most and at least
+MIN_VARIATION = 0.02  # of an informative latent; healthy small runs had 0.15 to 0.63
 PROXY_REFERENCES = 10_000  # images of the store's data at most, evenly spaced
 GIB = 2**30
 
@@ -52,9 +47,6 @@ def due(run: Run, cfg: TrainConfig) -> bool:
     """Whether to evaluate now: every eval_every steps and at the end, in the first process only."""
     regular = bool(cfg.eval_every) and run.step % cfg.eval_every == 0
     return (regular or run.done) and is_first()
-
-
-# ---- progress and machine ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,18 +74,8 @@ def known_gpu(device: torch.device) -> Gpu | None:
     return next((gpu for gpu in GPUS if re.fullmatch(gpu.device, name)), None)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA the largest total of tensors, else the largest resident size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def machine(flops: int) -> Observer:
-    """Add `flops_per_second` of all processes, `utilisation` if the GPU is known, `memory_gib` of this process.
-
-    flops: operations of a training step, an image.
-    """
+    """Add flops_per_second of all processes, utilisation of a known GPU, memory_gib. flops: of a step per image."""
 
     def observe(run: Run, logs: dict[str, float] | None) -> None:
         if logs is None:
@@ -101,7 +83,10 @@ def machine(flops: int) -> Observer:
         logs["flops_per_second"] = rate = flops * logs["images_per_second"]
         if gpu := known_gpu(run.device):
             logs["utilisation"] = rate / (world()[1] * gpu.bf16_flops)
-        logs["memory_gib"] = peak_memory(run.device) / GIB
+        # On a GPU the most that tensors took, else the largest resident size of this process.
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else resident
+        logs["memory_gib"] = peak / GIB
 
     return observe
 
@@ -112,66 +97,46 @@ def progress_bar(bar: Bar) -> Observer:
     def observe(run: Run, logs: dict[str, float] | None) -> None:
         if bar.done == 0 and run.step > 1:
             bar.resume_at(run.step - 1)
-        note = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} images/s" if logs else ""
+        text = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} images/s" if logs else ""
         if logs and "utilisation" in logs:
-            note += f", {logs['utilisation']:.0%} of peak"
-        bar.advance(1, note)
-
-    return observe
-
-
-# ---- alarms --------------------------------------------------------------------------------------------------------
-
-
-def loss_spikes() -> Observer:
-    """Warn of a logged loss more than SPIKE standard deviations above the recent ones."""
-    recent: deque[float] = deque(maxlen=WINDOW)
-
-    def observe(run: Run, logs: dict[str, float] | None) -> None:
-        if logs is None or not is_first():
-            return
-        loss = logs["loss"]
-        if len(recent) >= MIN_WINDOW and (spread := statistics.stdev(recent)) > 0:
-            above = (loss - statistics.fmean(recent)) / spread
-            if above > SPIKE:
-                note = f"{above:.0f} standard deviations above the {len(recent)} before"
-                warn(f"loss {loss:.4g} at step {run.step} is {note}")
-        recent.append(loss)
+            text += f", {logs['utilisation']:.0%} of peak"
+        bar.advance(1, text)
 
     return observe
 
 
 def codebook_alarm(cfg: TokenizerConfig) -> Observer:
-    """Warn, with a remedy, once the codebook's usage or the spread of z has been low for ALARM_LINES logged steps."""
+    """Warn, with a remedy, of a codebook usage or a variation of z that was low for ALARM_LINES logged steps."""
     q = cfg.quantizer
     vectors = cfg.train.batch * math.prod(cfg.autoencoder.grid) * (q.steps if q.codebooks == "shared" else 1)
-    best = 1 - (1 - 1 / q.codes) ** vectors  # the usage of a batch this small if it drew from the codes evenly
-    low = {"usage/book": 0, "latent_spread": 0}
+    even_usage = 1 - (1 - 1 / q.codes) ** vectors  # of a batch this small if it drew from the codes evenly
+    low = {"usage": 0, "variation": 0}  # consecutive logged steps
 
     def observe(run: Run, logs: dict[str, float] | None) -> None:
         if not (logs and cfg.codebook_alarm and is_first()):
             return
-        usage, spread = logs["usage/book"] / best, logs["latent_spread"]
-        low["usage/book"] = low["usage/book"] + 1 if usage < cfg.codebook_alarm else 0
-        low["latent_spread"] = low["latent_spread"] + 1 if spread < MIN_SPREAD else 0
+        usage, variation = logs["usage/book"] / even_usage, logs["latent_spread"]
+        low["usage"] = low["usage"] + 1 if usage < cfg.codebook_alarm else 0
+        low["variation"] = low["variation"] + 1 if variation < MIN_VARIATION else 0
         since = f"and was low for {ALARM_LINES} logged steps"
-        if low["usage/book"] == ALARM_LINES:
+        if low["usage"] == ALARM_LINES:
             warn(
                 f"at step {run.step} codebook usage is {usage:.0%} of an even draw's, {since}. Restart dead codes "
                 "(quantizer.codebook=ema quantizer.restart_below=0.03), start on data (quantizer.init=kmeans), or "
                 f"lower quantizer.codes={q.codes}"
             )
-        if low["latent_spread"] == ALARM_LINES:
+        if low["variation"] == ALARM_LINES:
             warn(
-                f"at step {run.step} only {spread:.0%} of the latent varies over images and positions, {since}: the "
-                "encoder carries hardly any information. Lower train.lr, clip gradients (train.clip=1) or start "
+                f"at step {run.step} only {variation:.0%} of the latent varies over images and positions, {since}: "
+                "the encoder carries hardly any information. Lower train.lr, clip gradients (train.clip=1) or start "
                 "--from-weights"
             )
 
     return observe
 
 
-# ---- previews and held-out measurements ----------------------------------------------------------------------------
+def _save_preview(run: Run, sheet: Pixels) -> None:
+    pictures.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
 
 
 def tokenizer_preview(tokenizer: Tokenizer, source: Source, cfg: TrainConfig) -> Observer:
@@ -195,10 +160,6 @@ def tokenizer_preview(tokenizer: Tokenizer, source: Source, cfg: TrainConfig) ->
         _save_preview(run, pictures.grid(np.concatenate(rows), count, labels, f"step {run.step}"))
 
     return observe
-
-
-def _save_preview(run: Run, sheet: Pixels) -> None:
-    pictures.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
 
 
 @torch.no_grad()
@@ -231,9 +192,8 @@ def generator_monitor(
     generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, class_names: list[str], batches: GeneratorBatches
 ) -> Observer:
     """Held-out measurements with the model-free baseline, norms of z'_t, and a grid of samples from fixed seeds."""
-    classes = list(range(min(10, len(class_names))))
+    classes, T = list(range(min(10, len(class_names)))), tokenizer.quantizer.steps
     labels = [c for c in classes for _ in range(PREVIEWS)]
-    options = SampleOptions(cfg.sampling)
 
     def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
         if not due(run, cfg.train):
@@ -241,134 +201,88 @@ def generator_monitor(
         micro_batch = cfg.sampling.images_at_once(run.device.type)
         with averaged(generator, run):
             measured = held_out(generator, batches, run.device)
-            samples = list(sampler.sample(generator, tokenizer, labels, options, micro_batch))
+            samples = list(sampler.sample(generator, tokenizer, labels, SampleOptions(cfg.sampling), micro_batch))
         images = np.concatenate([s.pixels_BHWC for s in samples])
         _save_preview(run, pictures.grid(images, PREVIEWS, [class_names[c] for c in classes]))
-        norms = _norms(tokenizer, torch.cat([s.codes_BTS for s in samples]).to(run.device))
+        # The mean norm of z'_t over positions: it shrinks under a large tau and grows under strong guidance.
+        codes_BTS = torch.cat([s.codes_BTS for s in samples]).to(run.device)
+        counts = [torch.full((len(codes_BTS),), t, device=run.device) for t in range(1, T + 1)]
+        norms = [float(tokenizer.quantizer.prefix(codes_BTS, n).norm(dim=1).mean()) for n in counts]
         return {f"heldout/{name}": values for name, values in measured.items()} | {"sampled/norm": norms}
 
     return observe
 
 
-def _norms(tokenizer: Tokenizer, codes_BTS: Tensor) -> list[float]:
-    """Mean norm of z'_t over positions, (T,): it shrinks under a large tau and grows under strong guidance."""
-    quantizer = tokenizer.quantizer
-    counts = [torch.full((len(codes_BTS),), t, device=codes_BTS.device) for t in range(1, quantizer.steps + 1)]
-    return [float(quantizer.prefix(codes_BTS, n).norm(dim=1).mean()) for n in counts]
-
-
-# ---- proxy score ---------------------------------------------------------------------------------------------------
-
-
-def check_proxy(cfg: ProxyConfig, store: CodeStore) -> None:
-    """Open extractor and reference before a run folder is claimed. Raises DataError and CheckpointError."""
-    _proxy_extractor(cfg, torch.device("cpu"))
-    _proxy_reference(store)
-
-
 def proxy_score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, store: CodeStore) -> Observer:
     """`proxy/frechet_distance` of a few samples of the averaged weights, and `proxy/class_accuracy` with a judge."""
     names = list(store.manifest.class_names)
-    options = SampleOptions(cfg.sampling)
     labels = [index * len(names) // cfg.proxy.samples for index in range(cfg.proxy.samples)]  # balanced
 
     @cache
-    def ruler(device: torch.device) -> tuple[Extractor, Statistics]:
-        extractor = _proxy_extractor(cfg.proxy, device)
-        return extractor, metrics.statistics(features.collect(extractor, _proxy_reference(store)).features_ND)
+    def target(device: torch.device) -> tuple[Extractor, Statistics]:
+        extractor, images = open_proxy(cfg.proxy, store, device)
+        return extractor, metrics.statistics(features.collect(extractor, images).features_ND)
 
     def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
         if not due(run, cfg.train):
             return None
-        extractor, target = ruler(run.device)
+        extractor, statistics_of_target = target(run.device)
         micro_batch = cfg.sampling.images_at_once(run.device.type)
         with averaged(generator, run):
-            samples = sampler.sample(generator, tokenizer, labels, options, micro_batch)
+            samples = sampler.sample(generator, tokenizer, labels, SampleOptions(cfg.sampling), micro_batch)
             sampled = features.collect(extractor, (s.pixels_BHWC for s in samples))
-        accuracy = score.class_accuracy(extractor, labels, names, sampled.predicted)
-        distance = metrics.frechet_distance(metrics.statistics(sampled.features_ND), target)
+        accuracy = score.class_accuracy(extractor, labels, names, sampled)
+        distance = metrics.frechet_distance(metrics.statistics(sampled.features_ND), statistics_of_target)
         return {"proxy/frechet_distance": distance} | ({} if accuracy is None else {"proxy/class_accuracy": accuracy})
 
     return observe
 
 
-def _proxy_extractor(cfg: ProxyConfig, device: torch.device) -> Extractor:
-    return features.open_extractor(cfg.extractor, Path(cfg.weights) if cfg.weights else None, device)
-
-
-def _proxy_reference(store: CodeStore) -> ImageSet:
-    hint = "go on without the score with proxy.samples=0"
+def open_proxy(cfg: ProxyConfig, store: CodeStore, device: torch.device) -> tuple[Extractor, ImageSet]:
+    """Extractor and reference of the proxy score. Raises DataError and CheckpointError."""
+    extractor = features.open_extractor(cfg.extractor, Path(cfg.weights) if cfg.weights else None, device)
     record = store_reference(store.root, store.manifest)
-    return reference.open_recorded(record, str(store.root), hint, PROXY_REFERENCES)
-
-
-# ---- curves --------------------------------------------------------------------------------------------------------
-
-Panels = dict[str, dict[str, Curve]]
-
-
-def curves(cfg: TrainConfig, draw: Callable[[], None]) -> Observer:
-    """Draw the curves of the log so far at every evaluation but the last, which the training command draws itself."""
-
-    def observe(run: Run, logs: dict[str, float] | None) -> None:
-        if due(run, cfg) and not run.done:
-            draw()
-
-    return observe
+    hint = "go on without the score with proxy.samples=0"
+    return extractor, score.open_recorded(record, str(store.root), hint, PROXY_REFERENCES)
 
 
 def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run: Path | None = None) -> None:
-    """Draw the curves of one run or both: losses on a logarithmic axis, codebook and accuracy per t.
+    """Draw the curves of one run or both; no file if nothing was logged, for example when every step was skipped.
 
-    No file if nothing was logged, for example when every step was skipped.
-    """
-    panels = tokenizer_curves(tokenizer_run) if tokenizer_run else {}
-    panels |= generator_curves(generator_run) if generator_run else {}
-    if panels:
+    Of a tokenizer: losses, the critic's logits, usage and dead codes over time, perplexity per t. Of a generator:
+    loss, held-out accuracy per t or nats per dimension with the model-free baseline, proxy score."""
+    panels: dict[str, dict[str, Curve]] = {}
+    rows = read_metrics(tokenizer_run) if tokenizer_run else []
+    if rows:
+        per_t = sorted(k.removeprefix("usage/") for k in rows[-1] if k.startswith("usage/t"))
+        shown = [per_t[0], per_t[len(per_t) // 2], per_t[-1]] if len(per_t) > 3 else per_t
+        panels = {
+            "tokenizer losses|step": _over_time(rows, "recon", "quant", "lpips"),
+            "adversary|step": _over_time(
+                rows, "gan", *(f"discriminator/{x}" for x in ("loss", "logits_real", "logits_fake"))
+            ),
+            "codebook usage|step": _over_time(rows, "usage/book", *(f"usage/{t}" for t in shown), "latent_spread"),
+            "dead codes|step": _over_time(rows, *(f"dead/{t}" for t in shown)),
+            "codebook perplexity|step": _over_time(rows, *(f"perplexity/{t}" for t in shown)),
+            "codebook perplexity at the end|t": {"perplexity": _per_t([rows[-1][f"perplexity/{t}"] for t in per_t])},
+        }
+    rows = read_metrics(generator_run) if generator_run else []
+    panels["generator loss|step"] = _over_time(rows, "ce", "nll")
+    titles = {"heldout/accuracy": "held-out accuracy per t|t", "heldout/nll": "held-out nats/dim|masked depths"}
+    for name, title in titles.items():
+        for row in rows:
+            if name in row:  # the last measurement counts
+                baseline = {"model-free baseline": _per_t(row["heldout/baseline"])}
+                panels[title] = {"model": _per_t(row[name]), **baseline}
+    panels["proxy score|step"] = _over_time(rows, "proxy/frechet_distance")
+    if panels := {title: lines for title, lines in panels.items() if lines}:
         pictures.save_curves(path, panels, log_panels=[title for title in panels if "loss" in title])
 
 
-def tokenizer_curves(folder: Path) -> Panels:
-    """Panels of a tokenizer run: losses, the critic's logits; usage and dead codes over time, perplexity per t."""
-    rows = read_metrics(folder)
-    if not rows:
-        return {}
-    per_t = sorted(k.removeprefix("usage/") for k in rows[-1] if k.startswith("usage/t"))
-    shown = [per_t[0], per_t[len(per_t) // 2], per_t[-1]] if len(per_t) > 3 else per_t
-    names = {
-        "tokenizer losses|step": ["recon", "quant", "lpips"],
-        "adversary|step": ["gan", *(f"discriminator/{name}" for name in ("loss", "logits_real", "logits_fake"))],
-        "codebook usage|step": ["usage/book", *(f"usage/{t}" for t in shown), "latent_spread"],
-        "dead codes|step": [f"dead/{t}" for t in shown],
-        "codebook perplexity|step": [f"perplexity/{t}" for t in shown],
-    }
-    panels = {title: _over_time(rows, listed) for title, listed in names.items()}
-    panels["codebook perplexity at the end|t"] = {"perplexity": _per_t([rows[-1][f"perplexity/{t}"] for t in per_t])}
-    return {title: lines for title, lines in panels.items() if lines}
-
-
-def generator_curves(folder: Path) -> Panels:
-    """Panels of a generator run: loss; held-out accuracy per t, or nats a dimension, with the model-free baseline."""
-    rows = read_metrics(folder)
-    panels = {"generator loss|step": _over_time(rows, ["ce", "nll"])}
-    held = {"heldout/accuracy": "held-out accuracy per t|t", "heldout/nll": "held-out nats/dim|masked depths"}
-    for name, title in held.items():
-        if measured := [row for row in rows if name in row]:
-            last = measured[-1]
-            panels[title] = {"model": _per_t(last[name]), "model-free baseline": _per_t(last["heldout/baseline"])}
-    panels["proxy score|step"] = _over_time(rows, ["proxy/frechet_distance"])
-    return {title: lines for title, lines in panels.items() if lines}
-
-
-def _over_time(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Curve]:
+def _over_time(rows: list[dict[str, Any]], *names: str) -> dict[str, Curve]:
     """Those of the named values that a log has, over its steps."""
-    lines: dict[str, Curve] = {}
-    for name in names:
-        points = [(float(row["step"]), row[name]) for row in rows if name in row]
-        if points:
-            steps, values = zip(*points, strict=True)
-            lines[name] = (list(steps), list(values))
-    return lines
+    points = {name: [(float(row["step"]), row[name]) for row in rows if name in row] for name in names}
+    return {name: ([x for x, _ in line], [y for _, y in line]) for name, line in points.items() if line}
 
 
 def _per_t(values: list[float | None]) -> Curve:

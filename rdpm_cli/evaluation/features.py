@@ -1,13 +1,12 @@
 """Extractors, uint8 images -> features, and the features of whole sets as arrays.
 
 The default extractor is Inception; no other one ever takes its place unasked.
-Legend: B batch, N images, D feature width, K classes or logits, P spatial feature width.
-"""
+Legend: B batch, N images, D feature width, K classes or logits, P spatial feature width."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -20,27 +19,22 @@ from rdpm_cli import checkpoint, files, progress
 from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.data.pictures import npz_array, npz_names
 from rdpm_cli.data.pixels import Pixels, chw, to_model
-from rdpm_cli.distributed import gather, world
+from rdpm_cli.distributed import gather, is_first, world
 from rdpm_cli.errors import DataError, UsageError
-from rdpm_cli.evaluation import judge as judge_file
+from rdpm_cli.evaluation import judge
 
-INCEPTION = checkpoint.Published(
-    "weights-inception-2015-12-05-6726825d.pth",
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-)
-INCEPTION_NAME = "inception"  # of --extractor
-PUBLISHED = "inception-2015-12-05"  # its name in results, with the published weights
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION = checkpoint.Published(FILE, f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}")
+PUBLISHED = "inception-2015-12-05"  # the extractor's name with the published weights: only its scores are FID, IS, KID
 OPTION = "--weights FILE or --extractor judge.pt, or --download"
 BATCH = 64  # images a forward pass
 PIECE = 256  # images; rank r takes pieces r, r + size, ...
-NO_IMAGES = ("there are no images to score", "sample again, or name another folder")
-SPATIAL_LAYER, SPATIAL_CHANNELS, SPATIAL_SIDE = "Mixed_6d.branch1x1", 7, 17
+FEATURES_RECORD, RECORD_VERSION = "rdpm_features", 1
+ARRAYS = ("features", "logits", "spatial")  # of a file of features; the last where the extractor has it
+FEATURES_HINT = "name another file with --features, or delete this one to compute it again"
 
 T = TypeVar("T")
 Floats = NDArray[np.float32]
-
-
-# ---- extractors ----------------------------------------------------------------------------------------------------
 
 
 class Activations(NamedTuple):
@@ -70,51 +64,42 @@ class Inception:
     """Inception 2015-12-05 by torch-fidelity: TF1 bilinear resize to 299, pool_3 features (2048).
 
     The logits are those without bias, as ADM's. The spatial features are ADM's `mixed_6/conv:0`, which is Mixed_6d's
-    1×1 branch after its ReLU: the first 7 channels of 17×17 positions, in the order height, width, channel (2023).
-    """
+    1×1 branch after its ReLU: the first 7 channels of 17×17 positions, in the order height, width, channel (2023)."""
 
     def __init__(self, weights: checkpoint.WeightFile, device: torch.device) -> None:
+        """Raises CheckpointError for weights of another network."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # seconds to import
+
         self.sha256, self.device = weights.sha256, device
         self.name = PUBLISHED if weights.published else f"inception-v3 layout, weights {self.sha256[:8]}"
         self.note = "" if weights.published else f"the weights in {weights.path} are not the published ones"
-        self.class_names: list[str] = []
         self.accuracy: float | None = None
-        self.width, self.spatial_width = 2048, SPATIAL_CHANNELS * SPATIAL_SIDE**2
-        self.network = _inception_network(weights.path).to(device)
-        self._branch_BCHW = torch.empty(0)
-        # torch-fidelity returns whole blocks, so the branch within one is read by a hook.
-        self.network.get_submodule(SPATIAL_LAYER).register_forward_hook(self._keep_branch)
-
-    def _keep_branch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output_BCHW: Tensor) -> None:
-        self._branch_BCHW = output_BCHW
+        self.class_names, self.width, self.spatial_width = list[str](), 2048, 2023
+        hint = checkpoint.weights_hint(INCEPTION, OPTION)
+        # Before torch-fidelity's own load, which would run any pickle.
+        checkpoint.read_weights(weights.path, "Inception", hint)
+        outputs, path = ["2048", "logits_unbiased"], str(weights.path)
+        try:
+            network = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=path)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise checkpoint.misfit(weights.path, "Inception", hint, error) from error
+        self.network: nn.Module = network.to(device)
 
     @torch.no_grad()
     def __call__(self, pixels_BCHW: Tensor) -> Activations:
-        features, logits = self.network(pixels_BCHW.to(self.device))
-        spatial = self._branch_BCHW[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return Activations(features, logits, spatial.float())
-
-
-def _inception_network(path: Path) -> nn.Module:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # seconds to import
-
-    hint = checkpoint.weights_hint(INCEPTION, OPTION)
-    checkpoint.read_weights(path, "Inception", hint)  # first: torch-fidelity's own load would run any pickle
-    try:
-        network: nn.Module = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
-        )
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise checkpoint.misfit(path, "Inception", hint, error) from error
-    return network
+        branches: list[Tensor] = []
+        # torch-fidelity returns whole blocks, so the branch within one is read by a hook.
+        layer = self.network.get_submodule("Mixed_6d.branch1x1")
+        with layer.register_forward_hook(lambda _, inputs, output_BCHW: branches.append(output_BCHW)):
+            features_BD, logits_BK = self.network(pixels_BCHW.to(self.device))
+        return Activations(features_BD, logits_BK, branches[0][:, :7].permute(0, 2, 3, 1).flatten(1).float())
 
 
 class JudgeExtractor:
     """A judge's penultimate features, and its logits over the classes of its data set."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        self.judge, content = judge_file.load(path)
-        self.judge.to(device)
+        self.judge, content = judge.load(path, device)
         self.name, self.device, self.sha256 = f"judge {path.name}", device, content["digest"]
         self.class_names: list[str] = content["class_names"]
         self.accuracy: float | None = float(content["provenance"]["heldout_accuracy"])
@@ -123,28 +108,18 @@ class JudgeExtractor:
 
     @torch.no_grad()
     def __call__(self, pixels_BCHW: Tensor) -> Activations:
-        features, logits = self.judge(to_model(pixels_BCHW).to(self.device))
-        return Activations(features, logits)
+        return Activations(*self.judge(to_model(pixels_BCHW).to(self.device)))
 
 
 def open_extractor(
     extractor: str | Path | None, weights: Path | None, device: torch.device, download: bool = False
 ) -> Extractor:
-    """`inception`, which is the default, or a judge's file. Raises CheckpointError and UsageError.
-
-    weights: Inception's file; None: looked up. download: fetch it where it is absent.
-    """
-    if extractor is None or str(extractor) == INCEPTION_NAME:
+    """`inception`, the default, or a judge's file. weights: Inception's, looked up by default, or fetched."""
+    if extractor is None or str(extractor) == "inception":
         return Inception(checkpoint.find_weights(INCEPTION, weights, OPTION, download), device)
-    if weights is not None or download:
-        option = "--weights" if weights else "--download"
-        raise UsageError(f"--extractor {extractor} and {option} name two extractors", "give one of them")
+    if weights or download:
+        raise UsageError(f"--extractor {extractor} takes neither --weights nor --download", "leave them out")
     return JudgeExtractor(Path(extractor), device)
-
-
-def is_published_inception(extractor: Extractor) -> bool:
-    """Whether its Fréchet distance may be called a FID."""
-    return extractor.name == PUBLISHED
 
 
 def identity(extractor: Extractor) -> dict[str, Any]:
@@ -153,25 +128,13 @@ def identity(extractor: Extractor) -> dict[str, Any]:
     return {"name": extractor.name, "sha256": extractor.sha256, **judged}
 
 
-# ---- features of sets of images ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Features:
+class Features(NamedTuple):
     """Activations of images, in order. digests: sha256 of each image."""
 
+    digests: list[bytes]
     features_ND: Floats
     logits_NK: Floats
-    spatial_NP: Floats | None
-    digests: list[bytes]
-
-    def __len__(self) -> int:
-        return len(self.features_ND)
-
-    @property
-    def predicted(self) -> NDArray[np.int64]:
-        """The class with the largest logit of each image; of a judge."""
-        return self.logits_NK.argmax(1)
+    spatial_NP: Floats | None = None
 
     @property
     def sha256(self) -> str:
@@ -181,10 +144,7 @@ class Features:
 
 def image_digests(pixels_BHWC: Pixels) -> list[bytes]:
     """The sha256 of each image: of its shape and its pixels."""
-    return [
-        hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest()
-        for image in pixels_BHWC
-    ]
+    return [hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest() for image in pixels_BHWC]
 
 
 def set_digest(digests: Iterable[bytes]) -> str:
@@ -192,76 +152,58 @@ def set_digest(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def cut(count: int, size: int) -> list[range]:
-    """0..count-1 in ranges of `size`."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def rank_pieces(count: int) -> list[range]:
-    """This process's pieces of a set: rank r takes every size-th one."""
-    rank, size = world()
-    return cut(count, PIECE)[rank::size]
+def pieces(count: int, rank: int = 0, size: int = 1) -> list[range]:
+    """The pieces of a set of `count` images that a rank takes: every size-th one."""
+    return [range(start, min(start + PIECE, count)) for start in range(rank * PIECE, count, size * PIECE)]
 
 
 def in_order(by_rank: list[list[T]]) -> list[T]:
     """The values of all pieces in order. by_rank: those of rank r belong to pieces r, r + size, ..."""
-    count = sum(map(len, by_rank))
-    return [by_rank[number % len(by_rank)][number // len(by_rank)] for number in range(count)]
+    return [by_rank[n % len(by_rank)][n // len(by_rank)] for n in range(sum(map(len, by_rank)))]
 
 
 def extract(extractor: Extractor, pixels_BHWC: Pixels, spatial: bool = False) -> Features:
-    """Activations of (B, H, W, 3) uint8 images, BATCH at a time, or fewer where a GPU's memory is too small.
-
-    spatial: keep spatial features, where the extractor has any. Raises DataError for values that are not finite.
-    """
-    columns = zip(*_in_batches(extractor, pixels_BHWC, BATCH), strict=True)
-    features, logits, spatial_NP = (None if column[0] is None else _floats(column) for column in columns)
-    assert features is not None
-    assert logits is not None
-    if not (np.isfinite(features).all() and np.isfinite(logits).all()):
-        message = f"{extractor.name} gives values that are not finite"
-        raise DataError(message, "its weights are damaged: copy them again")
-    return Features(features, logits, spatial_NP if spatial else None, image_digests(pixels_BHWC))
-
-
-def _floats(batches: Sequence[Tensor | None]) -> Floats:
-    return torch.cat([values for values in batches if values is not None]).float().cpu().numpy()
-
-
-def _in_batches(extractor: Extractor, pixels_BHWC: Pixels, size: int) -> list[Activations]:
-    try:
-        return [extractor(chw(pixels_BHWC[start : start + size])) for start in range(0, len(pixels_BHWC), size)]
-    except torch.OutOfMemoryError:
-        if size == 1:
-            raise
-    torch.cuda.empty_cache()
-    progress.warn(f"out of memory: {extractor.name} continues with {size // 2} images at a time")
-    return _in_batches(extractor, pixels_BHWC, size // 2)
+    """Activations of (B, H, W, 3) uint8 images, BATCH at a time, or fewer where a GPU's memory is too small."""
+    size = BATCH
+    while True:
+        try:
+            batches = [extractor(chw(pixels_BHWC[at : at + size])) for at in range(0, len(pixels_BHWC), size)]
+            break
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size //= 2
+        torch.cuda.empty_cache()  # not in the except clause, where the error still holds the tensors of its frames
+        progress.warn(f"out of memory: {extractor.name} continues with {size} images at a time")
+    kept = 3 if spatial and extractor.spatial_width else 2  # outputs of the extractor
+    outputs = [torch.cat(parts).float().cpu().numpy() for parts in list(zip(*batches, strict=True))[:kept]]
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise DataError(f"{extractor.name} gives values that are not finite", "copy its weights again")
+    return Features(image_digests(pixels_BHWC), *outputs)
 
 
 def shared_pieces(extractor: Extractor, images: ImageSet, spatial: bool) -> Iterator[Features]:
     """The activations of this process's pieces."""
-    pieces = rank_pieces(images.count)
-    with progress.Bar("extract features", sum(map(len, pieces)), "images") as bar:
-        for pixels in images.read(pieces):
+    ranges = pieces(images.count, *world())
+    with progress.Bar("extract features", sum(map(len, ranges)), "images") as bar:
+        for pixels in images.read(ranges):
             yield extract(extractor, pixels, spatial)
             bar.advance(len(pixels))
 
 
-def join(pieces: Sequence[Features]) -> Features:
-    """Consecutive pieces as one. Raises DataError for none."""
-    if not pieces:
-        raise DataError(*NO_IMAGES)
-    features, logits = (np.concatenate([getattr(p, name) for p in pieces]) for name in ("features_ND", "logits_NK"))
-    spatial = [piece.spatial_NP for piece in pieces if piece.spatial_NP is not None]
-    digests = [digest for piece in pieces for digest in piece.digests]
-    return Features(features, logits, np.concatenate(spatial) if spatial else None, digests)
-
-
 def collect(extractor: Extractor, images: ImageSet | Iterable[Pixels]) -> Features:
     """The features of a set, or of (B, H, W, 3) uint8 batches, by this process. Raises DataError for no images."""
-    batches = images.read(cut(images.count, BATCH)) if isinstance(images, ImageSet) else images
-    return join([extract(extractor, pixels) for pixels in batches])
+    batches = images.read(pieces(images.count)) if isinstance(images, ImageSet) else images
+    return _join([extract(extractor, pixels) for pixels in batches])
+
+
+def _join(parts: Sequence[Features]) -> Features:
+    """Consecutive pieces as one."""
+    if not parts:
+        raise DataError("there are no images to score", "sample again, or name another folder")
+    digests, *outputs = zip(*parts, strict=True)
+    arrays = [np.concatenate(output) for output in outputs if output[0] is not None]
+    return Features(list(itertools.chain(*digests)), *arrays)
 
 
 def collect_shared(
@@ -269,61 +211,47 @@ def collect_shared(
 ) -> Features | None:
     """The features of a set by all processes -> in the first one; None in the others. Raises DataError.
 
-    file: of `--features`. If it exists, its features are read, and the images only to compare their identity; else it
-    is written, with spatial features where the extractor has any, so that it serves every metric.
-    """
+    file: of `--features`: read, if these images and extractor made it, else written so that it serves every metric."""
     if file is not None and file.is_file():
         return _reuse(file, extractor, images)
     by_rank = gather(list(shared_pieces(extractor, images, spatial or file is not None)))
     if by_rank is None:
         return None
-    features = join(in_order(by_rank))
+    features = _join(in_order(by_rank))
     if file is not None:
-        _save(file, features, extractor)
+        record = {"images": features.sha256, "extractor": identity(extractor)}
+        arrays = {name: array for name, array in zip(ARRAYS, features[1:], strict=True) if array is not None}
+        save_npz_record(file, FEATURES_RECORD, record, arrays)
     return features
-
-
-# ---- --features FILE.npz -------------------------------------------------------------------------------------------
-
-ACTIVATIONS, VERSION = "rdpm_features", 1
-FEATURES_HINT = "name another file with --features, or delete this one to compute it again"
-
-
-def _save(path: Path, features: Features, extractor: Extractor) -> None:
-    record = {"version": VERSION, "images": features.sha256, "extractor": identity(extractor)}
-    arrays: dict[str, NDArray[Any]] = {"features": features.features_ND, "logits": features.logits_NK}
-    if features.spatial_NP is not None:
-        arrays["spatial"] = features.spatial_NP
-    text = np.array(files.canonical_json(record))
-    files.write_atomic(path, lambda file: np.savez(file, **{ACTIVATIONS: text}, **arrays))  # type: ignore[arg-type]
 
 
 def _reuse(path: Path, extractor: Extractor, images: ImageSet) -> Features | None:
     """The features in a file, if they are this extractor's of these images. Raises DataError."""
-    names = npz_names(path)
-    if ACTIVATIONS not in names:
-        raise DataError(f"{path} holds no features that `eval --features` wrote", FEATURES_HINT)
-    record = npz_record(path, ACTIVATIONS, VERSION, ("images", "extractor"), FEATURES_HINT)
+    record = npz_record(path, FEATURES_RECORD, FEATURES_HINT)
     if record["extractor"]["sha256"] != extractor.sha256:
         raise DataError(f"{path} holds features of {record['extractor']['name']}, not {extractor.name}", FEATURES_HINT)
-    by_rank = gather([image_digests(pixels) for pixels in images.read(rank_pieces(images.count))])
-    if by_rank is None:
+    if not is_first():
         return None
-    digests = [digest for piece in in_order(by_rank) for digest in piece]
+    digests = [digest for pixels in images.read(pieces(images.count)) for digest in image_digests(pixels)]
     if set_digest(digests) != record["images"]:
         raise DataError(f"{path} holds features of other images", FEATURES_HINT)
-    spatial = npz_array(path, "spatial") if "spatial" in names else None
-    return Features(npz_array(path, "features"), npz_array(path, "logits"), spatial, digests)
+    names = ARRAYS if ARRAYS[2] in npz_names(path) else ARRAYS[:2]
+    return Features(digests, *(npz_array(path, name) for name in names))
 
 
-def npz_record(path: Path, name: str, version: int, fields: Collection[str], hint: str) -> dict[str, Any]:
-    """The JSON text that one of our .npz files holds under a name. Raises DataError if it is damaged or newer."""
+def save_npz_record(path: Path, name: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+    """Write an .npz of arrays, with a record about them as JSON text under this name."""
+    whole = {name: np.array(files.canonical_json({**record, "version": RECORD_VERSION})), **arrays}
+    files.write_atomic(path, lambda file: np.savez(file, **whole))  # type: ignore[arg-type]
+
+
+def npz_record(path: Path, name: str, hint: str) -> dict[str, Any]:
+    """The record that save_npz_record wrote. Raises DataError if it is absent, damaged or newer."""
     try:
         record: dict[str, Any] = json.loads(str(npz_array(path, name)))
-        if absent := {"version", *fields} - set(record):
-            raise ValueError(f"its record lacks {', '.join(sorted(absent))}")
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {error}", hint) from error
-    if record["version"] != version:
-        raise DataError(f"{path} has format version {record['version']}; this rdpm reads {version}", hint)
+        version = record["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"the record {name} of {path} is damaged: {error!r}", hint) from error
+    if version != RECORD_VERSION:
+        raise DataError(f"{path} has format version {version}; this rdpm reads {RECORD_VERSION}", hint)
     return record

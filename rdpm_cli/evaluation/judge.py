@@ -1,7 +1,6 @@
 """The judge: a small classifier of real images. Its features score samples where Inception says little (small data).
 
-Legend: B batch, K classes, D feature width.
-"""
+Legend: B batch, K classes, D feature width."""
 
 import math
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import CheckpointError, DataError, some_of
 from rdpm_cli.schema import Section
 from rdpm_cli.training.config import TrainConfig
+from rdpm_cli.training.loop import Player
 
 KIND = "rdpm-judge"
 GROUPS = 8  # of every GroupNorm
@@ -41,19 +41,14 @@ class JudgeConfig(Section):
     train: TrainConfig
 
 
-# ---- the network ---------------------------------------------------------------------------------------------------
-
-
 class Residual(nn.Module):
     """Two convolutions and an identity connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        first = _convolution(channels, channels)
-        self.body = nn.Sequential(*first, nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(GROUPS, channels))
+        self.body = nn.Sequential(*_convolution(channels, channels), *_convolution(channels, channels)[:2])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The same shape."""
         return F.silu(x_BCHW + self.body(x_BCHW))
 
 
@@ -67,12 +62,9 @@ class Judge(nn.Module):
     def __init__(self, resolution: int, width: int, features: int, classes: int, blocks: int = 0) -> None:
         """resolution: of its training images, pixels a side. blocks: residual blocks after each halving."""
         super().__init__()
-        self.resolution = resolution
-        self.config = {
-            "resolution": resolution, "width": width, "features": features, "classes": classes, "blocks": blocks,
-        }  # fmt: skip
-        channels = width
-        layers = _convolution(3, channels)
+        self.resolution, facts = resolution, {"width": width, "features": features, "classes": classes}
+        self.config = {"resolution": resolution, **facts, "blocks": blocks}
+        channels, layers = width, _convolution(3, width)
         for number in range(max(2, math.ceil(math.log2(resolution / 8)))):
             inner, channels = channels, (2 if number < 2 else 4) * width
             layers += [*_convolution(inner, channels, 2), *(Residual(channels) for _ in range(blocks))]
@@ -87,20 +79,12 @@ class Judge(nn.Module):
         return features_BD, self.classes(features_BD)
 
 
-def pack(judge: Judge, class_names: list[str], **extra: Any) -> dict[str, Any]:
-    """The content of a judge's file. extra: provenance, with the held-out accuracy."""
-    return checkpoint.pack(KIND, judge.config, judge, class_names=class_names, **extra)
-
-
-def load(path: Path) -> tuple[Judge, dict[str, Any]]:
+def load(path: Path, device: torch.device | str = "cpu") -> tuple[Judge, dict[str, Any]]:
     """The judge of a file, frozen, and the file's content. Raises CheckpointError."""
     content = checkpoint.load(path, KIND)
     judge = Judge(**content["config"])
     checkpoint.fill(judge, content, str(path))
-    return judge.eval().requires_grad_(False), content
-
-
-# ---- training ------------------------------------------------------------------------------------------------------
+    return judge.eval().requires_grad_(False).to(device), content
 
 
 @dataclass
@@ -111,7 +95,6 @@ class LabelledImages:
     labels_B: Tensor
 
     def to(self, device: torch.device) -> "LabelledImages":
-        """The same batch on a device."""
         return LabelledImages(self.pixels_BCHW.to(device), self.labels_B.to(device))
 
 
@@ -120,44 +103,35 @@ class JudgeBatches:
 
     def __init__(self, source: Source, cfg: JudgeConfig, resolution: int, seed: int) -> None:
         self.source, self.cfg, self.resolution, self.seed = source, cfg, resolution, seed
-        self.reach = max(1, resolution // 16)  # pixels of the largest shift
 
     def batch_at(self, step: int, rows: range) -> LabelledImages:
         """rows: this process's rows of the global batch."""
-        indices = self._indices(step, rows)
+        size, reach = self.resolution, max(1, self.resolution // 16)  # pixels of the largest shift
+        labels, images, indices = self.source.need_labels(), [], self._indices(step, rows)
         uniform = noise.block_uniform(self.seed, step, rows, 3 if self.cfg.flip else 2)
-        shifts = (uniform[:, :2] * (2 * self.reach + 1)).astype(int) - self.reach
-        mirrored = uniform[:, 2] < 0.5 if self.cfg.flip else np.zeros(len(indices), dtype=bool)
-        images = []
-        for index, (dy, dx), mirror in zip(indices, shifts, mirrored, strict=True):
-            pixels = self.source.pixels(int(index), self.resolution)
-            padded = np.pad(pixels, ((self.reach,) * 2,) * 2 + ((0, 0),), "edge")
-            y, x = self.reach + dy, self.reach + dx
-            shifted = padded[y : y + self.resolution, x : x + self.resolution]
-            images.append(shifted[:, ::-1] if mirror else shifted)
-        labels = self.source.need_labels()
-        return LabelledImages(chw(np.stack(images)), torch.tensor([labels[int(i)] for i in indices]))
+        shifts = (uniform[:, :2] * (2 * reach + 1)).astype(int)
+        for index, (y, x), numbers in zip(indices, shifts, uniform, strict=True):
+            padded = np.pad(self.source.pixels(index, size), ((reach, reach), (reach, reach), (0, 0)), "edge")
+            shifted = padded[y : y + size, x : x + size]
+            images.append(shifted[:, ::-1] if self.cfg.flip and numbers[2] < 0.5 else shifted)
+        return LabelledImages(chw(np.stack(images)), torch.tensor([labels[index] for index in indices]))
 
     def describe(self, step: int, rows: range) -> str:
         """The names of those images."""
-        return f"images {some_of(self.source.names[int(i)] for i in self._indices(step, rows))}"
+        return f"images {some_of(self.source.names[index] for index in self._indices(step, rows))}"
 
-    def _indices(self, step: int, rows: range) -> noise.Ints:
-        return noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
+    def _indices(self, step: int, rows: range) -> list[int]:
+        order = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))
+        return [int(index) for index in order[rows.start : rows.stop]]
 
 
-class JudgeTask:
+class JudgeTask(Player):
     """Cross-entropy on real images. No sample takes part in the training of a judge."""
 
     name = "judge"
-    start = 0
 
     def __init__(self, judge: Judge) -> None:
         self.model = judge
-
-    def networks(self) -> list[nn.Module]:
-        """The whole classifier."""
-        return [self.model]
 
     def loss(self, batch: LabelledImages, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """-> loss, and accuracy for the log."""
@@ -165,22 +139,15 @@ class JudgeTask:
         loss = F.cross_entropy(logits_BK, batch.labels_B)
         return loss, {"accuracy": (logits_BK.argmax(1) == batch.labels_B).float().mean()}
 
-    def after_step(self, step: TrainStep) -> dict[str, Tensor]:
-        """No work follows a step."""
-        return {}
-
 
 def split(source: Source) -> tuple[Source, Source]:
-    """(training images, held-out images): about 10% are held out, by a hash of the source index.
-
-    Raises DataError for too few images.
-    """
+    """(training images, about 10% held out by a hash of the source index). Raises DataError for too few images."""
     held = held_out(np.arange(len(source)), HELD_OUT_PERCENT)
     if held.all() or not held.any():
         raise DataError(f"{source.spec} holds {len(source)} images, too few to hold some out", "give --heldout IMAGES")
     note = f"{HELD_OUT_PERCENT}% of the images, by a hash of the index"
-    training = Subset(source, np.flatnonzero(~held).tolist(), f"without {note}")
-    return training, Subset(source, np.flatnonzero(held).tolist(), note)
+    rest, unseen = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
+    return Subset(source, rest, f"without {note}"), Subset(source, unseen, note)
 
 
 @torch.no_grad()
@@ -190,42 +157,27 @@ def accuracy(judge: Judge, source: Source, device: torch.device) -> float:
     for start in range(0, len(source), BATCH):
         indices = range(start, min(start + BATCH, len(source)))
         pixels = np.stack([source.pixels(index, judge.resolution) for index in indices])
-        predicted.append(judge(to_model(chw(pixels)).to(device))[1].argmax(1).cpu().numpy())
-    return float(np.mean(np.concatenate(predicted) == np.array(source.need_labels())))
-
-
-# ---- best of n -----------------------------------------------------------------------------------------------------
+        predicted += judge(to_model(chw(pixels)).to(device))[1].argmax(1).tolist()
+    return float(np.mean(np.array(predicted) == np.array(source.need_labels())))
 
 
 class ClassJudge:
     """log p(class | image), for best-of-n sampling. name and sha256 go into the record of the samples."""
 
-    def __init__(self, path: Path, class_names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, path: str | Path, class_names: Sequence[str], device: torch.device) -> None:
         """class_names: the generator's. Raises CheckpointError for a class that the judge does not know."""
-        self.judge, content = load(path)
-        self.judge.to(device)
-        self.device, self.name, self.sha256 = device, f"judge {path.name}", content["digest"]
-        known = list(content["class_names"])
+        self.judge, content = load(Path(path), device)
+        self.device, self.name, self.sha256 = device, f"judge {Path(path).name}", content["digest"]
+        known = content["class_names"]
         if unknown := [name for name in class_names if name not in known]:
-            raise CheckpointError(
-                f"{path} does not know class '{unknown[0]}' of this checkpoint",
-                "train a judge on images of the same classes with `rdpm eval judge IMAGES OUT`",
-            )
+            message = f"{path} does not know class '{unknown[0]}' of this checkpoint"
+            raise CheckpointError(message, "train a judge on images of the same classes with `rdpm eval judge`")
         # The two files may number the same classes differently, so they meet by name.
         self.output_of_class = torch.tensor([known.index(name) for name in class_names])
 
     @torch.no_grad()
     def __call__(self, pixels_BHWC: Pixels, labels: list[int]) -> NDArray[np.float64]:
         """(B, H, W, 3) uint8 and the labels they were drawn for -> log p, (B,); larger is better."""
-        scores = []
-        for start in range(0, len(labels), BATCH):
-            x = to_model(chw(pixels_BHWC[start : start + BATCH])).to(self.device)
-            log_p = self.judge(x)[1].double().log_softmax(1).cpu()
-            outputs = self.output_of_class[torch.tensor(labels[start : start + BATCH])]
-            scores.append(log_p.gather(1, outputs.view(-1, 1)).squeeze(1).numpy())
-        return np.concatenate(scores)
-
-
-def open_judge(path: str | Path, class_names: Sequence[str], device: torch.device) -> ClassJudge:
-    """The judge of `--judge FILE`. Raises CheckpointError."""
-    return ClassJudge(Path(path), class_names, device)
+        batches = to_model(chw(pixels_BHWC)).split(BATCH)
+        log_p_BK = torch.cat([self.judge(batch.to(self.device))[1] for batch in batches]).double().log_softmax(1).cpu()
+        return log_p_BK[torch.arange(len(labels)), self.output_of_class[labels]].numpy()

@@ -1,272 +1,332 @@
-"""Scores of a set of images as a record: value, N, reference and hash, extractor and hash; all from one pass."""
+"""References, and scores of a set of images as a record: value, N, reference and extractor with their hashes.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+A reference is images, or an .npz of statistics: `mu, sigma` of the pooled features (pytorch-fid, EDM). ADM's also have
+`mu_s, sigma_s` of the spatial features, and 10,000 images `arr_0` for precision and recall. Ours, of `rdpm eval
+reference`, hold features instead of images, and record which extractor made them."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rdpm_cli import progress
+from rdpm_cli import files, progress
+from rdpm_cli.data import folder
 from rdpm_cli.data.folder import ImageSet
-from rdpm_cli.data.source import spread
-from rdpm_cli.errors import DataError, UsageError
-from rdpm_cli.evaluation import metrics
-from rdpm_cli.evaluation.features import (
-    Extractor,
-    Features,
-    Floats,
-    collect_shared,
-    identity,
-    is_published_inception,
-)
-from rdpm_cli.evaluation.reference import Reference, StatisticsFile, measure, open_target
+from rdpm_cli.data.open import is_builtin, is_there, open_source
+from rdpm_cli.data.pictures import npz_array, npz_names
+from rdpm_cli.data.pixels import TRANSFORM, Pixels
+from rdpm_cli.data.source import Source, spread
+from rdpm_cli.distributed import gather, world
+from rdpm_cli.errors import DataError
+from rdpm_cli.evaluation import features, metrics
+from rdpm_cli.evaluation.features import PUBLISHED, Extractor, Features, Floats, collect_shared, identity
+from rdpm_cli.evaluation.metrics import NO_MOMENTS, Statistics, moments
 
 METRICS = ("fid", "sfid", "is", "pr", "kid")
-GROUPS = {**{name: (name,) for name in METRICS}, "all": METRICS}
 # Only scores by the published Inception weights have the names that papers use.
-PUBLISHED_NAMES = {"fid": "fid", "sfid": "sfid", "is": "inception_score", "kid": "kid"}
-OTHER_NAMES = {
-    "fid": "frechet_distance", "sfid": "spatial_frechet_distance", "is": "classifier_score", "kid": "kernel_distance",
+NAMES = {
+    "fid": ("fid", "frechet_distance"), "sfid": ("sfid", "spatial_frechet_distance"), "kid": ("kid", "kernel_distance"),
+    "is": ("inception_score", "classifier_score"),
 }  # fmt: skip
 REFERENCE_FEATURES = 10_000  # images of a reference that precision, recall and KID take: ADM's number
 FEWEST = {"fid": 2, "sfid": 2, "is": metrics.SPLITS, "pr": metrics.NEIGHBOURS + 1, "kid": 2}  # images
 ENOUGH = 4  # images a class, of a split of an Inception Score
-SORTED = "the images are in class order, so a mean over consecutive splits says nothing; see order_free"
+RECORD = "rdpm_reference"  # the name of our record in the .npz
+AGAIN = "give images, or make a reference by `rdpm eval reference IMAGES REF.npz` with the same extractor"
+
+Row = dict[str, Any]  # of a score: `value` and its details; `not_computed`, why the value is None; `notes`
 
 
-@dataclass(frozen=True)
-class Options:
-    """subset: the Fréchet distance as a mean over disjoint class-balanced subsets of this size.
+def open_images(source: Source, resolution: int, limit: int | None = None, without: Collection[int] = ()) -> ImageSet:
+    """Images of a source after the ADM crop. without: indices to leave out; limit: evenly spaced ones of the rest."""
+    included = np.setdiff1d(np.arange(len(source)), list(without))
+    indices: list[int] = included[spread(len(included), limit)].tolist()
+    labels = None if source.labels is None else [int(source.labels[index]) for index in indices]
 
-    ci: 95% intervals. features: file that keeps the features of the target.
-    """
+    def read(pieces: Iterable[range]) -> Iterator[Pixels]:
+        for piece in pieces:
+            yield np.stack([source.pixels(index, resolution) for index in indices[piece.start : piece.stop]])
 
-    subset: int | None = None
-    ci: bool = False
-    features: Path | None = None
-
-
-def check(metric: str, options: Options, judged: bool = False) -> None:
-    """Raises UsageError for an option that this metric does not use. judged: whether a judge is the extractor."""
-    if judged and metric == "sfid":
-        raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out, or take `eval fid`")
-    if options.subset and "fid" not in GROUPS[metric]:
-        raise UsageError(f"--subset belongs to the Fréchet distance, not to `eval {metric}`", "leave it out")
-    if options.ci and not {"fid", "is"} & set(GROUPS[metric]):
-        raise UsageError(f"--ci belongs to fid and is, not to `eval {metric}`", "leave it out")
-    if options.ci and options.subset:
-        raise UsageError("--ci and --subset both give a spread", "give one of them")
+    return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, read)
 
 
-def score(
-    metric: str,
-    extractor: Extractor,
-    target: ImageSet,
-    reference: ImageSet | StatisticsFile | None,
-    options: Options | None = None,
-) -> dict[str, Any] | None:
-    """The record of a metric of METRICS, or of `all`. Every process calls it; the first one gets the record.
-
-    reference: None for `is`, which compares with nothing. Raises DataError.
-    """
-    options, requested = options or Options(), GROUPS[metric]
-    counts = [target.count, *([reference.count] if isinstance(reference, ImageSet) else [])]
-    fewest = [metrics.FEWEST_FOR_INTERVAL] * options.ci + [FEWEST[part] for part in requested]
-    metrics.need_images(min(counts), max(fewest), f"`eval {metric}`{' --ci' * options.ci}")
-    if options.subset is not None:
-        _subsets(target, options.subset)
-    compared = None if reference is None else _measure(extractor, reference, requested)
-    reasons = {part: _reason(part, extractor, compared) for part in requested}
-    if all(reasons.values()):
-        raise DataError(str(reasons[requested[0]]), "give images as --ref, or a file that has them")
-    features = collect_shared(extractor, target, "sfid" in requested, options.features)
-    if features is None:
-        return None
-    scores = _Scores(extractor, target, features, compared, options)
-    rows: dict[str, Row] = {}
-    for part in requested:
-        rows |= {name: {"": None} for name in scores.names(part)} if reasons[part] else scores.rows(part)
-    absent = {name: reason for part, reason in reasons.items() if reason for name in scores.names(part)}
-    return scores.record(metric, rows, {**absent, **scores.absent})
+def open_target(spec: str, resolution: int | None) -> ImageSet:
+    """A sample folder or .npz of images as it is; a source cropped to `resolution` or its first image's short side."""
+    path = Path(spec)
+    if not is_builtin(spec):
+        if (path / folder.RECORD).is_file():
+            return folder.open_samples(path)
+        if path.suffix == ".npz" and path.is_file():
+            return folder.open_npz(path)
+        if path.is_dir() and folder.is_unfinished(path):
+            raise DataError(f"{spec} is an unfinished folder of pictures", "run the command that makes it again")
+    source = open_source(spec)
+    return open_images(source, resolution or min(source.image(0).size))
 
 
-def _measure(extractor: Extractor, reference: ImageSet | StatisticsFile, requested: Sequence[str]) -> Reference | None:
-    """The reference's statistics and features, computed or read. Computed: None in all processes but the first."""
-    needs_features = not {"pr", "kid"}.isdisjoint(requested)
-    if isinstance(reference, ImageSet):
-        rows = spread(reference.count, REFERENCE_FEATURES) if needs_features else ()
-        return measure(extractor, reference, "sfid" in requested, rows)
-    compared = reference.load(extractor)
-    if needs_features and "features" in compared.absent and "arr_0" in reference.arrays:
-        images = open_target(str(reference.path), None)
-        features, rows = collect_shared(extractor, images), spread(images.count, REFERENCE_FEATURES)
-        compared.features_ND = features.features_ND[rows] if features else None
-        del compared.absent["features"]
-    return compared
-
-
-def _reason(part: str, extractor: Extractor, compared: Reference | None) -> str | None:
-    """The reason why a score cannot be computed; None if it can."""
-    if part == "sfid" and not extractor.spatial_width:
-        return f"{extractor.name} has no spatial features"
-    needed = {"sfid": "spatial", "pr": "features", "kid": "features"}.get(part, "")
-    return compared.absent.get(needed) if compared else None
-
-
-Row = dict[str, Any]  # the value of a score under "", its details under their names
+def open_recorded(record: dict[str, Any] | None, owner: str, hint: str, limit: int | None = None) -> ImageSet:
+    """The images of a reference record, or `limit` of them; owner, hint: of the DataError if they are not the same."""
+    if not record:
+        raise DataError(f"{owner} records no reference", hint)
+    name, transform = record["source"], record["transform"]
+    source = open_source(name) if is_there(name) and transform == TRANSFORM else None
+    if source is None or source.digest() != record["digest"]:
+        raise DataError(f"{owner} records the reference {name} ({transform}), which is not here or has changed", hint)
+    # Images that the store could not read took no part in the training, so they are no part of the reference.
+    return open_images(source, int(record["resolution"]), limit=limit, without=record.get("left_out", ()))
 
 
 @dataclass
-class _Scores:
-    """The rows of each score. absent: score -> why its value is None."""
+class Reference:
+    """The side that images are compared with. count, resolution: of the images behind it, where they are known."""
 
-    extractor: Extractor
-    target: ImageSet
-    features: Features
-    reference: Reference | None
-    options: Options
-    notes: list[str] = field(default_factory=list)
-    absent: dict[str, str] = field(default_factory=dict)
+    name: str
+    count: int | None
+    sha256: str
+    resolution: int | None
+    pool: Statistics
+    spatial: Statistics | None = None
+    features_ND: Floats | None = None  # of some images, evenly spaced
+    images: ImageSet | None = None  # of an ADM file, for features
 
-    @property
-    def _compared(self) -> Reference:
-        assert self.reference is not None
-        return self.reference
 
-    def _reference_features(self) -> Floats:
-        assert self._compared.features_ND is not None
-        return self._compared.features_ND
+def open_reference(ref: str | None, target: ImageSet, extractor: Extractor) -> ImageSet | Reference:
+    """The images or statistics that the user names, else the images that the target's record names. Of its size."""
+    reference: ImageSet | Reference
+    if ref is None:
+        reference = open_recorded(target.record.get("reference"), target.name, "give the reference with --ref IMAGES")
+    elif ref.endswith(".npz") and Path(ref).is_file() and {"mu", "sigma"} <= set(npz_names(Path(ref))):
+        reference = load_statistics(Path(ref), extractor)
+    else:
+        reference = open_target(ref, target.resolution)
+    if (side := reference.resolution) not in (None, target.resolution):
+        message = f"the reference {reference.name} is of images of {side}×{side}, the target of {target.resolution}"
+        raise DataError(message, "compare images of one size: `rdpm eval reference --resolution`")
+    return reference
 
-    def names(self, part: str) -> tuple[str, ...]:
-        """The scores of a part of METRICS."""
-        if part == "pr":
-            return ("precision", "recall")
-        return ((PUBLISHED_NAMES if is_published_inception(self.extractor) else OTHER_NAMES)[part],)
 
-    def rows(self, part: str) -> dict[str, Row]:
-        """The rows of a part of METRICS."""
-        functions = {"fid": self._fid, "sfid": self._sfid, "is": self._is, "pr": self._pr, "kid": self._kid}
-        return functions[part]()
+def measure(extractor: Extractor, images: ImageSet, spatial: bool, rows: Sequence[int] = ()) -> Reference | None:
+    """Statistics of images by all processes -> in the first one; None in the others. rows: whose features are kept."""
+    with_features_N = np.isin(np.arange(images.count), list(rows))
+    kept: list[tuple[list[bytes], Floats]] = []  # digests, and features of the rows, of each piece
+    pool = spatial_pool = NO_MOMENTS  # sums, since features of a million images fill 10 GB
+    ranges = features.pieces(images.count, *world())
+    for piece, part in zip(ranges, features.shared_pieces(extractor, images, spatial), strict=True):
+        kept.append((part.digests, part.features_ND[with_features_N[piece]]))
+        pool += moments(part.features_ND)
+        if part.spatial_NP is not None:
+            spatial_pool += moments(part.spatial_NP)
+    by_rank = gather((kept, pool, spatial_pool))
+    if by_rank is None:
+        return None
+    kept_by_rank, pools, spatial_pools = zip(*by_rank, strict=True)
+    spatial_pool = sum(spatial_pools, NO_MOMENTS)
+    digests, features_of = zip(*features.in_order(list(kept_by_rank)), strict=True)
+    return Reference(
+        images.name, images.count, features.set_digest(digest for piece in digests for digest in piece),
+        images.resolution, sum(pools, NO_MOMENTS).statistics(),
+        spatial_pool.statistics() if spatial_pool.count else None, np.concatenate(features_of),
+    )  # fmt: skip
 
-    def _fid(self) -> dict[str, Row]:
-        """The Fréchet distance of all images, or the mean over balanced subsets."""
-        features_ND, pool = self.features.features_ND, self._compared.pool
-        root = metrics.matrix_root(pool.covariance_DD)
-        subsets = [slice(None)] if self.options.subset is None else _subsets(self.target, self.options.subset)
-        statistics = [metrics.statistics(features_ND[rows]) for rows in subsets]
-        values = [metrics.frechet_distance(one, pool, root) for one in statistics]
-        row: Row = {"": float(np.mean(values))}
-        if self.options.ci:
-            row["ci95"] = self._distance_interval(row[""], root)
-        row["spread_over_subsets"] = float(np.std(values)) if len(values) > 1 else None
-        self._note_rank(statistics[0], "features")
-        return {self.names("fid")[0]: {**row, "n": statistics[0].count, "subsets": len(values)}}
 
-    def _distance_interval(self, value: float, root: metrics.Array) -> metrics.Interval:
-        features_ND, values = self.features.features_ND, []
-        groups = min(metrics.GROUPS, len(features_ND))
-        with progress.Bar("leave out, for the interval", groups, "groups") as bar:
-            for without in metrics.distances_without_groups(features_ND, self._compared.pool, root):
-                values.append(without)
+def save_statistics(path: Path, reference: Reference, record: dict[str, Any], extractor: Extractor) -> None:
+    """Write measured statistics as an .npz. record: what else to record, such as the crop."""
+    assert reference.features_ND is not None
+    arrays: dict[str, NDArray[Any]] = {"mu": reference.pool.mean_D, "sigma": reference.pool.covariance_DD}
+    arrays["features"] = reference.features_ND
+    if spatial := reference.spatial:
+        arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
+    facts = {name: getattr(reference, name) for name in ("name", "sha256", "count", "resolution")}
+    facts |= {"features": len(reference.features_ND), "extractor": identity(extractor)}
+    features.save_npz_record(path, RECORD, {**record, **facts}, arrays)
+
+
+def load_statistics(path: Path, extractor: Extractor) -> Reference:
+    """The statistics of an .npz. Raises DataError for damaged arrays, and unless this extractor made them."""
+    names = set(npz_names(path))
+    record = features.npz_record(path, RECORD, AGAIN) if RECORD in names else {}
+    maker = record.get("extractor", {"name": PUBLISHED, "sha256": ""})
+    if maker["sha256"] != extractor.sha256 if record else maker["name"] != extractor.name:
+        message = f"{path} was made with {maker['name']} {maker['sha256'][:12]}, not with {extractor.name}"
+        raise DataError(f"{message} {extractor.sha256[:12]}", AGAIN)
+
+    def load(name: str, *shape: int) -> NDArray[Any]:
+        array = npz_array(path, name)
+        if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise DataError(f"{path}: {name} {array.shape} is damaged, or not of {shape[-1]} features", AGAIN)
+        return array.astype(np.float32 if name == "features" else np.float64)
+
+    def statistics(mean: str, covariance: str, width: int) -> Statistics:
+        return Statistics(load(mean, width), load(covariance, width, width), record.get("count", 0))
+
+    pool, spatial = statistics("mu", "sigma", extractor.width), None
+    if {"mu_s", "sigma_s"} <= names and extractor.spatial_width:
+        spatial = statistics("mu_s", "sigma_s", extractor.spatial_width)
+    if record:
+        features_ND = load("features", record["features"], extractor.width)
+        facts = {name: record[name] for name in ("name", "count", "sha256", "resolution")}
+        return Reference(**facts, pool=pool, spatial=spatial, features_ND=features_ND)
+    images = folder.open_npz(path) if "arr_0" in names else None
+    return Reference(str(path), None, files.sha256_file(path), None, pool, spatial, None, images)
+
+
+def score(
+    metric: str, extractor: Extractor, target: ImageSet, reference: ImageSet | Reference | None, *,
+    subset: int | None = None, ci: bool = False, file: Path | None = None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The record of a metric of METRICS, or of `all`. Every process calls it; the first one gets the record.
+
+    reference: None for `is`. subset: the Fréchet distance as a mean over disjoint class-balanced subsets of this size.
+    ci: 95% intervals. file: keeps the features of the target. Raises DataError."""
+    parts, subsets = METRICS if metric == "all" else (metric,), list[Any]([slice(None)])
+    fewest = max(*(FEWEST[part] for part in parts), 2 * metrics.SPLITS if ci else 0)
+    for images in (target, reference):
+        if isinstance(images, ImageSet) and images.count < fewest:
+            raise DataError(f"`eval {metric}` needs at least {fewest} images, not {images.count}", "take more images")
+    if subset is not None:
+        subsets = [] if target.labels is None else metrics.balanced_subsets(np.array(target.labels), subset)
+        if not subsets:
+            message = f"{target.name}: {target.count} images hold no class-balanced subset of {subset}"
+            raise DataError(message, "sample more, or leave --subset out")
+    absent = _absent(extractor, reference)
+    if set(parts) <= set(absent):
+        raise DataError(absent[parts[0]], "give images as --ref, or a file that has them")
+    compared = _measured(extractor, reference, parts)
+    scored = collect_shared(extractor, target, "sfid" in parts, file)
+    if scored is None:
+        return None
+    rows = dict[str, Row]()
+    for part in parts:
+        new: list[Row] = [{"value": None, "not_computed": absent.get(part)} for _ in range(2 if part == "pr" else 1)]
+        if part == "is":
+            new = [_inception_row(scored.logits_NK, target.labels, ci)]
+        elif part not in absent:
+            assert compared is not None
+            new = _compared_rows(part, extractor, scored, compared, subsets, ci)
+        names = ("precision", "recall") if part == "pr" else [NAMES[part][extractor.name != PUBLISHED]]
+        rows |= zip(names, new, strict=True)
+    return _record(metric, rows, extractor, target, scored, compared)
+
+
+def _absent(extractor: Extractor, reference: ImageSet | Reference | None) -> dict[str, str]:
+    """The parts of METRICS that cannot be computed, with the reason."""
+    absent = {}
+    if isinstance(reference, Reference):
+        if reference.spatial is None:
+            absent["sfid"] = f"{reference.name} has no mu_s and sigma_s"
+        if reference.features_ND is None and reference.images is None:
+            absent |= dict.fromkeys(("pr", "kid"), f"{reference.name} has neither features nor images (arr_0)")
+    return absent if extractor.spatial_width else {**absent, "sfid": f"{extractor.name} has no spatial features"}
+
+
+def _measured(extractor: Extractor, reference: ImageSet | Reference | None, parts: Sequence[str]) -> Reference | None:
+    """The reference with all that the parts need. Measured here: None in all processes but the first."""
+    images = reference.images if isinstance(reference, Reference) else reference
+    rows = spread(images.count, REFERENCE_FEATURES) if images and not {"pr", "kid"}.isdisjoint(parts) else []
+    if isinstance(reference, ImageSet):
+        return measure(extractor, reference, "sfid" in parts, rows)
+    if reference and images and rows and (shared := collect_shared(extractor, images)):
+        reference.features_ND = shared.features_ND[rows]
+    return reference
+
+
+def _inception_row(logits_NK: Floats, labels: list[int] | None, ci: bool) -> Row:
+    """The Inception Score: mean over splits, and over all images at once."""
+    by_split, order_free = metrics.inception_score(logits_NK)
+    row: Row = {
+        "value": float(by_split.mean()), "spread_over_splits": float(np.std(by_split)), "splits": len(by_split),
+        "images_per_split": len(logits_NK) // len(by_split), "order_free": order_free,
+    }  # fmt: skip
+    if ci:
+        row["ci95"], row["order_free_ci95"] = metrics.score_intervals(logits_NK, by_split, order_free)
+    if labels is not None and len(set(labels)) > 1 and labels == sorted(labels):
+        row |= {key: None for key in ("value", "spread_over_splits", "ci95") if key in row}
+        row["not_computed"] = "the images are in class order, so a mean over splits says nothing; see order_free"
+    if row["images_per_split"] < ENOUGH * logits_NK.shape[1]:
+        row["notes"] = [f"{row['images_per_split']} images a split: such a score is too low; compare it at the same N"]
+    return row
+
+
+def _compared_rows(
+    part: str, extractor: Extractor, scored: Features, reference: Reference, subsets: Sequence[Any], ci: bool
+) -> list[Row]:
+    """The rows of the scores that compare with a reference."""
+    features_ND, reference_ND = scored.features_ND, reference.features_ND
+    if part == "fid":
+        return [_frechet_row(features_ND, reference.pool, "features", subsets, ci)]
+    if part == "sfid":
+        assert scored.spatial_NP is not None
+        assert reference.spatial is not None
+        row = _frechet_row(scored.spatial_NP, reference.spatial, "spatial features", [slice(None)], False)
+        return [{"value": row["value"], "notes": row["notes"]}]
+    assert reference_ND is not None
+    facts = {"reference_features": len(reference_ND)}
+    if part == "pr":
+        shares = metrics.precision_recall(features_ND, reference_ND, device=extractor.device)
+        return [{"value": share, "neighbours": metrics.NEIGHBOURS, **facts} for share in shares]
+    value, spread_over_subsets = metrics.kernel_distance(features_ND, reference_ND)
+    size = min(metrics.SUBSET_SIZE, len(features_ND), len(reference_ND))
+    draws = {"spread_over_subsets": spread_over_subsets, "subsets": metrics.SUBSETS, "subset_size": size}
+    return [{"value": value, **draws, **facts}]
+
+
+def _frechet_row(features_ND: Floats, reference: Statistics, kind: str, subsets: Sequence[Any], ci: bool) -> Row:
+    """The Fréchet distance of all images, or the mean over balanced subsets."""
+    root = metrics.matrix_root(reference.covariance_DD)
+    statistics = [metrics.statistics(features_ND[rows]) for rows in subsets]
+    values = [metrics.frechet_distance(one, reference, root) for one in statistics]
+    row: Row = {"value": float(np.mean(values))}
+    if ci:
+        without = []
+        with progress.Bar("leave out, for the interval", min(metrics.GROUPS, len(features_ND)), "groups") as bar:
+            for distance in metrics.distances_without_groups(features_ND, reference, root):
+                without.append(distance)
                 bar.advance(1)
-        return metrics.interval_from_groups(value, values, len(features_ND))
-
-    def _sfid(self) -> dict[str, Row]:
-        """The Fréchet distance of the spatial features."""
-        assert self.features.spatial_NP is not None
-        assert self._compared.spatial is not None
-        statistics = metrics.statistics(self.features.spatial_NP)
-        self._note_rank(statistics, "spatial features")
-        return {self.names("sfid")[0]: {"": metrics.frechet_distance(statistics, self._compared.spatial)}}
-
-    def _note_rank(self, statistics: metrics.Statistics, kind: str) -> None:
-        count = min(statistics.count, self._compared.count or statistics.count)
-        self.notes += rank_notes(count, len(statistics.mean_D), kind)
-
-    def _is(self) -> dict[str, Row]:
-        """The Inception Score: mean over splits, and over all images at once."""
-        (name,), logits_NK = self.names("is"), self.features.logits_NK
-        by_split, order_free = metrics.inception_score(logits_NK)
-        row: Row = {"": float(by_split.mean()), "spread_over_splits": float(np.std(by_split)), "splits": len(by_split)}
-        row |= {"images_per_split": len(logits_NK) // len(by_split), "order_free": order_free}
-        if self.options.ci:
-            row["ci95"] = metrics.splits_interval(by_split)
-            row["order_free_ci95"] = metrics.order_free_interval(logits_NK, order_free)
-        labels = self.target.labels
-        if labels is not None and len(set(labels)) > 1 and labels == sorted(labels):
-            row |= {key: None for key in ("", "spread_over_splits", "ci95") if key in row}
-            self.absent[name] = SORTED
-        self.notes += few_notes(row["images_per_split"], logits_NK.shape[1])
-        return {name: row}
-
-    def _pr(self) -> dict[str, Row]:
-        """Precision and recall."""
-        reference_ND = self._reference_features()
-        values = metrics.precision_recall(self.features.features_ND, reference_ND, device=self.extractor.device)
-        settings = {"neighbours": metrics.NEIGHBOURS, "reference_features": len(reference_ND)}
-        return {name: {"": value, **settings} for name, value in zip(self.names("pr"), values, strict=True)}
-
-    def _kid(self) -> dict[str, Row]:
-        """The kernel distance."""
-        reference_ND = self._reference_features()
-        value, spread_over_subsets = metrics.kernel_distance(self.features.features_ND, reference_ND)
-        row: Row = {"": value, "spread_over_subsets": spread_over_subsets, "subsets": metrics.SUBSETS}
-        size = min(metrics.SUBSET_SIZE, len(self.features), len(reference_ND))
-        row |= {"subset_size": size, "reference_features": len(reference_ND)}
-        return {self.names("kid")[0]: row}
-
-    def record(self, metric: str, rows: dict[str, Row], absent: dict[str, str]) -> dict[str, Any]:
-        """The keys of one score are short (value, ci95); of `all` they carry its name (fid, fid_ci95)."""
-        whole = metric == "all"
-        values: dict[str, Any] = {"metric": "all" if whole else "_".join(rows)}
-        for name, row in rows.items():
-            main = name if len(rows) > 1 else "value"
-            values |= {main if not key else f"{name}_{key}" if whole else key: value for key, value in row.items()}
-            absent = {main if key == name else key: reason for key, reason in absent.items()}
-        target, compared, features = self.target, self.reference, self.features
-        values.setdefault("n", len(features))
-        return {
-            **values,
-            "target": {"name": target.name, "count": len(features), "sha256": features.sha256},
-            "reference": compared and {"name": compared.name, "count": compared.count, "sha256": compared.sha256},
-            "extractor": identity(self.extractor),
-            "class_accuracy": class_accuracy(self.extractor, target.labels, target.class_names, features.predicted),
-            "notes": ([self.extractor.note] if self.extractor.note else []) + self.notes,
-            **({"not_computed": absent} if absent else {}),
-        }
+        row["ci95"] = metrics.interval_from_groups(row["value"], without, len(features_ND))
+    count = statistics[0].count
+    notes = rank_notes(min(count, reference.count or count), features_ND.shape[1], kind)
+    spread_over_subsets = float(np.std(values)) if len(values) > 1 else None
+    return {**row, "spread_over_subsets": spread_over_subsets, "n": count, "subsets": len(values), "notes": notes}
 
 
-def rank_notes(count: int, width: int, kind: str) -> list[str]:
+def _record(
+    metric: str, rows: dict[str, Row], extractor: Extractor, target: ImageSet, scored: Features,
+    reference: Reference | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The keys of one score are short (value, ci95); of `all` they carry its name (fid, fid_ci95)."""
+    values: dict[str, Any] = {"metric": "all" if metric == "all" else "_".join(rows)}
+    notes, absent = [extractor.note] if extractor.note else [], {}
+    for name, row in rows.items():
+        main, prefix = name if len(rows) > 1 else "value", f"{name}_" if metric == "all" else ""
+        if reason := row.pop("not_computed", None):
+            absent[main] = reason
+        notes += row.pop("notes", [])
+        values |= {main if key == "value" else prefix + key: value for key, value in row.items()}
+    values.setdefault("n", target.count)
+    return {
+        **values,
+        "target": {"name": target.name, "count": target.count, "sha256": scored.sha256},
+        "reference": reference and {name: getattr(reference, name) for name in ("name", "count", "sha256")},
+        "extractor": identity(extractor),
+        "class_accuracy": class_accuracy(extractor, target.labels, target.class_names, scored),
+        "notes": notes,
+        **({"not_computed": absent} if absent else {}),
+    }
+
+
+def rank_notes(count: int, width: int, kind: str = "features") -> list[str]:
     """A note for a Fréchet distance of fewer images than features."""
     return [f"fewer images than the {width} {kind}: the covariance has no full rank"] if count <= width else []
 
 
-def few_notes(count: int, classes: int) -> list[str]:
-    """A note for an Inception Score of few images a split: 5,000 for Inception's 1,008 classes are enough."""
-    if count >= ENOUGH * classes:
-        return []
-    return [
-        f"{count} images a split for {classes} classes: an Inception Score of so few is too low, the order-free one by "
-        "less; compare it only at the same N"
-    ]
-
-
 def class_accuracy(
-    extractor: Extractor, labels: Sequence[int] | None, names: Sequence[str], predicted_N: NDArray[np.int64]
+    extractor: Extractor, labels: Sequence[int] | None, names: Sequence[str], scored: Features
 ) -> float | None:
     """Share of images that a judge puts into the class they were drawn for, by name; None if that is not known."""
     if not extractor.class_names or labels is None or not names:
         return None
+    predicted_N = scored.logits_NK.argmax(1)
     return float(np.mean([extractor.class_names[p] == names[y] for p, y in zip(predicted_N, labels, strict=True)]))
-
-
-def _subsets(target: ImageSet, size: int) -> list[NDArray[np.int64]]:
-    if target.labels is None:
-        raise DataError(f"{target.name} has no labels, so no class-balanced subsets", "leave --subset out")
-    subsets = metrics.balanced_subsets(np.array(target.labels), size)
-    if not subsets:
-        message = f"{target.name}: {target.count} images hold no class-balanced subset of {size}"
-        raise DataError(message, "sample more")
-    return subsets

@@ -8,11 +8,12 @@ from pydantic import Field, model_validator
 from rdpm_cli.schema import Section
 from rdpm_cli.training.config import TrainConfig
 
+Presets = Mapping[str, Mapping[str, Any]]  # named sets of a family's fields
+Search = Mapping[str, Sequence[Any]]  # the fields, and the values of each, that `rdpm tune-sampling` tries, in order
+Effective = Mapping[str, tuple[str, Sequence[str]]]  # fields that act only while another has one of these values
 MaskSchedule = Literal["square", "cosine", "circle", "exp", "linear"]
+ALL_CODES = {"skip_steps": 0, "top_k": 0, "top_p": 1.0}  # each step draws, among all codes
 GAMMA = "gamma(r), the masked share: 1-r²; cos(pi r/2); sqrt(1-r²); 1-N^(r-1); 1-r"
-
-
-# ---- all families --------------------------------------------------------------------------------------------------
 
 
 class TransformerConfig(Section):
@@ -31,51 +32,31 @@ class TransformerConfig(Section):
         """D, the width of the residual stream."""
         return self.width or 64 * self.depth
 
-    @property
-    def head_count(self) -> int:
-        """Attention heads."""
-        return self.heads or self.depth
-
     @model_validator(mode="after")
     def _whole_pairs(self) -> Self:
-        # RoPE turns pairs of numbers, and on two axes half of the pairs each.
-        if self.hidden % self.head_count or (self.hidden // self.head_count) % 4:
-            raise ValueError(f"width / heads must be a multiple of 4, not {self.hidden} / {self.head_count}")
+        heads = self.heads or self.depth  # RoPE turns pairs of numbers, and on two axes half of the pairs each.
+        if self.hidden % (4 * heads):
+            raise ValueError(f"width / heads must be a multiple of 4, not {self.hidden} / {heads}")
         return self
 
 
-class GeneratorArchitecture(Section):
-    """What rebuilds a generator, together with its tokenizer; travels in its checkpoint."""
-
-    family: str = Field(description="generator family")
-    network: TransformerConfig
-
-
 class SamplingConfig(Section):
-    """Defaults of `rdpm sample`, recorded in the checkpoint: the fields of every family.
-
-    presets: named sets of a family's fields; guided: the presets that have no effect without a lambda. search: the
-    fields, and the values of each, that `rdpm tune-sampling` tries, in this order. effective_with: fields that have an
-    effect only while another field has one of these values.
-    """
+    """Defaults of `rdpm sample`, recorded in the checkpoint: the fields of every family."""
 
     family: ClassVar[str] = ""
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    guided: ClassVar[frozenset[str]] = frozenset()
-    search: ClassVar[Mapping[str, Sequence[Any]]] = {"cfg": (0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0)}
-    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {}
+    presets: ClassVar[Presets] = {}
+    guided: ClassVar[frozenset[str]] = frozenset()  # the presets that have no effect without a lambda
+    search: ClassVar[Search] = {"cfg": (0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0)}
+    effective_with: ClassVar[Effective] = {}
 
     cfg: float = Field(0.0, ge=0, description="lambda of guidance; 0 = off")
     micro_batch: int = Field(8, gt=0, description="images a forward pass; part of what fixes a sample on the CPU")
     gpu_micro_batch: int = Field(64, gt=0, description="the same on a GPU, halved where its memory is too small")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of network and decoder on a GPU; CPUs take fp32")
     channels_last: bool = Field(False, description="memory layout of the decoder's convolutions")
-    compile: Literal["off", "default", "graphs"] = Field(
-        "off", description="torch.compile of the network; graphs: with CUDA graphs"
-    )
+    compile: Literal["off", "default", "graphs"] = Field("off", description="torch.compile; graphs: with CUDA graphs")
 
     def images_at_once(self, device_type: str) -> int:
-        """The micro-batch on a kind of device."""
         return self.micro_batch if device_type == "cpu" else self.gpu_micro_batch
 
 
@@ -86,16 +67,12 @@ class ProxyConfig(Section):
     extractor: str | None = Field(None, description="a judge's file, for its features; default: Inception")
     weights: str | None = Field(None, description="Inception's weight file; default: looked up, never fetched")
 
-    @model_validator(mode="after")
-    def _at_least_two(self) -> Self:
-        if self.samples == 1:
-            raise ValueError("proxy.samples = 1: a covariance needs at least 2")
-        return self
 
+class GeneratorConfig(Section):
+    """The fields of every family. family and network travel in the checkpoint: with the tokenizer they rebuild it."""
 
-class GeneratorConfig(GeneratorArchitecture):
-    """A generator, its training and its sampling defaults: the fields of every family."""
-
+    family: str = Field(description="generator family")
+    network: TransformerConfig
     attention: Literal["sdpa", "flash"] = Field("sdpa", description="in training; flash: the flash-attn package")
     recompute: bool = Field(False, description="activation checkpointing: each block's again in the backward pass")
     objective: Section
@@ -106,23 +83,12 @@ class GeneratorConfig(GeneratorArchitecture):
     @property
     def uses_latents(self) -> bool:
         """Whether training reads latents, so that the store should keep them."""
-        return False
-
-
-# ---- RDPM (arXiv 2412.18390) ---------------------------------------------------------------------------------------
+        readers = ("noise", "fresh"), ("sigma_psi", None)  # options of RDPM's and of ResGen's objective
+        return any(option in readers for option in self.objective)
 
 
 class NetworkConfig(TransformerConfig):
-    """RDPM's network: the transformer and its head."""
-
     head: Literal["linear", "geometric"] = Field("linear", description="geometric also predicts z and scores by it")
-
-
-class RDPMArchitecture(GeneratorArchitecture):
-    """What rebuilds an RDPM generator."""
-
-    family: Literal["rdpm"] = Field("rdpm", description="generator family")
-    network: NetworkConfig = NetworkConfig()
 
 
 class ObjectiveConfig(Section):
@@ -137,33 +103,23 @@ class ObjectiveConfig(Section):
     label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class")
 
 
-# The rows of the paper's Table 3: the likeliest code or a draw with Gumbel noise, by guidance. lambda and tau are not
-# among them, since each network has its own best ones.
-_ALL_CODES = {"skip_steps": 0, "top_k": 0, "top_p": 1.0}
-_TABLE_3 = {
-    "raw": {"cfg": 0.0, "draw": "argmax", **_ALL_CODES},
-    "cfg": {"cfg_schedule": "constant", "draw": "argmax", **_ALL_CODES},
-    "cfg-linear": {"cfg_schedule": "linear", "draw": "argmax", **_ALL_CODES},
-    "gumbel": {"cfg_schedule": "linear", "draw": "gumbel", **_ALL_CODES},
-}
-
-
 class RDPMSampling(SamplingConfig):
-    """How RDPM samples."""
-
     family: ClassVar[str] = "rdpm"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = _TABLE_3
-    guided: ClassVar[frozenset[str]] = frozenset(("cfg", "cfg-linear"))
-    search: ClassVar[Mapping[str, Sequence[Any]]] = {
-        **SamplingConfig.search,
-        "cfg_schedule": ("constant", "linear", "cosine", "power"),
-        "tau": (0.9, 1.0, 1.1, 1.25, 1.5, 2.0),
-        "skip_steps": (0, 1, 2, 3, 4),
+    # The rows of the paper's Table 3. lambda and tau are not among them, since each network has its own best ones.
+    presets: ClassVar[Presets] = {
+        "raw": {"cfg": 0.0, "draw": "argmax", **ALL_CODES},
+        "cfg": {"cfg_schedule": "constant", "draw": "argmax", **ALL_CODES},
+        "cfg-linear": {"cfg_schedule": "linear", "draw": "argmax", **ALL_CODES},
+        "gumbel": {"cfg_schedule": "linear", "draw": "gumbel", **ALL_CODES},
     }
-    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {
+    guided: ClassVar[frozenset[str]] = frozenset(("cfg", "cfg-linear"))
+    search: ClassVar[Search] = {
+        **SamplingConfig.search, "cfg_schedule": ("constant", "linear", "cosine", "power"),
+        "tau": (0.9, 1.0, 1.1, 1.25, 1.5, 2.0), "skip_steps": (0, 1, 2, 3, 4),
+    }  # fmt: skip
+    effective_with: ClassVar[Effective] = {
         "cfg_power": ("cfg_schedule", ("power",)),
-        "cfg_first": ("cfg_schedule", ("interval",)),
-        "cfg_last": ("cfg_schedule", ("interval",)),
+        **dict.fromkeys(("cfg_first", "cfg_last"), ("cfg_schedule", ("interval",))),
         **dict.fromkeys(("tau", "tau_end", "top_k", "top_p"), ("draw", ("gumbel", "inverse"))),
     }
 
@@ -192,90 +148,53 @@ class RDPMSampling(SamplingConfig):
         return self
 
 
-class RDPMConfig(RDPMArchitecture, GeneratorConfig):
-    """An RDPM generator."""
-
+class RDPMConfig(GeneratorConfig):
+    family: Literal["rdpm"] = Field("rdpm", description="generator family")
+    network: NetworkConfig = NetworkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sampling: RDPMSampling = RDPMSampling()
 
-    @property
-    def uses_latents(self) -> bool:
-        """Whether fresh noise is drawn on them."""
-        return self.objective.noise == "fresh"
-
-
-# ---- ResGen (arXiv 2412.10208) -------------------------------------------------------------------------------------
-
 
 class ResGenNetwork(TransformerConfig):
-    """ResGen's network: the transformer and its head."""
-
     mixtures: int = Field(1024, ge=1, description="Gaussians of the mixture a position")
     rank: int = Field(16, ge=1, description="r, of what a position adds to the shared means")
     count_embed: bool = Field(True, description="tell each position how many of its depths are visible")
     ratio_cond: bool = Field(True, description="tell the condition which share of all tokens is masked")
-    target: Literal["cumulative", "direct"] = Field(
-        "cumulative", description="the sum of the masked embeddings by the mixture; direct: each depth's token"
-    )
-
-
-class ResGenArchitecture(GeneratorArchitecture):
-    """What rebuilds a ResGen generator."""
-
-    family: Literal["resgen"] = Field("resgen", description="generator family")
-    network: ResGenNetwork = ResGenNetwork()
+    target: Literal["cumulative", "direct"] = Field("cumulative", description="the masked sum, or each depth's token")
 
 
 class ResGenObjective(Section):
     """How tokens are masked in training, and the loss of the head."""
 
     schedule: MaskSchedule = Field("square", description=GAMMA)
-    order: Literal["coarse-to-fine", "random"] = Field(
-        "coarse-to-fine", description="which depths are masked: the finest first, or any (a baseline)"
-    )
-    mog_loss: Literal["split", "nll", "clam"] = Field(
-        "split", description="bound of the mixture's likelihood: classification + regression; exact; CLaM-TTS's"
-    )
+    order: Literal["coarse-to-fine", "random"] = Field("coarse-to-fine", description="masked: the finest first, or any")
+    mog_loss: Literal["split", "nll", "clam"] = Field("split", description="classification + regression; exact; CLaM's")
     detach_resp: bool = Field(True, description="no gradient through the responsibilities of split's classification")
     sigma_psi: float | None = Field(None, gt=0, description="RMS of the quantisation error; default: measured")
     label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class")
 
 
 class ResGenSampling(SamplingConfig):
-    """How ResGen samples."""
-
     family: ClassVar[str] = "resgen"
-    effective_with: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {
-        "conf_temp": ("conf", ("logp", "comp")),
-        "conf_anneal": ("conf", ("logp", "comp")),
-    }
-    search: ClassVar[Mapping[str, Sequence[Any]]] = {
-        **SamplingConfig.search,
-        "top_p": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-        "z_temp": (0.6, 0.8, 0.9, 1.0),
-        "conf_temp": (0.5, 1.0, 2.0),
-    }
+    effective_with: ClassVar[Effective] = dict.fromkeys(("conf_temp", "conf_anneal"), ("conf", ("logp", "comp")))
+    search: ClassVar[Search] = {
+        **SamplingConfig.search, "top_p": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "z_temp": (0.6, 0.8, 0.9, 1.0), "conf_temp": (0.5, 1.0, 2.0),
+    }  # fmt: skip
 
     steps: int = Field(8, ge=1, description="S, forward passes, whatever the depth T")
     schedule: MaskSchedule = Field("square", description=f"as in training, or another: {GAMMA}")
     top_p: float = Field(1.0, gt=0, le=1, description="components of the smallest set that holds this probability")
     z_temp: float = Field(1.0, ge=0, description="factor of the drawn component's scale")
-    conf: Literal["logp", "comp", "rand"] = Field(
-        "logp", description="what is revealed first: likely vectors (z-scored), likely components, any"
-    )
+    conf: Literal["logp", "comp", "rand"] = Field("logp", description="revealed first: likely vectors, components; any")
     conf_temp: float = Field(1.0, ge=0, description="factor of the Gumbel noise on the confidence")
     conf_anneal: bool = Field(True, description="that noise falls to 0 at the last step")
     cfg_schedule: Literal["constant", "linear"] = Field("linear", description="linear: 0 at step 1, lambda at step S")
     cfg_mode: Literal["both", "logits"] = Field("both", description="guide weights and means, or weights alone")
 
 
-class ResGenConfig(ResGenArchitecture, GeneratorConfig):
-    """A ResGen generator."""
-
+class ResGenConfig(GeneratorConfig):
+    family: Literal["resgen"] = Field("resgen", description="generator family")
+    network: ResGenNetwork = ResGenNetwork()
     objective: ResGenObjective = ResGenObjective()
     sampling: ResGenSampling = ResGenSampling()
-
-    @property
-    def uses_latents(self) -> bool:
-        """Whether the error of their quantisation is measured."""
-        return self.objective.sigma_psi is None

@@ -1,24 +1,29 @@
-"""The whole contract between a generator family and everything else. It imports no family.
+"""The contract between a generator family and everything else, and what families share in training. Knows no family.
 
-Legend: B samples or images, T steps, S positions of the flattened grid, M tokens of the condition, D width.
-"""
+Legend: B samples or images, T steps, S positions of the flattened grid, M tokens of the condition, D width."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rdpm_cli import noise
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep
-from rdpm_cli.generator.config import GeneratorArchitecture, SamplingConfig
+from rdpm_cli.errors import some_of
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.quantizer import Quantizer
+from rdpm_cli.training.loop import Player
+
+EVALUATED_ROWS, EVALUATED_AT_ONCE = 256, 32  # held-out rows measured at most
 
 
 class Condition(NamedTuple):
-    """What samples are asked to be, embedded, one row each. A class is one kind of it (`conditions.py`)."""
+    """What samples are asked to be, embedded, one row each. `Transformer.class_condition` makes it of a class."""
 
     vector_BD: Tensor  # added to the embedding of t, for AdaLN
     tokens_BMD: Tensor | None = None  # to attend to, in front of the positions
@@ -28,9 +33,7 @@ class Condition(NamedTuple):
     def joined(self, second: "Condition") -> "Condition":
         """The rows of both, for one pass of the network. They must have the same parts."""
         pairs = zip(self, second, strict=True)
-        vector, *rest = (None if a is None or b is None else torch.cat([a, b]) for a, b in pairs)
-        assert vector is not None
-        return Condition(vector, *rest)
+        return Condition._make(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs)
 
 
 class Known(NamedTuple):
@@ -44,95 +47,131 @@ class Known(NamedTuple):
 class SampleOptions:
     """What fixes a sample, together with checkpoint, condition and index."""
 
-    sampling: SamplingConfig  # the family's
+    sampling: Any  # the family's SamplingConfig
     seed: int = 0
 
 
-@dataclass
-class Tally:
-    """Sums and counts of a held-out measurement, by step t or by the number of masked depths."""
-
-    total: Tensor
-    count: Tensor
-
-    def __add__(self, second: "Tally") -> "Tally":
-        return Tally(self.total + second.total, self.count + second.count)
-
-    def means(self) -> list[float | None]:
-        """Means; None where nothing was counted."""
-        pairs = zip(self.total.tolist(), self.count.tolist(), strict=True)
-        return [total / count if count else None for total, count in pairs]
-
-
-class GeneratorBatches(Protocol):
-    """A family's batches from a code store: those of training, and the held-out ones."""
-
-    def __init__(self, store: CodeStore, cfg: Any, quantizer: Quantizer, seed: int) -> None:
-        """cfg: the family's config."""
-
-    @staticmethod
-    def blank(cfg: Any, quantizer: Quantizer, rows: int) -> Any:
-        """A batch without content, for measuring what a step costs."""
-
-    @property
-    def images(self) -> int:
-        """Training images, the unit of an epoch."""
-
-    def batch_at(self, step: int, rows: range) -> Any:
-        """These rows of the step's global batch, with a method `to(device)`; a function of (seed, step)."""
-
-    def describe(self, step: int, rows: range) -> str:
-        """The items of those rows, for an error message."""
-
-    def held_out_batches(self) -> Iterator[Any]:
-        """Batches of images and draws that training never saw, for `Generator.held_out`."""
-
-
 class Generator(Protocol):
-    """One family. `network` holds the trainable parameters of the generator only; its `trunk` is the Transformer."""
+    """One family."""
 
-    network: nn.Module
-    classes: int
+    network: Any  # a module of all trainable parameters, without the tokenizer's; its `trunk` is the Transformer
+    classes: int  # without the null class, which is number `classes`
+    objective: Any = None  # of training
 
     def __init__(self, cfg: Any, quantizer: Quantizer, classes: int) -> None:
-        """cfg: the family's architecture. quantizer: the frozen tokenizer's."""
+        """cfg: of the network. quantizer: the frozen tokenizer's."""
 
     @staticmethod
     def check_codes(tokenizer: TokenizerArchitecture, origin: str) -> None:
-        """Raise UsageError, naming a recipe that fits, if the family cannot learn this tokenizer's codes.
-
-        origin: what holds the codes, for the message.
-        """
-
-    @property
-    def cfg(self) -> GeneratorArchitecture:
-        """Its family and sizes."""
+        """Raise UsageError, naming `origin` and a recipe, if the family cannot learn this tokenizer's codes."""
 
     def begin(self, cfg: Any, store: CodeStore) -> dict[str, Any]:
-        """Take the training options, and measure the constants that the network keeps of the store. -> provenance."""
+        """Measure the constants that the network keeps of the store. -> provenance."""
+        return {}
 
     def condition(self, columns: Mapping[str, Tensor]) -> Condition:
         """The condition of rows with these columns of the store, e.g. {"labels": (B,) int64}."""
+        return self.network.trunk.class_condition(columns["labels"])
 
     def null_condition(self, count: int) -> Condition:
         """The condition of rows that are asked for nothing, for guidance."""
+        device = next(self.network.parameters()).device
+        return self.condition({"labels": torch.full((count,), self.classes, device=device)})
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and logs of one of the family's batches."""
 
-    def held_out(self, batch: Any) -> dict[str, Tally]:
-        """Measurements of a held-out batch; `baseline` is the model-free one."""
+    def held_out(self, batch: Any) -> dict[str, Tensor]:
+        """Measurements of a held-out batch, sums and counts (2, n); `baseline` is the model-free one."""
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this family or its tokenizer cannot use."""
 
     def passes(self, options: SampleOptions, first: int = 1) -> int:
-        """Rows through the network for one sample: two at a guided step, none at one without a network call.
-
-        first: the first step whose codes are drawn.
-        """
+        """Rows through the network for one sample whose codes are drawn from step `first` on."""
 
     def sample(
         self, condition: Condition, indices_B: Tensor, options: SampleOptions, known: Known | None = None
     ) -> Tensor:
         """codes (B, T, S) int64. Row i depends on row i of condition, indices_B and known, and on the options."""
+
+
+@dataclass
+class Batch:
+    """A batch of one process; a family adds its fields."""
+
+    codes_BTS: Tensor  # int64
+    columns: dict[str, Tensor]  # conditions, (B,) each; the null class where a label was dropped
+
+    def to(self, device: torch.device) -> Self:
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, columns={name: column.to(device) for name, column in self.columns.items()})
+
+
+class GeneratorBatches(ABC):
+    """A family's batches from a code store, pure functions of (seed, step), and the held-out ones."""
+
+    def __init__(self, store: CodeStore, cfg: Any, quantizer: Quantizer, seed: int) -> None:
+        self.store, self.objective, self.batch, self.seed = store, cfg.objective, cfg.train.batch, seed
+        self.rows, self.held_out = store.split()
+        self.images = len(self.rows) // store.manifest.views  # the unit of an epoch
+
+    @staticmethod
+    @abstractmethod
+    def blank(cfg: Any, quantizer: Quantizer, rows: int) -> Any:
+        """A batch without content, for measuring what a step costs."""
+
+    @abstractmethod
+    def batch_at(self, step: int, rows: range) -> Any:
+        """These rows of the step's global batch."""
+
+    @abstractmethod
+    def held_out_batches(self) -> Iterator[Any]:
+        """Batches of images and draws that training never saw, for `Generator.held_out`."""
+
+    def rows_at(self, step: int, rows: range) -> noise.Ints:
+        return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows))[rows.start : rows.stop]]
+
+    def describe(self, step: int, rows: range) -> str:
+        pairs = zip(*self.addresses(self.rows_at(step, rows)), strict=True)
+        return f"images:views {some_of(f'{index}:{view}' for index, view in pairs)}"
+
+    def addresses(self, store_rows: noise.Ints) -> tuple[list[int], list[int]]:
+        """Source indices and views of rows of the store, by which their noise is addressed."""
+        return self.store.index[store_rows].tolist(), (store_rows % self.store.manifest.views).tolist()
+
+    def read(self, store_rows: noise.Ints, uniform_B: noise.Floats | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """codes_BTS and columns of a batch; the null class where uniform_B is below the rate of label drop."""
+        labels = self.store.columns["labels"][store_rows].astype(np.int64)
+        if uniform_B is not None:
+            labels = np.where(uniform_B < self.objective.label_drop, len(self.store.manifest.class_names), labels)
+        codes_BTS = torch.from_numpy(self.store.codes(store_rows).astype(np.int64))
+        return codes_BTS, {"labels": torch.from_numpy(labels)}
+
+    def held_out_rows(self) -> Iterator[noise.Ints]:
+        measured = self.held_out[:: max(1, len(self.held_out) // EVALUATED_ROWS)][:EVALUATED_ROWS]
+        for start in range(0, len(measured), EVALUATED_AT_ONCE):
+            yield measured[start : start + EVALUATED_AT_ONCE]
+
+
+class GeneratorTask(Player):
+    """The training loop's one player. The heads, a layer each, run outside the network and are not compiled."""
+
+    name = "generator"
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator, self.model = generator, generator.network
+
+    def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
+        """The family's loss."""
+        return self.generator.loss(batch, step)
+
+
+def held_out(generator: Generator, batches: GeneratorBatches, device: torch.device) -> dict[str, list[float | None]]:
+    """Means of the family's measurements on held-out codes under held-out draws; None where nothing was counted."""
+    totals: dict[str, Tensor] = {}
+    for batch in batches.held_out_batches():
+        for name, pair in generator.held_out(batch.to(device)).items():
+            totals[name] = totals[name] + pair if name in totals else pair
+    pairs = {name: zip(*total.tolist(), strict=True) for name, total in totals.items()}
+    return {name: [value / count if count else None for value, count in pair] for name, pair in pairs.items()}

@@ -1,20 +1,16 @@
 """ResGen's head: a mixture of Gaussians in low-rank form, its losses, its draws.
 
-Legend: B images, L positions, K components, H width of a code, r rank, D width of the transformer.
-All is in fp32 outside autocast and in units of rho_k: w = z / rho_k, sp = sigma_psi / rho_k. No (B, L, K, H) tensor
-exists: at ImageNet's size one would hold 4 GiB.
-"""
+Legend: B images, L positions, K components, H width of a code, r rank, D width of the transformer; in units of rho_k
+w = z / rho_k, sp = sigma_psi / rho_k. No (B, L, K, H) tensor exists: at ImageNet's size one would hold 4 GiB."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from rdpm_cli.device import full_precision
+from rdpm_cli.distributed import full_precision
 from rdpm_cli.generator.drawing import guide
-
-MEANS_STD = 0.5  # of the shared means at the start
-LOG_SCALE = (-6.0, 3.0)  # bounds of log s
+from rdpm_cli.generator.transformer import zero_linear
 
 
 @dataclass
@@ -28,53 +24,36 @@ class Mixture:
     means_KH: Tensor  # C
     basis_Hr: Tensor  # U
 
-    def halves(self) -> tuple["Mixture", "Mixture"]:
-        """Of the first and of the second half of the rows."""
-        rows = (self.logits_BLK, self.low_BLKr, self.shift_BLH, self.scale_BL)
-        (pi, pi2), (low, low2), (shift, shift2), (scale, scale2) = (x.chunk(2) for x in rows)
-        shared = self.means_KH, self.basis_Hr
-        return Mixture(pi, low, shift, scale, *shared), Mixture(pi2, low2, shift2, scale2, *shared)
-
-    def guided(self, uncond: "Mixture", lambda_t: float, means: bool) -> "Mixture":
-        """Logits, and with `means` Q and b, as cond + lambda (cond - uncond); the scale stays the conditional one.
-
-        N(mu_c)^w N(mu_u)^(1-w) of equal variance is a Gaussian at exactly this mean, w = 1 + lambda.
-        """
-        logits = guide(self.logits_BLK, uncond.logits_BLK, lambda_t)
-        if not means:
-            return replace(self, logits_BLK=logits)
-        low = guide(self.low_BLKr, uncond.low_BLKr, lambda_t)
-        return replace(
-            self, logits_BLK=logits, low_BLKr=low, shift_BLH=guide(self.shift_BLH, uncond.shift_BLH, lambda_t)
-        )
+    def guided(self, lambda_t: float, means: bool) -> "Mixture":
+        """The first half of the rows, with its logits, and if `means` Q and b, guided away from the second half's."""
+        # N(mu_c)^w N(mu_u)^(1-w) of equal variance is a Gaussian at exactly this mean, w = 1 + lambda.
+        lambda_means = lambda_t if means else 0.0
+        logits, shift = guide(self.logits_BLK, lambda_t), guide(self.shift_BLH, lambda_means)
+        scale, low = self.scale_BL.chunk(2)[0], guide(self.low_BLKr, lambda_means)
+        return Mixture(logits, low, shift, scale, self.means_KH, self.basis_Hr)
 
 
 class MixtureHead(nn.Module):
     """Hidden states -> a mixture a position. What depends on the position starts at zero."""
 
     def __init__(self, width: int, channels: int, components: int, rank: int) -> None:
-        """width: D. channels: H."""
         super().__init__()
-        self.sizes = [components, components * rank, channels, 1]
-        self.rank = rank
-        self.out = nn.Linear(width, sum(self.sizes))
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        self.means = nn.Parameter(MEANS_STD * torch.randn(components, channels))
+        self.sizes, self.rank = [components, components * rank, channels, 1], rank
+        self.out = zero_linear(width, sum(self.sizes))
+        self.means = nn.Parameter(0.5 * torch.randn(components, channels))
         self.basis = nn.Parameter(nn.init.orthogonal_(torch.empty(channels, rank)))
 
     def forward(self, hidden_BLD: Tensor, floor_BL: Tensor) -> Mixture:
         """floor: sp / 2, which no scale falls below."""
         with full_precision(hidden_BLD):
             logits, low, shift, log_scale = self.out(hidden_BLD.float()).split(self.sizes, -1)
-            scale = torch.maximum(log_scale.squeeze(-1).clamp(*LOG_SCALE).exp(), floor_BL)
+            scale = torch.maximum(log_scale.squeeze(-1).clamp(-6.0, 3.0).exp(), floor_BL)
             return Mixture(logits, low.unflatten(-1, (-1, self.rank)), shift, scale, self.means, self.basis)
 
 
 def squared_distances(mix: Mixture, w_BLH: Tensor) -> Tensor:
     """d2_c = |w - mu_c|², (B, L, K): v = w - b, G = U^T U,
-    |v|² - 2 v.C_c + |C_c|² - 2 Q_c.(U^T v) + 2 Q_c.(U^T C_c) + Q_c^T G Q_c.
-    """
+    |v|² - 2 v.C_c + |C_c|² - 2 Q_c.(U^T v) + 2 Q_c.(U^T C_c) + Q_c^T G Q_c."""
     v, C, U, Q = w_BLH - mix.shift_BLH, mix.means_KH, mix.basis_Hr, mix.low_BLKr
     near = v.pow(2).sum(-1, keepdim=True) - 2 * v @ C.T + C.pow(2).sum(-1)
     cross = Q @ (U.T @ U) + 2 * (C @ U)  # (B, L, K, r): Q_c^T G + 2 U^T C_c
@@ -83,11 +62,9 @@ def squared_distances(mix: Mixture, w_BLH: Tensor) -> Tensor:
 
 
 def divergences(mix: Mixture, w_BLH: Tensor, sp_BL: Tensor) -> Tensor:
-    """KL_c = KL(N(w, sp² I) || N(mu_c, s² I)) = H (log(s / sp) - 1/2 + sp² / 2s²) + d2_c / 2s², (B, L, K).
-
-    sp² / 2s² keeps s from falling to 0, as a density of vectors that are discrete would have it.
-    """
+    """KL_c = KL(N(w, sp² I) || N(mu_c, s² I)) = H (log(s / sp) - 1/2 + sp² / 2s²) + d2_c / 2s², (B, L, K)."""
     variance = mix.scale_BL.pow(2)
+    # sp² / 2s² keeps s from falling to 0, as a density of vectors that are discrete would have it.
     shared = w_BLH.shape[-1] * ((mix.scale_BL / sp_BL).log() - 0.5 + sp_BL.pow(2) / (2 * variance))
     return shared.unsqueeze(-1) + squared_distances(mix, w_BLH) / (2 * variance).unsqueeze(-1)
 
@@ -98,12 +75,8 @@ def exact_nll(log_pi: Tensor, kl: Tensor) -> Tensor:
 
 
 def split_loss(log_pi: Tensor, kl: Tensor, detach: bool) -> Tensor:
-    """CE + REG: -sum_c resp_c log pi_c - logsumexp_c(-KL_c), resp = softmax_c(-KL_c). At least NLL: (B, L).
-
-    Both terms use every component, so that none is left over. detach: no gradient of CE through resp.
-    """
-    resp = (-kl).softmax(-1)
-    resp = resp.detach() if detach else resp
+    """CE + REG: -sum_c resp_c log pi_c - logsumexp_c(-KL_c), resp = softmax_c(-KL_c). At least NLL: (B, L)."""
+    resp = (-kl.detach() if detach else -kl).softmax(-1)  # detach: no gradient of CE through resp
     return -(resp * log_pi).sum(-1) - (-kl).logsumexp(-1)
 
 
@@ -134,15 +107,14 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The component that a uniform number in [0, 1) falls on. probabilities: (..., K), not normalised. (...) int64."""
     heights = probabilities.double().cumsum(-1)
     point = uniform.double().unsqueeze(-1) * heights[..., -1:]
-    component = torch.searchsorted(heights, point, right=True).squeeze(-1)
-    return component.clamp_max(probabilities.shape[-1] - 1)
+    return torch.searchsorted(heights, point, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
 
 
 def vector_of(mix: Mixture, component_BL: Tensor, eps_BLH: Tensor, z_temp: float) -> Tensor:
     """w = b + C_c + U Q_c + z_temp s eps, (B, L, H)."""
-    index = component_BL[..., None, None].expand(*component_BL.shape, 1, mix.low_BLKr.shape[-1])
-    offset = mix.low_BLKr.gather(2, index).squeeze(2) @ mix.basis_Hr.T
-    return mix.shift_BLH + mix.means_KH[component_BL] + offset + z_temp * mix.scale_BL.unsqueeze(-1) * eps_BLH
+    low_BLr = mix.low_BLKr.take_along_dim(component_BL[..., None, None], 2).squeeze(2)
+    mean_BLH = mix.shift_BLH + mix.means_KH[component_BL] + low_BLr @ mix.basis_Hr.T
+    return mean_BLH + z_temp * mix.scale_BL.unsqueeze(-1) * eps_BLH
 
 
 def log_density(mix: Mixture, w_BLH: Tensor) -> Tensor:

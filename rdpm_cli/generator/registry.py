@@ -2,74 +2,69 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from rdpm_cli import checkpoint, progress
-from rdpm_cli.codes.store import CodeStore
+from rdpm_cli import checkpoint
 from rdpm_cli.errors import CheckpointError, UsageError
-from rdpm_cli.generator import config, transformer
-from rdpm_cli.generator.config import GeneratorArchitecture, GeneratorConfig, SamplingConfig
+from rdpm_cli.generator import config as configs
 from rdpm_cli.generator.contract import Generator, GeneratorBatches
 from rdpm_cli.generator.rdpm import RDPM, CodeBatches
 from rdpm_cli.generator.resgen import MaskBatches, ResGen
-from rdpm_cli.generator.transformer import Kernel
+from rdpm_cli.generator.transformer import Kernel, sdpa
 from rdpm_cli.tokenizer import model as tokenizer_model
-from rdpm_cli.tokenizer.config import TokenizerArchitecture
-from rdpm_cli.tokenizer.model import Tokenizer
 
 KIND = "rdpm-generator"
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """The classes that make up a generator family."""
 
     make: type[Generator]
     batches: type[GeneratorBatches]
-    config: type[GeneratorConfig]
-    architecture: type[GeneratorArchitecture]  # the part of the config that rebuilds the network
-    sampling: type[SamplingConfig]
+    config: type[configs.GeneratorConfig]
+    network: type[configs.TransformerConfig]
+    sampling: type[configs.SamplingConfig]
 
 
 FAMILIES = {
-    "rdpm": Family(RDPM, CodeBatches, config.RDPMConfig, config.RDPMArchitecture, config.RDPMSampling),
-    "resgen": Family(ResGen, MaskBatches, config.ResGenConfig, config.ResGenArchitecture, config.ResGenSampling),
+    "rdpm": Family(RDPM, CodeBatches, configs.RDPMConfig, configs.NetworkConfig, configs.RDPMSampling),
+    "resgen": Family(ResGen, MaskBatches, configs.ResGenConfig, configs.ResGenNetwork, configs.ResGenSampling),
 }
 
 
-def build(cfg: GeneratorArchitecture, tokenizer: Tokenizer, classes: int) -> Generator:
+def build(cfg: configs.GeneratorConfig, tokenizer: tokenizer_model.Tokenizer, classes: int) -> Generator:
     """A fresh generator of the recipe's family over a tokenizer's codes."""
-    return FAMILIES[cfg.family].make(cfg, tokenizer.quantizer, classes)
+    return FAMILIES[cfg.family].make(cfg.network, tokenizer.quantizer, classes)
 
 
-def batches(cfg: GeneratorConfig, store: CodeStore, tokenizer: Tokenizer, seed: int) -> GeneratorBatches:
-    """The family's batches from a store of this tokenizer's codes."""
-    return FAMILIES[cfg.family].batches(store, cfg, tokenizer.quantizer, seed)
-
-
-def check_codes(family: str, tokenizer: TokenizerArchitecture, origin: str) -> None:
-    """Raise UsageError, naming a recipe that fits, if the family cannot learn this tokenizer's codes."""
-    FAMILIES[family].make.check_codes(tokenizer, origin)
-
-
-def find_kernel(cfg: GeneratorConfig, device: str) -> Kernel:
+def find_kernel(cfg: configs.GeneratorConfig, device: str) -> Kernel:
     """The recipe's attention kernel. Raises UsageError if flash-attn cannot run here."""
     if cfg.attention == "sdpa":
-        return transformer.sdpa
+        return sdpa
     if device == "cpu" or not torch.cuda.is_available() or cfg.train.precision != "bf16":
-        raise UsageError(
-            "attention=flash runs in bf16 on a CUDA device", "give train.precision=bf16, or attention=sdpa"
-        )
-    return transformer.flash()
+        raise UsageError("attention=flash runs in bf16 on a CUDA device", "give attention=sdpa")
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        hint = "uv pip install 'rdpm[flash]' --no-build-isolation, or leave attention=sdpa"
+        raise UsageError("attention=flash needs the flash-attn package, which is not installed", hint) from error
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            raise UsageError("attention=flash cannot mask the condition's tokens", "leave attention=sdpa")
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # its layout: (B, N, A, E)
+
+    return flash
 
 
-def prepare(generator: Generator, cfg: GeneratorConfig, kernel: Kernel = transformer.sdpa) -> None:
-    """Set the attention kernel, and whether the backward pass computes the blocks' activations again."""
-    trunk = transformer.trunk_of(generator.network)
-    trunk.use(kernel)
-    trunk.recompute = cfg.recompute
+def prepare(generator: Generator, cfg: configs.GeneratorConfig, kernel: Kernel = sdpa) -> None:
+    """Set the training options: the objective, the attention kernel, activation checkpointing."""
+    generator.objective, generator.network.trunk.recompute = cfg.objective, cfg.recompute
+    for block in generator.network.trunk.blocks:
+        block.attn.kernel = kernel
 
 
 def parameters(generator: Generator) -> int:
@@ -77,29 +72,22 @@ def parameters(generator: Generator) -> int:
     return sum(p.numel() for p in generator.network.parameters())
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
 def pack(
-    generator: Generator, cfg: GeneratorConfig, tokenizer: dict[str, Any], class_names: list[str], **extra: Any
+    generator: Generator, cfg: configs.GeneratorConfig, tokenizer: dict[str, Any], class_names: list[str], **extra: Any
 ) -> dict[str, Any]:
     """The content of a generator file. tokenizer: the content of its file. extra: provenance."""
-    architecture = cfg.model_dump(mode="json", include=set(GeneratorArchitecture.model_fields))
+    architecture = cfg.model_dump(mode="json", include={"family", "network"})
     content = {**architecture, "classes": len(class_names), "tokenizer": tokenizer["digest"]}
     # The sampling defaults are outside the config, and so outside the digest: tuned ones make no other model.
-    sampling = cfg.sampling.model_dump(mode="json")
-    return checkpoint.pack(
-        KIND, content, generator.network, tokenizer=tokenizer, class_names=class_names, sampling=sampling, **extra
-    )
+    extra |= {"tokenizer": tokenizer, "class_names": class_names, "sampling": cfg.sampling.model_dump(mode="json")}
+    return checkpoint.pack(KIND, content, generator.network, **extra)
 
 
 @dataclass
 class LoadedGenerator:
-    """A generator file, ready to sample."""
-
     generator: Generator
-    tokenizer: Tokenizer
-    sampling: SamplingConfig
+    tokenizer: tokenizer_model.Tokenizer
+    sampling: configs.SamplingConfig
     class_names: list[str]
     digest: str
     provenance: dict[str, Any]
@@ -115,28 +103,21 @@ class LoadedGenerator:
 
 def load(path: Path) -> LoadedGenerator:
     """The generator of a file, frozen, in evaluation mode. Raises CheckpointError."""
-    content = checkpoint.load(path, KIND)
-    inner = f"the tokenizer inside {path}"
+    content, inner = checkpoint.load(path, KIND), f"the tokenizer inside {path}"
     checkpoint.check(content.get("tokenizer"), inner, tokenizer_model.KIND)
     tokenizer = tokenizer_model.unpack(content["tokenizer"], inner)
-    fields = dict(content["config"])
-    classes, old_sampling = fields.pop("classes"), fields.pop("sampling", None)  # files of 0.1.0 have the latter here
-    if fields.pop("tokenizer") != content["tokenizer"]["digest"]:
+    fields = content["config"]
+    if fields["tokenizer"] != content["tokenizer"]["digest"]:
         raise CheckpointError(f"{path} carries another tokenizer than it was trained with", "copy or make it again")
-    if fields["family"] not in FAMILIES:
+    family = FAMILIES.get(fields["family"])
+    if family is None:
         raise CheckpointError(f"{path} is of the family {fields['family']}, which this rdpm does not know")
-    family = FAMILIES[fields["family"]]
-    generator = build(checkpoint.config_of(family.architecture, fields, str(path)), tokenizer, classes)
+    network = checkpoint.config_of(family.network, fields["network"], str(path))
+    generator = family.make(network, tokenizer.quantizer, fields["classes"])
     checkpoint.fill(generator.network, content, str(path))
     generator.network.eval().requires_grad_(False)
-    sampling = content.get("sampling", old_sampling)
-    if sampling is None:
-        progress.say(f"{path} records no sampling options; its family's defaults apply")
-    return LoadedGenerator(
-        generator,
-        tokenizer,
-        checkpoint.config_of(family.sampling, sampling or {}, str(path)),
-        content["class_names"],
-        content["digest"],
-        content["provenance"],
-    )
+    # Files of 0.1.0 have the sampling options in the config, or nowhere.
+    recorded = content.get("sampling", fields.get("sampling")) or {}
+    sampling = checkpoint.config_of(family.sampling, recorded, str(path))
+    head = (content[name] for name in ("class_names", "digest", "provenance"))
+    return LoadedGenerator(generator, tokenizer, sampling, *head)

@@ -1,7 +1,6 @@
 """Labels -> images. Sample i depends on (checkpoint, options, seed, i): not on batch, order or restart.
 
-Legend: B samples, T steps, S positions of the flattened grid, H W height and width of an image.
-"""
+Legend: B samples, T steps, S positions of the flattened grid, H W height and width of an image."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from rdpm_cli import noise, progress
 from rdpm_cli.data.pixels import Pixels, hwc, to_pixels
-from rdpm_cli.device import one_thread
+from rdpm_cli.distributed import one_thread
 from rdpm_cli.generator.contract import Generator, Known, SampleOptions
 from rdpm_cli.tokenizer.model import Tokenizer
 
@@ -25,8 +24,6 @@ Judge = Callable[[Pixels, list[int]], NDArray[np.float64]]  # images and their l
 
 @dataclass
 class Samples:
-    """Finished samples."""
-
     indices: list[int]
     labels: list[int]
     codes_BTS: Tensor  # int64, CPU
@@ -45,36 +42,32 @@ def sample(
     """Samples 0..n-1, a micro-batch at a time."""
     job = Job(generator, tokenizer, options, micro_batch)
     for start in range(0, len(labels), micro_batch):
-        indices = range(start, min(start + micro_batch, len(labels)))
+        indices = range(len(labels))[start : start + micro_batch]
         yield job.draw(indices, labels[indices.start : indices.stop])
 
 
+@dataclass
 class Job:
     """Draws samples of one network under one set of options."""
 
-    def __init__(
-        self,
-        generator: Generator,
-        tokenizer: Tokenizer,
-        options: SampleOptions,
-        micro_batch: int,
-        known_codes: KnownCodes | None = None,
-    ) -> None:
-        """micro_batch: images a pass. known_codes: for editing."""
-        self.generator, self.tokenizer, self.options = generator, tokenizer, options
-        self.micro_batch, self.known_codes = micro_batch, known_codes
-        self.device = next(generator.network.parameters()).device
-        layout = torch.channels_last if options.sampling.channels_last else torch.contiguous_format
-        for part in (tokenizer.post_quant_conv, tokenizer.decoder):
+    generator: Generator
+    tokenizer: Tokenizer
+    options: SampleOptions
+    micro_batch: int  # images a pass
+    known_codes: KnownCodes | None = None  # for editing
+
+    def __post_init__(self) -> None:
+        self.device = next(self.generator.network.parameters()).device
+        self.precision = self.options.sampling.precision if self.device.type == "cuda" else "fp32"
+        layout = torch.channels_last if self.options.sampling.channels_last else torch.contiguous_format
+        for part in (self.tokenizer.post_quant_conv, self.tokenizer.decoder):
             part.to(memory_format=layout)
 
     @property
     def made_with(self) -> dict[str, Any]:
         """What a sample depends on besides its options: the device, the precision there, images a pass."""
-        cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if cuda else self.device.type
-        precision = self.options.sampling.precision if cuda else "fp32"
-        return {"device": name, "precision": precision, "micro_batch": self.micro_batch}
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {"device": name, "precision": self.precision, "micro_batch": self.micro_batch}
 
     def draw(self, indices: Sequence[int], labels: Sequence[int]) -> Samples:
         """The samples of noise indices, a micro-batch at a time."""
@@ -93,14 +86,11 @@ class Job:
             self.micro_batch //= 2
             torch.cuda.empty_cache()
             progress.warn(f"out of memory: continuing with {self.micro_batch} images a pass, under the same noise")
-        codes = torch.cat([codes for codes, _ in drawn])
-        return Samples(list(indices), list(labels), codes, np.concatenate([pixels for _, pixels in drawn]))
+        codes, pixels = zip(*drawn, strict=True)
+        return Samples(list(indices), list(labels), torch.cat(codes), np.concatenate(pixels))
 
     def best(self, indices: Sequence[int], labels: Sequence[int], tries: int, judge: Judge) -> Samples:
-        """Of `tries` candidates a sample the one with the best score, the first one on a tie.
-
-        Candidate j of sample i has noise index i · tries + j, so sample i depends only on its own candidates.
-        """
+        """Of `tries` candidates a sample, of noise indices i · tries + j, the first one with the best score."""
         repeated = [label for label in labels for _ in range(tries)]
         candidates = self.draw([index * tries + j for index in indices for j in range(tries)], repeated)
         scores = judge(candidates.pixels_BHWC, repeated).reshape(len(indices), tries)
@@ -110,26 +100,14 @@ class Job:
 
     @torch.no_grad()
     def _micro_batch(self, indices: list[int], labels: list[int]) -> tuple[Tensor, Pixels]:
-        """Codes and pixels of up to a micro-batch of samples."""
         count, padding = len(indices), self.micro_batch - len(indices)
         # The last row is repeated up to a whole micro-batch: on the CPU sums depend on the shape of a pass.
         indices, labels = indices + indices[-1:] * padding, labels + labels[-1:] * padding
-        known = self.known_codes(indices) if self.known_codes else None
-        if known is not None:
-            known = Known(known.codes_BTS.to(self.device), known.keep_BTS.to(self.device))
-        with self._precision():
+        known = Known(*(x.to(self.device) for x in self.known_codes(indices))) if self.known_codes else None
+        bf16 = torch.autocast("cuda", torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        with bf16:
             condition = self.generator.condition({"labels": torch.tensor(labels, device=self.device)})
             codes = self.generator.sample(condition, torch.tensor(indices), self.options, known)
-            pixels = decode(self.tokenizer, codes)
+            with one_thread():  # convolutions depend on the number of threads
+                pixels = hwc(to_pixels(self.tokenizer.decode(codes)))
         return codes[:count].cpu(), pixels[:count]
-
-    def _precision(self) -> contextlib.AbstractContextManager[object]:
-        if self.device.type == "cuda" and self.options.sampling.precision == "bf16":
-            return torch.autocast("cuda", torch.bfloat16)
-        return contextlib.nullcontext()
-
-
-def decode(tokenizer: Tokenizer, codes_BTS: Tensor) -> Pixels:
-    """codes -> uint8 (B, H, W, 3), on one thread, since convolutions depend on the number of threads."""
-    with one_thread():
-        return hwc(to_pixels(tokenizer.decode(codes_BTS)))

@@ -14,7 +14,7 @@ class AutoencoderConfig(Section):
     resolution: int = Field(256, gt=0, description="height and width of the images, pixels")
     width: int = Field(128, gt=0, description="channels at full resolution (VQGAN 128, VAR 160)")
     multipliers: tuple[PositiveInt, ...] = Field(
-        (1, 1, 2, 2, 4), min_length=1, description="channels of each level over width; f = 2^(n-1)"
+        (1, 1, 2, 2, 4), min_length=1, description="each level's channels / width"
     )
     res_blocks: int = Field(2, ge=1, description="residual blocks a level; the decoder has one more, as VQGAN")
     attention: bool = Field(True, description="self-attention at the lowest resolution")
@@ -25,21 +25,17 @@ class AutoencoderConfig(Section):
     latent_norm: Literal["layernorm", "none"] = Field("layernorm", description="z = LN(E(x)) over channels, no affine")
 
     @property
-    def factor(self) -> int:
-        """f, image pixels per latent position and side."""
-        return int(2 ** (len(self.multipliers) - 1))
-
-    @property
     def grid(self) -> tuple[int, ...]:
-        """Positions of the latent on each axis: (h, w)."""
-        return self.resolution // self.factor, self.resolution // self.factor
+        """Positions of the latent on each axis: (h, w) = (H/f, W/f), f = 2^(levels-1)."""
+        return (self.resolution >> len(self.multipliers) - 1,) * 2
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
-        if self.resolution % self.factor:
-            raise ValueError(f"resolution {self.resolution} is not a multiple of f = {self.factor}")
-        if uneven := [m for m in self.multipliers if (m * self.width) % self.groups]:
-            raise ValueError(f"width × {uneven[0]} is not a multiple of groups = {self.groups}")
+        factor = 2 ** (len(self.multipliers) - 1)
+        if self.resolution % factor:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of f = {factor}")
+        if any(m * self.width % self.groups for m in self.multipliers):
+            raise ValueError(f"width × multipliers are not multiples of groups = {self.groups}")
         return self
 
 
@@ -60,9 +56,7 @@ class QuantizerConfig(Section):
     codebooks: Literal["shared", "per_step"] = Field("shared", description="one book for all t, or one a t")
     init: Literal["normal", "data", "kmeans"] = Field("normal", description="N(0,1); vectors of a batch; their centres")
     decay: float = Field(0.99, ge=0, lt=1, description="of the codebook's EMA")
-    restart_below: float = Field(
-        0.03, ge=0, lt=1, description="a code used less than this × the mean restarts; 0 = off"
-    )
+    restart_below: float = Field(0.03, ge=0, lt=1, description="restart codes used less than this × the mean; 0 = off")
 
 
 class TokenizerLossConfig(Section):
@@ -101,23 +95,16 @@ class TokenizerConfig(TokenizerArchitecture):
     loss: TokenizerLossConfig = TokenizerLossConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     flip: bool = Field(True, description="mirror training images at random")
-    codebook_alarm: float = Field(
-        0.5, ge=0, le=1, description="warn while the codebook's usage over an even one's is lower; 0 = off"
-    )
+    codebook_alarm: float = Field(0.5, ge=0, le=1, description="warn while usage over an even book's is lower; 0 = off")
     train: TrainConfig
 
     @model_validator(mode="after")
-    def _patches_exist(self) -> Self:
-        size, layers = self.autoencoder.resolution, self.discriminator.layers
+    def _sections_agree(self) -> Self:
+        q, size, layers = self.quantizer, self.autoencoder.resolution, self.discriminator.layers
         if self.loss.adversarial != "none" and size >> layers < 3:
             raise ValueError(f"discriminator.layers = {layers} leaves no patch of a {size}×{size} image; lower it")
-        return self
-
-    @model_validator(mode="after")
-    def _enough_vectors(self) -> Self:
-        q, (h, w) = self.quantizer, self.autoencoder.grid
+        h, w = self.autoencoder.grid
         vectors = self.train.batch * h * w * (1 if q.codebooks == "per_step" else q.steps)
         if q.init != "normal" and vectors < q.codes:
-            shortage = f"quantizer.init = {q.init}: {vectors} vectors in a batch for {q.codes} codes"
-            raise ValueError(f"{shortage}; raise train.batch, or set quantizer.init=normal")
+            raise ValueError(f"quantizer.init = {q.init}: {vectors} vectors for {q.codes} codes; raise train.batch")
         return self

@@ -1,7 +1,4 @@
-"""The tokenizer: images <-> latents <-> codes, and its file.
-
-Legend: B batch, T steps, C latent channels, S positions of the flattened grid.
-"""
+"""The tokenizer: images (B, 3, H, W) <-> latents (B, C, S) <-> codes (B, T, S), and its file."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli import checkpoint, noise
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
-from rdpm_cli.tokenizer.networks import Decoder, Encoder, feature_channels, layer_norm, round_to_half
+from rdpm_cli.tokenizer.networks import Decoder, Encoder
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
 
 KIND = "rdpm-tokenizer"
@@ -27,16 +25,12 @@ class Tokenizer(nn.Module):
         super().__init__()
         auto = cfg.autoencoder
         self.cfg, self.grid = cfg, auto.grid
+        self.latent_shape = auto.channels, math.prod(self.grid)  # (C, S)
         self.encoder, self.decoder = Encoder(auto), Decoder(auto)
-        outer, inner, kernel = feature_channels(auto), auto.channels, auto.quant_kernel
+        outer, inner, kernel = auto.features or auto.channels, auto.channels, auto.quant_kernel
         self.quant_conv = nn.Conv2d(outer, inner, kernel, padding=kernel // 2)
         self.post_quant_conv = nn.Conv2d(inner, outer, kernel, padding=kernel // 2)
         self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, inner, self.grid, weight)
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        """(C, S)."""
-        return self.cfg.autoencoder.channels, math.prod(self.grid)
 
     def noise(self, purpose: str, seed: int, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """The addressed noise eps_1..eps_T of images, (B, T, C, S), on the CPU."""
@@ -44,15 +38,16 @@ class Tokenizer(nn.Module):
         return torch.from_numpy(noise.normal_steps(purpose, seed, indices, views, steps, self.latent_shape))
 
     def latents(self, x_BCHW: Tensor) -> Tensor:
-        """z = LN(E(x)) of images in [-1, 1], rounded to fp16 values: (B, C, S) fp32."""
-        features = self.quant_conv(self.encoder(x_BCHW)).float()
-        normed = layer_norm(features) if self.cfg.autoencoder.latent_norm == "layernorm" else features
-        return round_to_half(normed).flatten(2)
+        """z = LN(E(x)) of images in [-1, 1], rounded to fp16 values, straight-through: (B, C, S) fp32."""
+        z_BCS = self.quant_conv(self.encoder(x_BCHW)).float().flatten(2)
+        if self.cfg.autoencoder.latent_norm == "layernorm":  # without affine: z then has the scale of the noise
+            z_BCS = F.layer_norm(z_BCS.mT, self.latent_shape[:1]).mT
+        # codes depend only on the z that a store can keep
+        return z_BCS + (z_BCS.detach().half().float() - z_BCS.detach())
 
     def decode_latents(self, z_BCS: Tensor) -> Tensor:
         """D(z'): (B, 3, H, W), about [-1, 1], not clamped."""
-        x: Tensor = self.decoder(self.post_quant_conv(z_BCS.unflatten(2, self.grid)))
-        return x
+        return self.decoder(self.post_quant_conv(z_BCS.unflatten(2, self.grid)))
 
     def forward(self, x_BCHW: Tensor, eps_BTCS: Tensor) -> tuple[Tensor, Chain]:
         """x -> (x', chain)."""
@@ -78,15 +73,13 @@ def parameters(tokenizer: Tokenizer) -> int:
 def parameter_table(tokenizer: Tokenizer) -> dict[str, int]:
     """Trained values of each part; an EMA codebook, which no gradient trains, has an entry of its own."""
     table = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
-    quantizer = tokenizer.quantizer
-    return {**table, "codebook": quantizer.books.numel() if quantizer.cfg.codebook == "ema" else 0}
+    return {**table, "codebook": tokenizer.quantizer.books.numel() if tokenizer.cfg.quantizer.codebook == "ema" else 0}
 
 
 def pack(tokenizer: Tokenizer, **extra: Any) -> dict[str, Any]:
     """The content of a tokenizer file. extra: class_names, provenance."""
     fields = TokenizerArchitecture.model_fields  # without the training section, which a file does not carry
-    config = TokenizerArchitecture(**{name: getattr(tokenizer.cfg, name) for name in fields}).model_dump(mode="json")
-    return checkpoint.pack(KIND, config, tokenizer, **extra)
+    return checkpoint.pack(KIND, tokenizer.cfg.model_dump(mode="json", include=set(fields)), tokenizer, **extra)
 
 
 def unpack(content: dict[str, Any], where: str) -> Tokenizer:

@@ -6,6 +6,13 @@ from pydantic import Field, model_validator
 
 from rdpm_cli.schema import Section, Share
 
+# Fields of `train` that a run may change when it resumes, since no step depends on them. micro_batch, compile and
+# channels_last are not among them: they change the order of floating-point sums.
+FREE_ON_RESUME = {"keep", "log_every", "eval_every", "save_every", "workers", "skip_bad"}
+# They change the result, but an unfinished run that diverges must be able to go on. run.json records the change.
+CHANGEABLE_ON_RESUME = {"lr", "clip"}
+OBSERVING = {"codebook_alarm", "proxy"}  # fields outside `train` that only observe the run
+
 
 class TrainConfig(Section):
     """Length, optimiser, precision and bookkeeping of a training, the same for every task."""
@@ -45,34 +52,19 @@ class TrainConfig(Section):
 
     def total_steps(self, images: int) -> int:
         """Optimiser steps on a data set of this many images."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, round(self.epochs * images / self.batch))
+        return self.steps or max(1, round((self.epochs or 0) * images / self.batch))
 
     def warmup(self, images: int) -> int:
         """Warm-up steps on a data set of this many images."""
         return self.warmup_steps + round(self.warmup_epochs * images / self.batch)
 
 
-# Fields that a run may change when it resumes: no step depends on them (evaluations draw from streams of their own, a
-# batch is a function of (seed, step), a skipped step changes nothing), so the resumed run is the one that was started.
-# micro_batch, compile and channels_last are not among them: they change the order of floating-point sums.
-FREE_ON_RESUME = {"keep", "log_every", "eval_every", "save_every", "workers", "skip_bad"}
-# Fields outside `train` that only observe the run.
-OBSERVING = {"codebook_alarm", "proxy"}
-# These change the result, but an unfinished run that diverges must be able to go on. run.json records the change.
-CHANGEABLE_ON_RESUME = {"lr", "clip"}
-
-
 def binding(settings: dict[str, Any], finished: bool = False) -> dict[str, Any]:
     """A run's settings without the fields that may change on resume, in every `train` section and outside it."""
-    bound: dict[str, Any] = {}
-    changeable = set() if finished else CHANGEABLE_ON_RESUME
+    bound = {}
     for name, value in settings.items():
-        if not isinstance(value, dict):
-            bound[name] = value
-            continue
-        free = {*FREE_ON_RESUME, *changeable} if name == "train" else OBSERVING
-        bound[name] = {key: inner for key, inner in binding(value, finished).items() if key not in free}
+        if isinstance(value, dict):
+            free = FREE_ON_RESUME | (set() if finished else CHANGEABLE_ON_RESUME) if name == "train" else OBSERVING
+            value = {key: inner for key, inner in binding(value, finished).items() if key not in free}
+        bound[name] = value
     return bound

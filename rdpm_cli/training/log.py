@@ -1,7 +1,6 @@
 """The log of a training: metrics.jsonl, TensorBoard and, with `--track`, Weights & Biases."""
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import os
@@ -16,17 +15,13 @@ from rdpm_cli import files, progress
 from rdpm_cli.errors import UsageError
 
 METRICS = "metrics.jsonl"
-WANDB_FILE = "wandb.json"  # in the run folder: the id of the wandb run that a resumed training continues
-PROJECT = "rdpm"  # unless WANDB_PROJECT names another
 
 
 class MetricsLog:
-    """RUN/metrics.jsonl and RUN/tensorboard/, a line or a point each logged step.
+    """RUN/metrics.jsonl and RUN/tensorboard/, a line or a point each logged step."""
 
-    On resume, lines after the resumed step are dropped.
-    """
-
-    def __init__(self, folder: Path, resumed_at: int, tracker: "Wandb | None" = None) -> None:
+    def __init__(self, folder: Path, resumed_at: int, tracker: Any = None) -> None:
+        """Lines after the resumed step are dropped. tracker: of open_tracker."""
         self.path, self.tracker = folder / METRICS, tracker
         lines = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= resumed_at]
         files.write_atomic(self.path, lambda file: file.write("".join(lines).encode()))
@@ -35,98 +30,69 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line; its numbers also go to TensorBoard and the tracker. Raises RunError if the disk is full."""
         line, numbers = json.dumps({"step": step, **values}) + "\n", scalars(values)
-        with files.report_full_disk(self.path.parent, lambda: len(line) + 1):
+        with files.report_full_disk(self.path.parent):
             with self.path.open("a") as file:
                 file.write(line)
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
         if self.tracker:
-            self.tracker.write(step, numbers)
+            self.tracker.log({"step": step, **numbers})
 
     def close(self) -> None:
         """Flush. Raises RunError if the disk is full."""
-        with files.report_full_disk(self.path.parent, lambda: 1):
+        with files.report_full_disk(self.path.parent):
             self.board.close()
 
 
 def scalars(values: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line by name; those of a list, one each t, as name/t01, name/t02, ..."""
-    numbers: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            numbers |= {f"{name}/t{t:02d}": number for t, number in enumerate(value, 1)}
-        elif isinstance(value, int | float):
-            numbers[name] = value
-    return numbers
+    lists = [(name, value) for name, value in values.items() if isinstance(value, list)]
+    per_t = {f"{name}/t{t:02d}": number for name, value in lists for t, number in enumerate(value, 1)}
+    return {name: value for name, value in values.items() if isinstance(value, int | float)} | per_t
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of RUN/metrics.jsonl, without a half-written last one."""
-    path = folder / METRICS
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), (folder / METRICS).open() as lines:
+        for line in lines:
             rows.append(json.loads(line))
-        except ValueError:
-            break
     return rows
 
 
 def last_metrics(folder: Path, names: Sequence[str]) -> dict[str, float]:
     """The named values in the last line of a run's log that has the first of them."""
-    rows = [row for row in read_metrics(folder) if names[0] in row]
-    return {name: rows[-1][name] for name in names if rows and name in rows[-1]}
-
-
-# ---- --track -------------------------------------------------------------------------------------------------------
+    last: dict[str, Any] = next((row for row in reversed(read_metrics(folder)) if names[0] in row), {})
+    return {name: last[name] for name in names if name in last}
 
 
 def check_tracker(track: str | None) -> None:
     """Raises UsageError if the tracker's package is not installed."""
-    if track is None:
-        return
-    spec = importlib.util.find_spec(track)
-    if spec is None or spec.origin is None:  # no origin: a folder of that name, such as wandb's own ./wandb
+    # A folder of that name, such as wandb's own ./wandb, has a spec without an origin.
+    if track and getattr(importlib.util.find_spec(track), "origin", None) is None:
         raise UsageError(f"--track {track} needs the package {track}", f"pip install 'rdpm[{track}]'")
 
 
-class Wandb:
-    """One run of Weights & Biases. WANDB_MODE, WANDB_PROJECT and the like have their usual meaning."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Start or continue the wandb run of a run folder. settings: shown with it. Raises UsageError."""
-        wandb = importlib.import_module("wandb")  # an optional package
-        note = folder / WANDB_FILE
-        if not note.exists():
-            files.write_json(note, {"id": secrets.token_hex(8)})
-        try:
-            self.run = wandb.init(
-                project=None if os.environ.get("WANDB_PROJECT") else PROJECT,
-                name=None if os.environ.get("WANDB_NAME") else folder.name,
-                id=files.read_json(note)["id"],
-                resume="allow",
-                dir=str(folder),
-                config=settings,
-                settings=wandb.Settings(console="off", silent=progress.quiet),
-            )
-        except wandb.Error as error:
-            hint = "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
-            raise UsageError(f"--track wandb: {str(error).splitlines()[0]}", hint) from error
-        self.run.define_metric("*", step_metric="step")  # wandb's own counter refuses steps that a crash repeats
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """The numbers of one line."""
-        self.run.log({"step": step, **values})
-
-
 @contextlib.contextmanager
-def open_tracker(track: str | None, folder: Path, settings: dict[str, Any]) -> Iterator[Wandb | None]:
-    """The tracker that --track names, until the run ends or stops."""
+def open_tracker(track: str | None, folder: Path, settings: dict[str, Any]) -> Iterator[Any]:
+    """The wandb run that --track asks for, else None; a resumed training continues it. Raises UsageError."""
     if track is None:
         yield None
         return
-    tracker = Wandb(folder, settings)
+    import wandb  # an optional package
+
+    note = folder / "wandb.json"
+    if not note.exists():
+        files.write_json(note, {"id": secrets.token_hex(8)})
     try:
-        yield tracker
+        names = {"project": os.environ.get("WANDB_PROJECT", "rdpm"), "name": os.environ.get("WANDB_NAME", folder.name)}
+        quiet, id = wandb.Settings(console="off", silent=progress.quiet), files.read_json(note)["id"]
+        run = wandb.init(**names, id=id, resume="allow", dir=str(folder), config=settings, settings=quiet)
+    except wandb.Error as error:
+        reason = f"--track wandb: {str(error).splitlines()[0]}"
+        raise UsageError(reason, "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later") from error
+    run.define_metric("*", step_metric="step")  # wandb's own counter refuses steps that a crash repeats
+    try:
+        yield run
     finally:
-        tracker.run.finish()
+        run.finish()

@@ -1,13 +1,14 @@
 """The one training loop. A task brings players (one, or two with a discriminator); the loop brings everything else.
 
-Step s is a function of (seed, s) alone, so a resumed run repeats an uninterrupted one, at any number of processes.
-"""
+Step s is a function of (seed, s) alone, so a resumed run repeats an uninterrupted one, at any number of processes."""
 
 import contextlib
+import copy
+import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,63 +18,88 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from rdpm_cli import checkpoint, distributed, noise, progress
 from rdpm_cli.distributed import TrainStep, is_first, world
 from rdpm_cli.errors import RunError
 from rdpm_cli.runs import StopRequest, serve_parent
 from rdpm_cli.training.config import TrainConfig
-from rdpm_cli.training.log import MetricsLog, Wandb
-from rdpm_cli.training.optim import Ema, lr_at, make_optimizer
+from rdpm_cli.training.log import MetricsLog
 
-Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 CHECKPOINTS = "checkpoints"  # folder of the training states, in the run folder
+Data = list[tuple[range, Any]]  # of a step: the rows of each micro-batch, and the batch
 
 
 class Batches(Protocol):
-    """The data of every step, each a pure function of (seed, step)."""
+    """The data of every step, each a pure function of (seed, step). rows: of the global batch."""
 
-    def batch_at(self, step: int, rows: range) -> Any:
-        """rows of the global batch of this step, with a method `to(device)`."""
-
-    def describe(self, step: int, rows: range) -> str:
-        """The names of those rows, for an error message."""
+    def batch_at(self, step: int, rows: range) -> Any: ...  # with a method `to(device)`
+    def describe(self, step: int, rows: range) -> str: ...  # names of the images, for an error message
 
 
-class Player(Protocol):
-    """One network with its own loss and optimiser. start: the first step it trains in."""
+class Player:
+    """One network, `model`, with its own optimiser, trained from step `start` on."""
 
     name: str
-    start: int
-
-    @property
-    def model(self) -> nn.Module:
-        """The trained network."""
+    model: Any
+    start = 0
 
     def networks(self) -> Sequence[nn.Module]:
-        """The parts of it that `train.compile` compiles."""
+        """The parts that `train.compile` compiles."""
+        return [self.model]
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and scalar logs of a micro-batch; step: its rows."""
+        """Scalar loss and logs of a micro-batch, with a gradient for every trained parameter."""
+        raise NotImplementedError
 
     def after_step(self, step: TrainStep) -> dict[str, Tensor]:
-        """Work after the optimiser, such as a codebook's update; step: all rows of this process. -> logs."""
+        """Work after the optimiser, such as a codebook's update. -> logs"""
+        return {}
 
 
-class Observer(Protocol):
-    """Called after every step: evaluations, previews, progress."""
+def lr_at(step: int, cfg: TrainConfig, steps: int, warmup: int) -> float:
+    """Learning rate of a step: linear warm-up, then constant, or a cosine that ends at 0 after `steps`."""
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    if cfg.lr_decay == "constant":
+        return cfg.lr
+    return 0.5 * cfg.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    def __call__(self, run: "Run", logs: dict[str, float] | None) -> dict[str, Any] | None:
-        """run: after `run.step` steps. logs: the logged values, at logged steps, to read or to add to.
 
-        -> more values for the log, in a line of their own.
-        """
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Adam if weight_decay is 0), fused; no decay on embeddings, norms and biases."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    undecayed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # A codebook that is trained by gradients, `books`, is an embedding too.
+    undecayed |= {id(p) for name, p in trained.items() if p.ndim < 2 or name.endswith("books")}
+    decayed = [p for p in trained.values() if id(p) not in undecayed]
+    plain = [p for p in trained.values() if id(p) in undecayed]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=True)
+
+
+class Ema:
+    """Exponential moving average of a model's parameters, with its buffers as they are."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the parameters towards the model's; copy its buffers."""
+        # Early decays are smaller, so that the average forgets the random start.
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
 
 
 @dataclass
 class Run:
-    """A run in a folder. step: optimiser steps done."""
+    """A run in a folder. step: optimiser steps done; skipped: those left out for a non-finite loss."""
 
     folder: Path
     seed: int
@@ -82,9 +108,9 @@ class Run:
     warmup: int
     stop: StopRequest
     step: int = 0
-    skipped: int = 0  # steps skipped for a non-finite loss
+    skipped: int = 0
     ema: Ema | None = None
-    tracker: Wandb | None = None
+    tracker: Any = None  # of log.open_tracker
 
     @property
     def done(self) -> bool:
@@ -92,22 +118,31 @@ class Run:
         return self.step >= self.steps
 
 
+# Called after every step, with the logged values at logged steps, to read or add to. -> more, for a line of their own.
+Observer = Callable[[Run, dict[str, float] | None], dict[str, Any] | None]
+
+
 def fit(
     players: Sequence[Player], batches: Batches, cfg: TrainConfig, run: Run, observers: Sequence[Observer] = ()
 ) -> None:
-    """Train to run.steps, resuming from run.folder.
-
-    Raises RunError on a non-finite loss, out of memory and a full disk, Stopped after a signal.
-    """
-    slices = micro_batches(distributed.rank_rows(cfg.batch), cfg.micro_batch)
-    seats = [_prepare(player, cfg) for player in players]
+    """Train to run.steps, resuming from run.folder. Raises RunError (not finite, disk full) and Stopped (a signal)."""
+    rows = distributed.rank_rows(cfg.batch)
+    seats = [Seat(player, cfg) for player in players]
     run.ema = Ema(players[0].model, cfg.ema) if cfg.ema else None
     _resume(seats, run)
+    # The items of the data set are the numbers of the steps; _micro_batches makes the data of one.
+    loader: DataLoader[Data] = DataLoader(
+        range(run.step, run.steps),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=cfg.workers,
+        prefetch_factor=4 if cfg.workers else None,
+        collate_fn=functools.partial(_micro_batches, batches, cfg, rows),
+        worker_init_fn=serve_parent,
+    )
     log = MetricsLog(run.folder, run.step, run.tracker) if is_first() else None
     started, first = time.monotonic(), run.step
-    for data in _data(batches, cfg, run, slices):
-        with _explain_out_of_memory(run, slices):
-            logs = _step(seats, data, batches, cfg, run, slices)
+    for data in loader:
+        logs = _step(seats, data, batches, run)
         run.step += 1
         values = None
         if logs and (run.step % cfg.log_every == 0 or run.done):
@@ -118,9 +153,9 @@ def fit(
         for line in (values, *lines):
             if log and line:
                 log.write(run.step, line)
-        stopping = distributed.any_process(run.stop.requested, run.device)
+        stopping = distributed.any_process(bool(run.stop.name), run.device)
         if run.step % cfg.save_every == 0 or run.done or stopping:
-            _save(seats, run, cfg)
+            _save(seats, run)
         if stopping and not run.done:
             run.stop.name = run.stop.name or "a signal to another process"
             run.stop.leave(f"step {run.step} of {run.steps} is saved in {run.folder / CHECKPOINTS}")
@@ -128,245 +163,106 @@ def fit(
         log.close()
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
+def _micro_batches(batches: Batches, cfg: TrainConfig, rows: range, step: int) -> Data:
+    """This process's rows of the global batch of a step, and their data, in portions of at most cfg.micro_batch."""
+    size = cfg.micro_batch or len(rows)  # a multiple of 16, so that each portion is of whole blocks
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [(part, batches.batch_at(step, part)) for part in parts]
 
 
-class _Steps(Dataset[Any]):
-    """A step's micro-batches by step number, also for DataLoader's worker processes."""
+class Seat:
+    """A player with its optimiser. loss: the backward pass leaves the mean over processes in the gradients."""
 
-    def __init__(self, batches: Batches, slices: list[range]) -> None:
-        self.batches, self.slices = batches, slices
-
-    def __getitem__(self, step: int) -> list[Any]:
-        return [self.batches.batch_at(step, rows) for rows in self.slices]
-
-
-def micro_batches(rows: range, size: int | None) -> list[range]:
-    """A process's rows in micro-batches of at most `size` (a multiple of 16, so each is of whole blocks)."""
-    size = size or len(rows)
-    return [range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
-
-
-def _data(batches: Batches, cfg: TrainConfig, run: Run, slices: list[range]) -> Iterator[list[Any]]:
-    """The micro-batches of each remaining step."""
-    data = _Steps(batches, slices)
-    if cfg.workers == 0:
-        return (data[step] for step in range(run.step, run.steps))
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=range(run.step, run.steps),
-        num_workers=cfg.workers,
-        prefetch_factor=4,
-        worker_init_fn=serve_parent,
-    )
-    return iter(loader)
-
-
-# ---- one step ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Seat:
-    """A player with its optimiser, and its loss over all processes."""
-
-    player: Player
-    optimizer: torch.optim.Optimizer
-    loss: "AveragedLoss"
-
-
-def _prepare(player: Player, cfg: TrainConfig) -> _Seat:
-    """The player in the memory layout and form of the recipe, with the first process's weights in every process."""
-    if cfg.channels_last:
-        player.model.to(memory_format=torch.channels_last)
-    if cfg.compile:
-        for network in player.networks():
-            network.compile()
-    return _Seat(player, make_optimizer(player.model, cfg), AveragedLoss(player.model, player.loss))
-
-
-def _step(
-    seats: Sequence[_Seat], data: list[Any], batches: Batches, cfg: TrainConfig, run: Run, slices: list[range]
-) -> dict[str, Tensor]:
-    """One optimiser step of every player that has started. -> logs; empty if the step was skipped.
-
-    Nothing moves until the losses and gradients of all players are known to be finite: a bad batch changes nothing.
-    """
-    whole = TrainStep(run.seed, run.step, range(slices[0].start, slices[-1].stop), cfg.batch, run.device)
-    steps = [TrainStep(run.seed, run.step, rows, cfg.batch, run.device) for rows in slices]
-    torch.manual_seed(noise.seed_of("torch", run.seed, run.step, world()[0]))  # dropout and the like
-    active = [seat for seat in seats if run.step >= seat.player.start]
-    results = [_gradients(seat, data, steps, cfg, run) for seat in active]
-    names = [seat.player.name for seat in active]
-    bad = [n for n, (logs, _) in zip(names, results, strict=True) if not _finite(logs["loss"] + logs["grad_norm"])]
-    if distributed.any_process(bool(bad), run.device):
-        culprits = [name for name, (_, local) in zip(names, results, strict=True) if not _finite(local)]
-        if run.skipped >= cfg.skip_bad:
-            _save(seats, run, cfg)  # before the error: nothing since the last checkpoint is lost
-        _skip(culprits, bad, batches, cfg, run, whole.rows)
-        return {}
-    logs = _update(active, [logs for logs, _ in results], whole)
-    if run.ema:
-        run.ema.update(seats[0].player.model)
-    return logs
-
-
-def _finite(value: Tensor) -> bool:
-    return bool(torch.isfinite(value))
-
-
-def _gradients(
-    seat: _Seat, data: list[Any], steps: list[TrainStep], cfg: TrainConfig, run: Run
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One player's losses over the micro-batches and their gradients, clipped. -> logs, and loss + local norm.
-
-    The latter is of this process's rows alone, since a mean over processes spreads the NaN of one to all.
-    """
-    for group in seat.optimizer.param_groups:
-        group["lr"] = lr_at(run.step, cfg, run.steps, run.warmup)
-    seat.optimizer.zero_grad()
-    loss, logs = torch.zeros((), device=run.device), dict[str, Tensor]()
-    for batch, step in zip(data, steps, strict=True):
-        share = len(step.rows) / sum(len(s.rows) for s in steps)  # the last micro-batch may be smaller
-        with seat.loss.micro_batch(last=step is steps[-1]):
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                partial, terms = seat.loss(batch.to(run.device), step)
-            (share * partial).backward()
-        loss = loss + share * partial.detach()
-        logs = {name: logs.get(name, 0.0) + share * value for name, value in terms.items()}
-    parameters = [p for p in seat.player.model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-    local_norm = norm if seat.loss.local_norm is None else seat.loss.local_norm
-    return {"loss": loss, "grad_norm": norm, **logs}, loss + local_norm
-
-
-def _skip(culprits: list[str], bad: list[str], batches: Batches, cfg: TrainConfig, run: Run, rows: range) -> None:
-    """Report the batch that was not finite; raise RunError if more than cfg.skip_bad were.
-
-    culprits: players whose loss or gradients this process's rows spoiled; bad: those spoiled by any process's rows.
-    """
-
-    def report(players: list[str]) -> str:
-        reason = f"loss or gradient is not finite at step {run.step}, {batches.describe(run.step, rows)}"
-        return distributed.first_message(f"{players[0]}: {reason}" if players else "")
-
-    reason = report(culprits) or report(bad)
-    if run.skipped >= cfg.skip_bad:
-        raise RunError(
-            f"{reason}; nothing was changed by this step, and step {run.step} is saved",
-            "run the same command again with a lower train.lr, or with train.clip=1, or skip the batch with "
-            f"train.skip_bad={cfg.skip_bad + 1}",
-        )
-    run.skipped += 1
-    if is_first():
-        progress.warn(f"skipped ({run.skipped} of {cfg.skip_bad}): {reason}")
-
-
-def _update(seats: Sequence[_Seat], results: Sequence[dict[str, Tensor]], whole: TrainStep) -> dict[str, Tensor]:
-    """Move every player. -> their logs; the names of all but the first carry the player's name."""
-    logs: dict[str, Tensor] = {}
-    for index, (seat, values) in enumerate(zip(seats, results, strict=True)):
-        seat.optimizer.step()
-        prefix = f"{seat.player.name}/" if index else ""
-        logs |= {prefix + name: value for name, value in (values | seat.player.after_step(whole)).items()}
-    return logs
-
-
-@contextlib.contextmanager
-def _explain_out_of_memory(run: Run, slices: list[range]) -> Iterator[None]:
-    """Raise a RunError with the next smaller micro-batch. It is never changed here: that would be another training."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        rows = len(slices[0])
-        reason = f"out of memory at step {run.step} with micro-batches of {rows} images: {str(error).splitlines()[0]}"
-        if rows <= noise.BLOCK:
-            raise RunError(reason, "train a smaller network, or share the batch with --gpus") from error
-        smaller = max(1, rows // 2 // noise.BLOCK) * noise.BLOCK
-        hint = f"give train.micro_batch={smaller} and another --out: the same batch in smaller portions"
-        raise RunError(reason, hint) from error
-
-
-# ---- several processes ---------------------------------------------------------------------------------------------
-
-
-class _Forward(nn.Module):
-    """A loss as a forward pass over the trained parameters of a model."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        # Only parameters: DDP would send a model's buffers along at every step.
-        self.trained = nn.ParameterList([p for p in model.parameters() if p.requires_grad])
-        self.loss = loss
-
-    def forward(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(*args)
-
-
-class AveragedLoss:
-    """A loss whose backward pass leaves the mean over processes in the gradients of `model`.
-
-    DistributedDataParallel averages a bucket as soon as it is complete, while the backward pass continues. It wraps the
-    loss, not the network, so a loss may run the network several times, or only parts of it. With one process it is
-    the loss itself.
-    """
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        """Gives every process the first one's parameters and buffers. Every trained parameter must get a gradient."""
-        self.call: Callable[..., Any] = loss
-        self.ddp: DistributedDataParallel | None = None
-        self.local_norm: Tensor | None = None  # of this process's gradients alone; None with one process
+    def __init__(self, player: Player, cfg: TrainConfig) -> None:
+        """Gives every process the first one's parameters and buffers."""
+        self.player, self.cfg, model = player, cfg, player.model
+        if cfg.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if cfg.compile:
+            for network in player.networks():
+                network.compile()
+        self.optimizer = make_optimizer(model, cfg)
+        self.loss, self.ddp = player.loss, None
         if world()[1] > 1:
             # A 1×1 convolution's gradient may come with other strides of its sides of 1: copied, and harmless.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             for value in model.state_dict().values():
                 dist.broadcast(value, 0)
-            self.ddp = DistributedDataParallel(_Forward(model, loss), init_sync=False, gradient_as_bucket_view=True)
-            self.ddp.register_comm_hook(None, self._average)
-            self.call = self.ddp
+            # DDP wraps the loss, not the network, so a loss may run the network several times, or only parts of it. It
+            # sees parameters only, since it would send buffers along at every step.
+            forward = nn.Module()
+            forward.trained = nn.ParameterList([p for p in model.parameters() if p.requires_grad])
+            forward.forward = player.loss
+            self.loss = self.ddp = DistributedDataParallel(forward, init_sync=False, gradient_as_bucket_view=True)
+            self.ddp.register_comm_hook(None, allreduce_hook)  # divides by n; DDP multiplies with 1/n: other bits
 
-    def __call__(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its logs."""
-        result: tuple[Tensor, dict[str, Tensor]] = self.call(*args)
-        return result
-
-    @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of one micro-batch: processes communicate only at the last of a step."""
-        self.local_norm = None
-        with self.ddp.no_sync() if self.ddp and not last else contextlib.nullcontext():
-            yield
-
-    def _average(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-        """DDP's own averaging of a bucket, after the norm of this process's gradients is taken."""
-        norm = bucket.buffer().norm()
-        self.local_norm = norm if self.local_norm is None else torch.hypot(self.local_norm, norm)
-        assert dist.group.WORLD is not None
-        return allreduce_hook(dist.group.WORLD, bucket)
-
-
-# ---- states --------------------------------------------------------------------------------------------------------
+    def gradients(self, data: Data, run: Run) -> dict[str, Tensor]:
+        """Losses of the micro-batches and their gradients, clipped. -> logs."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(run.step, self.cfg, run.steps, run.warmup)
+        self.optimizer.zero_grad()
+        loss, logs = torch.zeros((), device=run.device), dict[str, Tensor]()
+        for rows, batch in data:
+            step = TrainStep(run.seed, run.step, rows, self.cfg.batch, run.device)
+            share = len(rows) / sum(len(part) for part, _ in data)  # the last micro-batch may be smaller
+            # Processes communicate only at the last micro-batch of a step.
+            with self.ddp.no_sync() if self.ddp and rows is not data[-1][0] else contextlib.nullcontext():
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+                    partial, terms = self.loss(batch.to(run.device), step)
+                (share * partial).backward()
+            loss = loss + share * partial.detach()
+            logs = {name: logs.get(name, 0.0) + share * value for name, value in terms.items()}
+        parameters = [p for p in self.player.model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.clip or math.inf)
+        return {"loss": loss, "grad_norm": norm, **logs}
 
 
-def _save(seats: Sequence[_Seat], run: Run, cfg: TrainConfig) -> None:
+def _step(seats: Sequence[Seat], data: Data, batches: Batches, run: Run) -> dict[str, Tensor]:
+    """One optimiser step of every player that has started. -> logs; empty if the step was skipped.
+
+    Nothing moves until the losses and gradients of all players are known to be finite: a bad batch changes nothing."""
+    cfg, rows = seats[0].cfg, range(data[0][0].start, data[-1][0].stop)
+    torch.manual_seed(noise.seed_of("torch", run.seed, run.step, world()[0]))  # dropout and the like
+    active = [seat for seat in seats if run.step >= seat.player.start]
+    results = {seat.player.name: seat.gradients(data, run) for seat in active}
+    bad = not all(torch.isfinite(logs["loss"] + logs["grad_norm"]) for logs in results.values())
+    if distributed.any_process(bad, run.device):
+        # The gradients are means over processes; the process that spoiled them may be seen by its own loss.
+        values = [f"{name}: loss {r['loss']:.4g}, gradient {r['grad_norm']:.4g}" for name, r in results.items()]
+        reason = f"loss or gradient is not finite at step {run.step}, {batches.describe(run.step, rows)}"
+        reason += f" ({'; '.join(values)})"
+        if run.skipped >= cfg.skip_bad:
+            _save(seats, run)  # nothing since the last checkpoint is lost
+            hint = f"lower train.lr, set train.clip=1, or skip the batch with train.skip_bad={cfg.skip_bad + 1}"
+            raise RunError(f"{reason}; the state before this step is saved", hint)
+        run.skipped += 1
+        progress.warn(f"skipped ({run.skipped} of {cfg.skip_bad}): {reason}")
+        return {}
+    logs, whole = dict[str, Tensor](), TrainStep(run.seed, run.step, rows, cfg.batch, run.device)
+    for seat in active:
+        seat.optimizer.step()
+        prefix = "" if seat is seats[0] else f"{seat.player.name}/"
+        terms = results[seat.player.name] | seat.player.after_step(whole)
+        logs |= {prefix + name: value for name, value in terms.items()}
+    if run.ema:
+        run.ema.update(seats[0].player.model)
+    return logs
+
+
+def _save(seats: Sequence[Seat], run: Run) -> None:
     """Write the state of this step. The step alone determines a resumed run's data: all randomness is (seed, step)."""
     if is_first():
-        players = {
+        state: dict[str, Any] = {"step": run.step, "skipped": run.skipped, "threads": torch.get_num_threads()}
+        state["players"] = {
             seat.player.name: {"model": seat.player.model.state_dict(), "optimizer": seat.optimizer.state_dict()}
             for seat in seats
         }
-        state = {
-            "step": run.step,
-            "skipped": run.skipped,
-            "threads": torch.get_num_threads(),
-            "players": players,
-            "ema": {"model": run.ema.model.state_dict(), "updates": run.ema.updates} if run.ema else None,
-        }
-        checkpoint.save_state(run.folder / CHECKPOINTS, run.step, state, cfg.keep)
+        state["ema"] = {"model": run.ema.model.state_dict(), "updates": run.ema.updates} if run.ema else None
+        checkpoint.save_state(run.folder / CHECKPOINTS, run.step, state, seats[0].cfg.keep)
     distributed.barrier()
 
 
-def _resume(seats: Sequence[_Seat], run: Run) -> None:
+def _resume(seats: Sequence[Seat], run: Run) -> None:
     state = checkpoint.load_newest_state(run.folder / CHECKPOINTS, run.device)
     if state is None:
         return
@@ -377,6 +273,5 @@ def _resume(seats: Sequence[_Seat], run: Run) -> None:
         run.ema.model.load_state_dict(state["ema"]["model"])
         run.ema.updates = state["ema"]["updates"]
     run.step, run.skipped = state["step"], state["skipped"]
-    threads = torch.get_num_threads()
-    if state["threads"] != threads:
+    if state["threads"] != (threads := torch.get_num_threads()):
         progress.say(f"{state['threads']} threads before, {threads} now: not bitwise the same run")

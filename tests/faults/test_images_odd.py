@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import encoded, make_files, make_tar, random_image, run_alone, write_parquet
+from pictures import encoded, make_files, make_tar, random_image, write_parquet
 from PIL import Image
 from rows import Rows
 
@@ -71,7 +71,7 @@ def test_a_bad_image_in_a_shard_is_named_and_the_next_one_is_read(tmp_path: Path
         assert source.pixels(1, 9).shape == (9, 9, 3)
 
 
-KINDS: dict[str, dict[str, object]] = {kind: {} for kind in ("PNG", "GIF", "BMP", "PPM", "JPEG2000")}
+KINDS: dict[str, dict[str, object]] = {kind: {} for kind in ("PNG", "GIF", "BMP", "JPEG2000")}
 KINDS |= {"JPEG": {"progressive": True}, "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_lzw"}}
 
 
@@ -116,7 +116,7 @@ def test_a_fault_of_the_machine_is_no_bad_image(
     monkeypatch.setattr(source, "open", fail)
     with pytest.raises(kind) as caught:
         source.pixels(0, 9)
-    assert not isinstance(caught.value, ImageError)
+    assert type(caught.value) is kind
 
 
 ODD: dict[str, bytes] = {
@@ -149,44 +149,16 @@ def test_a_folder_of_odd_images_is_tokenized_without_the_bad_ones(
         assert CodeStore(out).manifest.images == len(ODD)
 
 
-HUGE = """
-import sys, time
-from rdpm_cli.errors import ImageError
-from rdpm_cli.data.open import open_source
-from pictures import peak_memory
-source, started, before = open_source(sys.argv[1]), time.process_time(), peak_memory()
-try:
-    source.pixels(0, 256)
-except ImageError as error:
-    print(error.name, round(time.process_time() - started, 3), peak_memory() - before)
-"""
-
-
-def huge_png(side: int) -> bytes:
-    """A white grey PNG, packed row block by row block: a side of 20,000 takes 400 MB when decoded."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    packer, lines = zlib.compressobj(1), (b"\0" + b"\xff" * side) * 100
-    packed = b"".join([packer.compress(lines) for _ in range(side // 100)]) + packer.flush()
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(("packing", "side"), [("folder", 12_000), ("zip", 20_000)])
 def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, packing: str, side: int, rows: Rows) -> None:
     """12,000² is where Pillow warns, 20,000² where it raises: both are errors."""
-    raw = huge_png(side)
-    if packing == "folder":
-        path = Path(one(tmp_path / "x", raw).spec)
-    else:
-        path = tmp_path / "x.zip"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("a/1.png", raw)
-    with rows.count("bombs of 12,000² and 20,000² pixels refused"):
-        name, seconds, megabytes = run_alone(HUGE, path).split()
-        rows.note(f"bomb of {side:,}² in a {packing}", f"{seconds} s of CPU, {float(megabytes):.0f} MB")
-        assert name.endswith("a/1.png")
-        assert float(seconds) < 1
-        assert float(megabytes) < 100
+    raw = bytearray(encoded(Image.new("L", (8, 8))))
+    raw[16:24] = struct.pack(">II", side, side)
+    raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
+    source = one(tmp_path / "x", bytes(raw))
+    if packing == "zip":
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            archive.writestr("a/1.png", bytes(raw))
+        source = open_source(str(tmp_path / "x.zip"))
+    with rows.count("bombs of 12,000² and 20,000² pixels refused"), pytest.raises(ImageError, match=r"a/1\.png"):
+        source.pixels(0, 256)

@@ -18,11 +18,11 @@ from processes import (
     command_line,
     environments,
     exit_code,
-    generator_command,
     run_all,
     signalled_after,
     spawn,
     tokenizer_command,
+    training_command,
     wait_for,
     wait_until_gone,
 )
@@ -31,30 +31,9 @@ from rows import Rows
 from rdpm_cli.engine import look
 from rdpm_cli.errors import EXIT_STOPPED
 
-SECONDS = 20  # from the signal to the end of the process
-
 
 def command(training: str, codes: Path, out: Path, steps: int) -> list[str]:
-    settings = ["train.batch=32", f"train.steps={steps}", "train.workers=1"]
-    if training == "generator":
-        return generator_command(codes, out, *settings)
-    return tokenizer_command(out, "train.ema=0.9", "--device", "cpu", *settings)
-
-
-def stopped(args: list[str], processes: int, after: int, number: int, note: Path, own: int) -> float:
-    """Stop the run after so many steps by a signal to its process `own`. -> seconds from the signal to the last end."""
-    running = [
-        spawn(signalled_after, after, number, note, args, environment)
-        if rank == own
-        else spawn(command_line, args, environment)
-        for rank, environment in enumerate(environments(processes))
-    ]
-    assert [exit_code(process, 300) for process in running] == [EXIT_STOPPED] * processes
-    when, *left = note.read_text().split()
-    seconds = time.time() - float(when)
-    wait_until_gone([int(pid) for pid in left])
-    note.unlink()
-    return seconds
+    return training_command(training, codes, out, "train.batch=32", f"train.steps={steps}", "train.workers=1")
 
 
 SHORT = ("generator", signal.SIGTERM, 1, 2)
@@ -75,16 +54,23 @@ def test_a_run_that_is_stopped_again_and_again_is_the_uninterrupted_one(
 ) -> None:
     draw = random.Random(f"{training} {number.name} {processes}")  # the seed, printed with the test's name
     gaps = [draw.randint(1, 5) for _ in range(times)]
-    steps = sum(gaps) + 3
-    out, row = tmp_path / "run", f"{number.name} at random steps, {processes} processes"
+    steps, out, row = sum(gaps) + 3, tmp_path / "run", f"{number.name} at random steps, {processes} processes"
     args, slowest = command(training, digits_codes, out, steps), 0.0
-    for number_of_stops, gap in enumerate(gaps, 1):
+    for stop, gap in enumerate(gaps, 1):
         with rows.count(row):
-            own = draw.randrange(processes)
-            seconds = stopped(args, processes, gap, number, tmp_path / "note", own)
-            slowest = max(slowest, seconds)
-            assert seconds < SECONDS
-            assert newest_state(out)["step"] == sum(gaps[:number_of_stops])
+            own = draw.randrange(processes)  # the one that gets the signal
+            running = [
+                spawn(signalled_after, gap, number, tmp_path / "note", args, environment)
+                if rank == own
+                else spawn(command_line, args, environment)
+                for rank, environment in enumerate(environments(processes))
+            ]
+            assert [exit_code(process, 300) for process in running] == [EXIT_STOPPED] * processes
+            when, *left = (tmp_path / "note").read_text().split()
+            slowest = max(slowest, time.time() - float(when))
+            wait_until_gone([int(pid) for pid in left])
+            assert slowest < 20
+            assert newest_state(out)["step"] == sum(gaps[:stop])
     assert run_all(args, processes) == [0] * processes
     assert run_all(command(training, digits_codes, tmp_path / "whole", steps), processes) == [0] * processes
     assert_same(newest_state(out), newest_state(tmp_path / "whole"))
@@ -107,8 +93,7 @@ def stuck_in_saving(note: Path, args: list[str]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path, rows: Rows) -> None:
     settings = ("train.batch=16", "train.steps=1000", "train.save_every=2", "train.workers=2", "--device", "cpu")
-    args = tokenizer_command(tmp_path / "run", *settings)
-    process = spawn(stuck_in_saving, tmp_path / "note", args)
+    process = spawn(stuck_in_saving, tmp_path / "note", tokenizer_command(tmp_path / "run", *settings))
     wait_for((tmp_path / "note").exists, process)
     assert process.pid is not None
     with rows.count("a second signal ends a training at once"):

@@ -3,7 +3,6 @@
 A kill strikes at one event of a run, counted: before a micro-batch, or one of the disk (injection.py).
 """
 
-import errno
 import os
 import shutil
 import signal
@@ -22,11 +21,10 @@ from processes import children, exit_code, spawn, wait_for, wait_until_gone
 from rows import Rows
 from stores import Making, MemoryImages, content, encoded, flip
 
-from rdpm_cli import runs
-from rdpm_cli.codes import encode, write
+from rdpm_cli.codes import write
 from rdpm_cli.codes.store import verify
-from rdpm_cli.codes.write import missing_shards
-from rdpm_cli.errors import EXIT_STOPPED, DamagedError, DataError, RunError
+from rdpm_cli.codes.write import unwritten_shards
+from rdpm_cli.errors import EXIT_STOPPED, DataError, RunError
 
 IMAGES, SHARD, BATCH = 2000, 256, 64
 
@@ -56,21 +54,8 @@ def events(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) 
 def store_faults(patch: pytest.MonkeyPatch) -> Faults:
     """A micro-batch that begins is an event too."""
     faults = Faults(patch)
-    faults.also_before(encode, "prepare_and_encode")
+    faults.also_before(write, "prepare_and_encode")
     return faults
-
-
-def kill_and_resume(root: Path, tokenizer_file: Path, events: list[int], patch: pytest.MonkeyPatch) -> list[int]:
-    """Run until each event in turn, then to the end. -> the source indices encoded, over all runs."""
-    indices = encoded(patch)
-    faults = store_faults(patch)
-    for event in events:
-        faults.aim(event)
-        with pytest.raises(Killed):
-            big(root, tokenizer_file).finish()
-    faults.end()
-    big(root, tokenizer_file).finish()
-    return indices
 
 
 POINTS = [
@@ -79,27 +64,24 @@ POINTS = [
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_bytes_do_not_depend_on_a_kill(
+def test_bytes_do_not_depend_on_a_kill_or_several(
     point: int, events: int, whole: dict[str, bytes], tiny_tokenizer_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, rows: Rows,
 ) -> None:  # fmt: skip
-    event = int(np.random.default_rng(point).integers(1, events + 1))
+    kills = [int(np.random.default_rng(point).integers(1, events + 1))] if point else [40, 7, 3, 90, 5]
+    root, indices, faults = tmp_path / "codes", encoded(monkeypatch), store_faults(monkeypatch)
     with rows.count("kills while tokenising 2,000 images, the store's bytes after"):
-        indices = kill_and_resume(tmp_path / "codes", tiny_tokenizer_file, [event], monkeypatch)
-        assert content(tmp_path / "codes") == whole
+        for event in kills:
+            faults.aim(event)
+            with pytest.raises(Killed):
+                big(root, tiny_tokenizer_file).finish()
+        faults.end()
+        big(root, tiny_tokenizer_file).finish()
+        assert content(root) == whole
         times = Counter(indices)
         assert set(times) == set(range(IMAGES))
-        twice = sorted(index for index, count in times.items() if count > 1)
-        assert len({index // SHARD for index in twice}) <= 1
-        assert max(times.values()) <= 2
-
-
-def test_bytes_do_not_depend_on_being_killed_again_and_again(
-    events: int, whole: dict[str, bytes], tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    indices = kill_and_resume(tmp_path / "codes", tiny_tokenizer_file, [40, 7, 3, 90, 5], monkeypatch)
-    assert content(tmp_path / "codes") == whole
-    assert len({index // SHARD for index, count in Counter(indices).items() if count > 1}) <= 5
+        assert len({index // SHARD for index, count in times.items() if count > 1}) <= len(kills)
+        assert max(times.values()) <= len(kills) + 1
 
 
 # ---- a disk that is full -------------------------------------------------------------------------------------------
@@ -116,7 +98,7 @@ def test_a_full_disk_is_reported_and_the_run_goes_on_after(
         Disk(root, size * tenth // 10 + 50, patch)
         with pytest.raises(RunError) as caught:
             big(root, tiny_tokenizer_file).finish()
-    assert (caught.value.exit_code, str(root) in caught.value.message, bool(caught.value.hint)) == (1, True, True)
+    assert (caught.value.exit_code, str(root) in caught.value.message) == (1, True)
     assert "disk full" in caught.value.message
     assert not list(root.glob(".*.tmp"))
     assert not (root / "manifest.json").exists()
@@ -124,39 +106,20 @@ def test_a_full_disk_is_reported_and_the_run_goes_on_after(
     assert content(root) == whole
 
 
-@pytest.mark.parametrize(
-    ("number", "error"), [(errno.EIO, OSError), (errno.EDQUOT, RunError), (errno.ENOSPC, RunError)]
-)
-def test_an_error_of_the_system_keeps_its_text(
-    number: int, error: type[Exception], tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only a full disk is called one; a quota, or the number of files, is full while bytes are free."""
-
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(write, "write_shard", fail)
-    with pytest.raises(error, match=os.strerror(number)) as caught:
-        big(tmp_path / "codes", tiny_tokenizer_file).finish()
-    assert "disk full" not in str(caught.value)
-
-
-# ---- flipped bytes -------------------------------------------------------------------------------------------------
-
-
-def small(root: Path, tokenizer_file: Path) -> Making:
-    """36 images in shards of 10, two of them left out."""
-    return Making(
-        root, MemoryImages(36, bad=(4, 30)), tokenizer_file, on_bad="skip", max_bad=0.1, micro_batch=4
-    )  # fmt: skip
+# ---- damaged and deleted files -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> Path:
-    """A finished store. Read only."""
-    work = small(tmp_path_factory.mktemp("finished") / "codes", tiny_tokenizer_file)
-    work.finish()
-    return work.root
+    """A finished store of 36 images in shards of 10, two of them left out. Read only."""
+    root = tmp_path_factory.mktemp("finished") / "codes"
+    small(root, tiny_tokenizer_file).finish()
+    return root
+
+
+def small(root: Path, tokenizer_file: Path) -> Making:
+    source = MemoryImages(36, bad=(4, 30))
+    return Making(root, source, tokenizer_file, on_bad="skip", max_bad=0.1, micro_batch=4)
 
 
 @pytest.fixture
@@ -169,50 +132,19 @@ NAMES = ["codes-00000.npy", "labels-00001.npy", "index-00002.npy", "latents-0000
 
 
 @pytest.mark.parametrize("name", [*NAMES, "names.jsonl"])
-def test_a_damaged_file_is_named_and_deleting_it_makes_it_again(name: str, copy: Making, finished: Path) -> None:
+def test_a_damaged_file_is_named_and_deleting_it_makes_it_again(
+    name: str, copy: Making, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flip(copy.root / name, -3)
-    with pytest.raises(DamagedError) as caught:
+    with pytest.raises(DataError) as caught:
         verify(copy.root)
-    assert [line.split()[0] for line in caught.value.files] == [name]
+    assert [line.split()[0] for line in caught.value.message.splitlines()[1:]] == [name]
     (copy.root / name).unlink()
-    copy.finish()
-    assert content(copy.root) == content(finished)
-
-
-def test_all_damaged_shards_are_made_again_once_one_file_is_deleted(
-    copy: Making, finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flip(copy.root / "latents-00001.npy")
-    (copy.root / "codes-00003.npy").unlink()
-    assert missing_shards(copy.root, copy.plan) == [1, 3]
     indices = encoded(monkeypatch)
-    copy.finish()
-    assert indices == [*range(10, 20), *range(30, 36)]
-    assert content(copy.root) == content(finished)
-
-
-@pytest.mark.parametrize("name", ["codes-00000.npy", "sums-00000.json", "bad-00000.jsonl", "index-00000.npy"])
-def test_a_flip_in_an_unfinished_store_does_not_reach_the_finished_one(
-    name: str, finished: Path, tmp_path: Path, tiny_tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = small(tmp_path / "codes", tiny_tokenizer_file)
-    work.cut(7)
-    assert missing_shards(work.root, work.plan) == [2, 3]
-    flip(work.root / name)
-    indices = encoded(monkeypatch)
-    work.finish()
-    assert indices == [*range(10), *range(20, 36)]
-    assert content(work.root) == content(finished)
-
-
-def test_a_second_run_that_is_cut_keeps_the_checksums(copy: Making, finished: Path) -> None:
-    """The manifest has gone by then; what it recorded is noted shard by shard."""
-    (copy.root / "codes-00003.npy").unlink()
-    copy.cut(1)
+    copy.cut(1)  # the manifest has gone by then; what it recorded is noted shard by shard
     assert not (copy.root / "manifest.json").exists()
-    assert missing_shards(copy.root, copy.plan) == [3]
-    flip(copy.root / "codes-00000.npy")
     copy.finish()
+    assert len({index // 10 for index in indices}) == {"bad.jsonl": 2, "tokenizer.pt": 0, "names.jsonl": 0}.get(name, 1)
     assert content(copy.root) == content(finished)
 
 
@@ -220,9 +152,8 @@ def test_a_second_run_that_is_cut_keeps_the_checksums(copy: Making, finished: Pa
 def test_a_broken_manifest_is_refused_until_it_is_deleted(text: str, copy: Making, finished: Path) -> None:
     (copy.root / "manifest.json").write_text(text)
     for look in (lambda: verify(copy.root), lambda: next(copy.run())):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError, match=r"manifest\.json") as caught:
             look()
-        assert "manifest.json" in caught.value.message
         assert "delete" in caught.value.hint
     (copy.root / "manifest.json").unlink()
     copy.finish()
@@ -234,18 +165,10 @@ def test_a_broken_manifest_is_refused_until_it_is_deleted(text: str, copy: Makin
 
 def slow_command(images: int, pause: float, args: list[str]) -> None:
     """Be `rdpm tokenize memory OUT ...` on images that take a while."""
-    paused_command(images, lambda _: pause, args)
 
-
-def hanging_command(images: int, at: int, args: list[str]) -> None:
-    """The same, but reading one image never ends."""
-    paused_command(images, lambda index: 1000 if index == at else 0, args)
-
-
-def paused_command(images: int, pause: Callable[[int], float], args: list[str]) -> None:
     class Slow(MemoryImages):
         def open(self, index: int) -> Any:
-            time.sleep(pause(index))
+            time.sleep(pause)
             return super().open(index)
 
     from rdpm_cli.engine import tokenizer as engine
@@ -266,7 +189,7 @@ def command(tmp_path: Path, tiny_tokenizer_file: Path) -> list[str]:
 def started(root: Path, target: Callable[..., None], *args: Any) -> tuple[ForkServerProcess, int]:
     """A command that has written the first shard of its store, and its process id."""
     process = spawn(target, *args)
-    wait_for((root / "index-00000.npy").exists, process)
+    wait_for((root / "note-00000.json").exists, process)
     assert process.pid is not None
     return process, process.pid
 
@@ -300,7 +223,7 @@ def test_a_signal_leaves_whole_shards_and_no_process(
     resumed, alone = (
         Making(place, MemoryImages(640), tiny_tokenizer_file, **SMALL) for place in (root, tmp_path / "a")
     )
-    assert 0 < len(missing_shards(root, resumed.plan)) < 5
+    assert 0 < len(unwritten_shards(root, resumed.plan)) < 5
     resumed.finish()
     alone.finish()
     assert content(root) == content(alone.root)
@@ -316,28 +239,9 @@ def test_a_worker_killed_from_outside_leaves_whole_shards(
     assert exit_code(process, 20) == 1
     wait_until_gone(pids)
     resumed = Making(root, MemoryImages(640), tiny_tokenizer_file, **SMALL)
-    assert 0 not in missing_shards(root, resumed.plan)
+    assert 0 not in unwritten_shards(root, resumed.plan)
     resumed.finish()
     assert verify(root).images == 640
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_a_read_that_hangs(
-    number: signal.Signals, workers: int, command: list[str], tiny_tokenizer_file: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "codes"
-    process, pid = started(root, hanging_command, 256, 200, [*command, "--workers", str(workers)])
-    pids = children(pid)
-    time.sleep(0.5)  # for it to hang
-    start = time.monotonic()
-    os.kill(pid, number)
-    assert exit_code(process, 20) == EXIT_STOPPED
-    assert time.monotonic() - start < runs.PATIENCE + 3
-    wait_until_gone(pids)
-    assert not list(root.glob(".*.tmp"))
-    resumed = Making(root, MemoryImages(256), tiny_tokenizer_file, **SMALL)
-    assert missing_shards(root, resumed.plan) == [1]
 
 
 def test_the_whole_group_may_get_the_signal(command: list[str], tmp_path: Path) -> None:

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 from generators import save_generator
 from helpers import metrics
-from processes import generator_command, run_all, tokenizer_command
+from processes import run_all, training_command
 from rows import Rows
 from stores import content
 
-SIZES = [2, pytest.param(4, marks=pytest.mark.long)]
 
-
-@pytest.mark.parametrize("processes", SIZES)
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_store_is_that_of_one_process(
     processes: int, image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path, rows: Rows
 ) -> None:
@@ -34,7 +32,7 @@ def test_a_store_is_that_of_one_process(
 def test_samples_are_those_of_one_process(
     processes: int, tiny_tokenizer_file: Path, tmp_path: Path, rows: Rows
 ) -> None:
-    """In every run of the tests: two processes, in test_sampling.py. Equal samples have equal scores."""
+    """In every run of the tests: two processes, in test_sample.py. Equal samples have equal scores."""
     generator = save_generator(tmp_path / "generator.pt", tiny_tokenizer_file, cfg=1.0)
 
     def command(out: str) -> list[str]:
@@ -51,32 +49,23 @@ def test_samples_are_those_of_one_process(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("training", ["tokenizer", "generator"])
-def test_losses_are_those_of_one_process(training: str, digits_codes: Path, tmp_path: Path, rows: Rows) -> None:
-    """100 steps: what differs is the order of sums.
-
-    A tokenizer's nearest code is no continuous function: after the first one that flips (steps 5 and 16 when this was
-    measured), single losses part, and curves stay together.
-    """
+@pytest.mark.parametrize(("training", "same"), [("tokenizer", 3), ("generator", 100)])
+def test_losses_are_those_of_one_process(
+    training: str, same: int, digits_codes: Path, tmp_path: Path, rows: Rows
+) -> None:
+    """100 steps: what differs is the order of sums. same: steps whose losses agree; the first code flips at step 5."""
     losses = {}
     for processes in (1, 2, 4):
-        out, settings = tmp_path / str(processes), ["train.batch=64", "train.steps=100"]
-        args = (
-            generator_command(digits_codes, out, *settings)
-            if training == "generator"
-            else tokenizer_command(out, "--device", "cpu", *settings)
-        )
+        out = tmp_path / str(processes)
+        args = training_command(training, digits_codes, out, "train.batch=64", "train.steps=100")
         assert run_all(args, processes) == [0] * processes
         losses[processes] = np.array([row["loss"] for row in metrics(out) if "loss" in row])
     assert len(losses[1]) == 100
-    same = 100 if training == "generator" else 3
     for processes in (2, 4):
         with rows.count(f"losses of 1 and {processes} processes within 1e-3 over 100 steps; tokenizer: over 3"):
-            apart = np.abs(losses[processes] - losses[1])
+            most = np.abs(losses[processes] - losses[1])[:same].max()
             last = abs(float((losses[processes] - losses[1])[-20:].mean()))
-            rows.note(
-                f"{training}, losses of 1 and {processes} processes",
-                f"at most {apart[:same].max():.1e} apart in {same} steps, mean of the last 20 {last:.1e}",
-            )
-            assert apart[:same].max() < 1e-3
+            text = f"at most {most:.1e} apart in {same} steps, mean of the last 20 {last:.1e}"
+            rows.note(f"{training}, losses of 1 and {processes} processes", text)
+            assert most < 1e-3
             assert last < 5e-3

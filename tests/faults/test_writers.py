@@ -1,4 +1,4 @@
-"""Two writers of one folder, codes of another tokenizer, secrets of the environment, and the network."""
+"""Two writers of one folder, codes of another tokenizer, secrets of the environment."""
 
 import random
 import shutil
@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import offline
 import pytest
 from processes import command_line, exit_code, generator_command, spawn, tokenizer_command, wait_for
 from rows import Rows
@@ -19,8 +19,6 @@ from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes import store
 from rdpm_cli.errors import RunError
 from rdpm_cli.tokenizer import model
-
-# ---- two writers ---------------------------------------------------------------------------------------------------
 
 
 def holder(folder: Path) -> None:
@@ -52,14 +50,6 @@ def test_a_second_writer_is_refused_and_names_the_first(
     first.kill()
 
 
-class NoLock:
-    """A lock on a file system without locks."""
-
-    def __init__(self, _: Path) -> None: ...
-    def acquire(self, timeout: float) -> None: ...
-    def release(self) -> None: ...
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_two_writers_without_a_lock_leave_a_whole_store(
     seed: int, tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Rows
@@ -71,7 +61,8 @@ def test_two_writers_without_a_lock_leave_a_whole_store(
         return Making(tmp_path / name, MemoryImages(40), tiny_tokenizer_file, **settings)
 
     making("single").finish()
-    monkeypatch.setattr(files, "FileLock", NoLock)
+    no_lock = SimpleNamespace(acquire=lambda timeout: None, release=lambda: None)
+    monkeypatch.setattr(files, "FileLock", lambda _: no_lock)
     draw, running = random.Random(seed), [making("codes").run(), making("codes").run()]
     with rows.count("two writers without a lock, a whole store"):
         while running:
@@ -83,9 +74,6 @@ def test_two_writers_without_a_lock_leave_a_whole_store(
         making("codes").finish()
         store.verify(tmp_path / "codes")
         assert content(tmp_path / "codes") == content(tmp_path / "single")
-
-
-# ---- the tokenizer of a store --------------------------------------------------------------------------------------
 
 
 def test_a_store_with_another_tokenizer_is_not_trained_on(
@@ -102,43 +90,11 @@ def test_a_store_with_another_tokenizer_is_not_trained_on(
         assert not (tmp_path / "run").exists()
 
 
-# ---- secrets -------------------------------------------------------------------------------------------------------
-
-
 def test_no_file_of_a_run_holds_a_value_of_the_environment(tmp_path: Path, rows: Rows) -> None:
     secret = "hf_not-a-real-token-2718281828"
-    short = ["train.batch=16", "train.steps=1", "--device", "cpu"]
+    args = tokenizer_command(tmp_path, "train.batch=16", "train.steps=1", "--device", "cpu")
     with rows.count("no value of the environment in any file of a run"):
-        assert exit_code(spawn(command_line, tokenizer_command(tmp_path, *short), {"SOME_TOKEN": secret})) == 0
+        assert exit_code(spawn(command_line, args, {"SOME_TOKEN": secret})) == 0
         paths = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert tmp_path / "run.json" in paths
         assert not [path for path in paths if secret.encode() in path.read_bytes()]
-
-
-# ---- the network ---------------------------------------------------------------------------------------------------
-
-OUTSIDE = ("192.0.2.1", 80)  # an address reserved for documentation
-
-
-def connects(path: Path) -> None:
-    """Note in a file whether a child process has a network."""
-    try:
-        socket.create_connection(OUTSIDE, timeout=1)
-    except offline.Refused as error:
-        path.write_text(str(error))
-
-
-def test_the_tests_have_no_network(tmp_path: Path) -> None:
-    with socket.socket() as connection, pytest.raises(offline.Refused, match=r"192\.0\.2\.1"):
-        connection.connect(OUTSIDE)
-    assert exit_code(spawn(connects, tmp_path / "note")) == 0
-    assert "192.0.2.1" in (tmp_path / "note").read_text()
-
-
-def test_absent_weights_are_fetched_only_on_request(
-    no_weights: Path, capsys: pytest.CaptureFixture[str], rows: Rows
-) -> None:
-    command = ["eval", "fid", "digits:heldout", "--ref", "digits:train", "--resolution", "16", "--device", "cpu"]
-    with rows.count("no network without --download"):
-        assert run_cli(command) == 3
-        assert "--download" in capsys.readouterr().err

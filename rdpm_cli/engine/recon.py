@@ -1,0 +1,37 @@
+"""eval recon: scores of reconstructions, over several noise seeds."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from rdpm_cli.data.open import open_source
+from rdpm_cli.data.source import spread
+from rdpm_cli.distributed import process_group
+from rdpm_cli.engine.tokenizer import find_tokenizer
+from rdpm_cli.evaluation import recon
+from rdpm_cli.runs import Result, versions
+from rdpm_cli.tokenizer import model
+from rdpm_cli.tokenizer.losses import Net
+
+
+def eval_recon(
+    images: str, tokenizer: Path | None = None, *, seed: int = 0, seeds: int = 4, limit: int | None = None,
+    extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
+    lpips_alex: Path | None = None, lpips_vgg: Path | None = None, device: str = "auto",
+) -> Result:  # fmt: skip
+    """Scores of reconstructions: means over noise seeds seed..seed+seeds-1 and their spread; rFID of the first seed."""
+    path, source = find_tokenizer(tokenizer), open_source(images)
+    loaded, content = model.load(path)
+    count, size = len(spread(len(source), limit)), loaded.cfg.autoencoder.resolution
+    lpips: dict[Net, Path | None] = {"alex": lpips_alex, "vgg": lpips_vgg}
+    with process_group(device, several=True) as rank_device:
+        networks = recon.open_networks(count, size, rank_device, lpips, extractor, weights, download)
+        noise_seeds = range(seed, seed + seeds)
+        record = recon.score(source, loaded.to(rank_device), networks, noise_seeds, rank_device, limit)
+    if record is None:
+        return Result("score")
+    libraries = {name: version(name) for name in ("lpips", "torch-fidelity", "torchmetrics")}
+    return Result("score", {
+        "metric": "reconstruction", **record, "tokenizer": content["digest"],
+        "target": {"name": source.spec, "count": count, "digest": source.digest()},
+        "options": {"resolution": size, "limit": limit}, "versions": {**versions(), **libraries},
+    })  # fmt: skip
