@@ -49,10 +49,20 @@ def leaf_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
         yield from leaf_keys(inner[0], f"{prefix}{name}.") if inner else [prefix + name]
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which PyYAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"key '{repeated[0]}' is written twice")
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str, origin: str) -> Any:
-    """Plain YAML values. Raises RecipeError, which names `origin`, for a syntax error."""
+    """Plain YAML values. Raises RecipeError, which names `origin`, for a syntax error or a key written twice."""
     try:
-        return yaml.safe_load(text)
+        return UniqueKeys(text).get_single_data()
     except yaml.YAMLError as error:
         raise RecipeError(f"{origin} is not valid YAML: {' '.join(str(error).split())}", "correct it there") from error
 

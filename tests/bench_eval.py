@@ -5,8 +5,7 @@ and its floor take turns. The floor is only its convolutions, on the same shapes
 
 Metrics: features of 50,000 × 2048 random values, once each, on the threads of OMP_NUM_THREADS; wall seconds, and CPU
 seconds of all threads over their number, which equal the wall's on an idle machine and which the goals are for. Memory
-is the largest that the process held during the job, minus what it held before.
-"""
+is the largest that the process held during the job, minus what it held before."""
 
 import argparse
 import time

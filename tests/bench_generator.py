@@ -3,8 +3,7 @@
 Times are thread CPU seconds of one core (on CUDA: wall seconds between synchronisations), medians of rounds in which
 all competitors take turns, after one warm-up each. Weights and codes are random: neither changes the work. Floors:
 train, the matrix products alone, of the same shapes; sample, their operations at the rate of one large product (2048³
-on a CPU, 8192³ in bf16 on CUDA). With --steps the sampling loop takes fewer, and its time is multiplied.
-"""
+on a CPU, 8192³ in bf16 on CUDA). With --steps the sampling loop takes fewer, and its time is multiplied."""
 
 import argparse
 from collections.abc import Callable

@@ -1,8 +1,7 @@
 """Speed of tokenising, and of reading a store. By hand: python tests/bench_tokenize.py --help
 
 Rates are images per CPU second of one core, of parts that take turns; workers' rates are of their own CPU seconds, so
-that other jobs on the machine do not count. Weights are random: that changes neither the work nor the bytes.
-"""
+that other jobs on the machine do not count. Weights are random: that changes neither the work nor the bytes."""
 
 import argparse
 import os

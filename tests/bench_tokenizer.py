@@ -4,8 +4,7 @@ Times are thread CPU seconds of one core (on CUDA: wall seconds between synchron
 all competitors take turns, after one warm-up each. Weights are random, images are noise: neither changes the work.
 
 Legend: B batch, T steps, C code width, S positions, N vectors, K codebook entries. A floor is the time of the matrix
-products or convolutions only, on tensors of the same shapes, in the same rounds.
-"""
+products or convolutions only, on tensors of the same shapes, in the same rounds."""
 
 import argparse
 from collections.abc import Callable

@@ -1,6 +1,5 @@
 """Fixtures that test files share: a small untrained tokenizer, a folder of random images, a code store of both, and
-random weight files in the published layouts.
-"""
+random weight files in the published layouts."""
 
 import signal
 from collections.abc import Iterator

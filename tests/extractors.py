@@ -1,7 +1,6 @@
 """Stand-ins for tests of scores: random images, sets of them, an extractor of block means, untrained judges.
 
-Legend: B batch, N images, H W sides.
-"""
+Legend: B batch, N images, H W sides."""
 
 import json
 from collections.abc import Iterable, Iterator

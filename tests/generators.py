@@ -1,7 +1,6 @@
 """Tiny generators that several test files share.
 
-Legend: T steps, C code width, S positions of the grid, K codes.
-"""
+Legend: T steps, C code width, S positions of the grid, K codes."""
 
 from collections.abc import Iterator
 from pathlib import Path

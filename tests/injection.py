@@ -1,8 +1,7 @@
 """Faults of the disk, injected into this process: a kill at a counted event of writing, and a disk of limited size.
 
 Events are the middle of a write, and before and after a file is synced, renamed or removed. Nothing that SIGKILL would
-prevent, such as the removal of temporary files, is done after one.
-"""
+prevent, such as the removal of temporary files, is done after one."""
 
 import errno
 import os

@@ -1,7 +1,6 @@
 """Code stores for tests: one in the making, from images in memory, and one of random latents on any grid.
 
-Legend: n items, T steps, C channels, S = prod(grid) positions.
-"""
+Legend: n items, T steps, C channels, S = prod(grid) positions."""
 
 import math
 from collections.abc import Collection, Generator

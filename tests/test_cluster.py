@@ -37,8 +37,7 @@ JOB = {
 def start(folder: Path, code: int = 0, waits: int = 0, after: int = 1, **variables: str) -> "subprocess.Popen[str]":
     """The script with the stand-ins first on the path; torchrun's waits 0.05 s so often, then exits with the code.
 
-    after: its exit code after a signal.
-    """
+    after: its exit code after a signal."""
     programs = folder / "bin"
     programs.mkdir()
     for name, text in STAND_INS.items():

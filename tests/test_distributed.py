@@ -1,7 +1,6 @@
 """Several processes: a step's share and randomness, the helpers of a group, and what `--gpus N` starts and hands on.
 
-The launcher's tests start a stand-in for the command: how its processes end is what is tested.
-"""
+The launcher's tests start a stand-in for the command: how its processes end is what is tested."""
 
 import json
 import os

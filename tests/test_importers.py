@@ -1,8 +1,7 @@
 """Warm starts: public weights reproduce their own outputs here, every tensor is accounted for, no code in a file runs.
 
 The public side of every comparison is written from the layouts: random state dicts under the public names, and a
-forward pass by torch.nn.functional over those names.
-"""
+forward pass by torch.nn.functional over those names."""
 
 import argparse
 import json

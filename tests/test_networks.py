@@ -1,7 +1,6 @@
 """Encoder and decoder: their shapes and norms. The discriminator: the patch that a logit sees.
 
-That encoder and decoder compute VQGAN's function is tested in test_importers, against a forward pass of its own.
-"""
+That encoder and decoder compute VQGAN's function is tested in test_importers, against a forward pass of its own."""
 
 from typing import Any
 

@@ -1,7 +1,6 @@
 """The T-step noisy residual quantiser against independent computations: float64, numbers by hand, another library.
 
-Legend: B batch, T steps, C code width, S positions of the flattened grid, N vectors, K codebook entries, M books.
-"""
+Legend: B batch, T steps, C code width, S positions of the flattened grid, N vectors, K codebook entries, M books."""
 
 import itertools
 import math
@@ -352,8 +351,7 @@ def test_a_gradient_codebook_is_a_parameter_that_only_its_used_codes_move() -> N
 def test_ema_codebook_follows_gamma_weighted_means(weight: bool, expected: float) -> None:
     """By hand: alpha = (1/2, 1), z = 4, eps = 0, e_0 = 1, e_1 = 10. Then v = (2, 3), both coded 0; e_1 stays.
 
-    Weighted: 1.5 vectors of sum 0.5·2 + 3 = 4; unweighted: 2 of sum 5. Both EMAs keep 0.75, from 1 vector of sum e.
-    """
+    Weighted: 1.5 vectors of sum 0.5·2 + 3 = 4; unweighted: 2 of sum 5. Both EMAs keep 0.75, from 1 vector of sum e."""
     quantizer = make(
         "linear", channels=1, grid=(1, 1), codes=2, steps=2, bias="none", decay=0.75, restart_below=0.0, weight=weight
     )

@@ -1,7 +1,6 @@
 """The RDPM family: geometric head, batches, loss, held-out measurement and sampling, against hand computations.
 
-Legend: B images, J values of t an image, R rows, T steps, C code width, S positions, K codes.
-"""
+Legend: B images, J values of t an image, R rows, T steps, C code width, S positions, K codes."""
 
 import itertools
 import math

@@ -143,8 +143,10 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, old: str, new: 
     assert f"'{nearest}'" in error.hint
 
 
-@pytest.mark.parametrize("text", ["", "- 1\n- 2\n", "just words", "a: [1\n", "a: !!python/object:os.system {}\n"])
-def test_files_without_keys_are_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "- 1\n- 2\n", "just words", "a: [1\n", "a: !!python/object:os.system {}\n", "seed: 3\nseed: 4\n"]
+)
+def test_files_that_hold_no_recipe_are_refused(tmp_path: Path, text: str) -> None:
     assert "mine.yaml" in refusal(write(tmp_path, text)).message
 
 

@@ -1,7 +1,6 @@
 """The ResGen family: masks, network, loss, batches, scales, requantising, sampling, runs.
 
-Legend: B images, L positions, D depths, V codes, H code width. A slot is one (position, depth).
-"""
+Legend: B images, L positions, D depths, V codes, H code width. A slot is one (position, depth)."""
 
 import itertools
 import json

@@ -1,7 +1,6 @@
 """The code store: the meaning of its rows, the bytes of its files, and what a reader refuses.
 
-Legend: N rows, T steps, C channels, S flattened positions; a row is one (image, view), view fastest.
-"""
+Legend: N rows, T steps, C channels, S flattened positions; a row is one (image, view), view fastest."""
 
 import json
 import math

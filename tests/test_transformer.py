@@ -1,7 +1,6 @@
 """The transformer and its conditions: sizes, options, positions on 1 to 3 axes, masked tokens, attention kernels.
 
-Legend: R rows, M tokens, S positions, C code width, E width of a head.
-"""
+Legend: R rows, M tokens, S positions, C code width, E width of a head."""
 
 import math
 import sys

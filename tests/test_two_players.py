@@ -42,8 +42,7 @@ def test_the_state_has_all_that_a_resume_must_keep_and_the_model_file_the_averag
 def test_two_processes_train_two_players_as_one_does(steps: int, batch: list[str], tmp_path: Path) -> None:
     """With the adaptive weight, restarts and the average.
 
-    Also where gradients accumulate: four micro-batches in one process, two in each of two.
-    """
+    Also where gradients accumulate: four micro-batches in one process, two in each of two."""
 
     def args(name: str) -> list[str]:
         more = [f"train.steps={steps}", "quantizer.restart_below=0.1", "train.lr=1e-3"]

@@ -48,7 +48,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "gpu": (
         Literal["h200", "h100", "a100", "l40s", "rtx4090"],
         None,
-        typer.Option(help="of a --dry-run: default h200"),
+        typer.Option(help="for --dry-run; default h200"),
     ),
     "gpus": (int, None, typer.Option(metavar="N", min=1, help="processes, one a GPU of this node; default: one")),
     "json": (bool, False, typer.Option("--json", help="print the result as JSON")),
@@ -69,7 +69,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "top_k": (int, None, typer.Option(min=0, help="draw among the K likeliest codes; 0 = all")),
     "top_p": (float, None, typer.Option(help="draw among the fewest codes of this probability")),
     "track": (Literal["wandb"], None, typer.Option(help="also send the log to Weights & Biases")),
-    "utilisation": (float, None, typer.Option(min=0.01, max=1, help="of a --dry-run: share of bf16 peak; default 0.4")),
+    "utilisation": (float, None, typer.Option(min=0.01, max=1, help="for --dry-run: share of bf16 peak; default 0.4")),
     "weights": (Path, None, typer.Option(metavar="FILE", help="Inception weight file")),
 }
 

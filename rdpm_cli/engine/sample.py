@@ -39,7 +39,7 @@ GRID, STEPS_GIF, STEPS_SHEET = "previews/grid.png", "previews/steps.gif", "previ
 WAIT_SECONDS = 0.2  # between two looks at the files of other processes
 
 Draw = Callable[[Sequence[int], Sequence[int]], Samples]  # indices and labels -> samples
-# A process draws micro-batch `part` of every `parts`; it is `rank` of the `ranks` processes of its command.
+# A process draws micro-batch `first` of every `stride`; it is `rank` of the `ranks` processes of its command.
 Share = tuple[int, int, int, int]
 
 
@@ -133,12 +133,12 @@ def _work(
     outputs: Outputs,
 ) -> None:  # fmt: skip
     """Draw the micro-batches of this process that have no files yet; the last process writes the job's record."""
-    part, parts, rank, ranks = share
+    first, stride, rank, ranks = share
     shown = previewed(labels)
     shown_codes: dict[int, Tensor] = {}  # (T, S) by index, of the samples drawn here
-    batches = files.batches[part::parts]
+    batches = files.batches[first::stride]
     total = sum(map(len, batches))
-    with folder.writing(files.folder, part, parts), stop_on_signal(interrupt=ranks > 1) as stop:
+    with folder.writing(files.folder, first, stride), stop_on_signal(interrupt=ranks > 1) as stop:
         with progress.Bar("sample", total, "images") as bar:
             for batch in batches:
                 if not files.is_missing(batch):
@@ -157,7 +157,7 @@ def _work(
         if rank > 0:
             return
         for other in range(ranks):  # the first process of a command ends last
-            for batch in files.batches[part + other :: parts]:
+            for batch in files.batches[first + other :: stride]:
                 while files.is_missing(batch):
                     stop.leave(f"finished samples are in {files.folder}")
                     time.sleep(WAIT_SECONDS)

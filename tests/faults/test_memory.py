@@ -1,7 +1,6 @@
 """A GPU's memory that is too small: less at once where no result depends on it, else a stop.
 
-Sampling is in test_sample.py; there is no GPU here, so the error is raised by hand.
-"""
+Sampling is in test_sample.py; there is no GPU here, so the error is raised by hand."""
 
 from pathlib import Path
 from typing import Any

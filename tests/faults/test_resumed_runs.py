@@ -1,7 +1,6 @@
 """Both trainings through the real command line: killed and resumed, by one process and by two, to the same bits.
 
-200 steps, killed by SIGKILL at step 103, go on from the checkpoint of step 100; in every run of the tests 60 steps.
-"""
+200 steps, killed by SIGKILL at step 103, go on from the checkpoint of step 100; in every run of the tests 60 steps."""
 
 import signal
 from collections.abc import Callable

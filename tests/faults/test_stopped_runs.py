@@ -1,8 +1,7 @@
 """SIGTERM and SIGUSR1 to a training: saved, exit 75, nobody left, and the same bits as without.
 
 A run is stopped again and again, after gaps drawn from its seed, by a signal to one of its processes, and compared with
-one that was left alone.
-"""
+one that was left alone."""
 
 import os
 import random

@@ -1,7 +1,6 @@
 """Kills, full disks, flipped bytes and signals while a store is made: nothing half-written, and the same bytes after.
 
-A kill strikes at one event of a run, counted: before a micro-batch, or one of the disk (injection.py).
-"""
+A kill strikes at one event of a run, counted: before a micro-batch, or one of the disk (injection.py)."""
 
 import os
 import shutil
