@@ -169,7 +169,7 @@ def test_a_micro_batch_that_does_not_fit_is_reported(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "token"), [("--gpu abacus", "abacus"), ("--utilisation 1.5", "1.5"), ("--gpus 3", "48")]
+    ("options", "token"), [("--gpu abacus", "abacus"), ("--utilisation 1.5", "--utilisation"), ("--gpus 3", "48")]
 )
 def test_options_that_make_no_plan_are_usage_errors(options: str, token: str, capsys: Capture) -> None:
     assert run(["train-gen", "no-codes", "--recipe", "imagenet256-d12", "--dry-run", *options.split()]) == 2

@@ -39,7 +39,7 @@ NOTE = "note-{:05d}.json"
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """What fixes a store besides source and tokenizer. precision, micro_batch: None for the device's default."""
+    """What fixes a store apart from source and tokenizer. precision, micro_batch: None for the device's default."""
 
     views: int = 1
     flip: bool = False

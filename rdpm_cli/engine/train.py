@@ -22,7 +22,7 @@ from rdpm_cli.training.loop import CHECKPOINTS, Batches, Observer, Player, Run, 
 
 @dataclass
 class Training:
-    """A claimed run folder, with all that a training needs besides players and batches."""
+    """A claimed run folder, with all that a training needs apart from players and batches."""
 
     out: Path
     seed: int

@@ -190,7 +190,7 @@ class ResGenSampling(SamplingConfig):
     conf_temp: float = Field(1.0, ge=0, description="factor of the Gumbel noise on the confidence")
     conf_anneal: bool = Field(True, description="that noise falls to 0 at the last step")
     cfg_schedule: Literal["constant", "linear"] = Field("linear", description="linear: 0 at step 1, lambda at step S")
-    cfg_mode: Literal["both", "logits"] = Field("both", description="guide weights and means, or weights alone")
+    cfg_mode: Literal["both", "logits"] = Field("both", description="guide weights and means, or only the weights")
 
 
 class ResGenConfig(GeneratorConfig):

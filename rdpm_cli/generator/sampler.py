@@ -65,7 +65,7 @@ class Job:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What a sample depends on besides its options: the device, the precision there, images a pass."""
+        """What a sample depends on apart from its options: the device, the precision there, images a pass."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {"device": name, "precision": self.precision, "micro_batch": self.micro_batch}
 

@@ -66,7 +66,7 @@ class TokenizerTask(Player):
     def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """batch uint8 (B,3,H,W) -> L_recon + 0.25 L_quant + L_lpips + 0.75 w L_gan, and the terms as logs."""
         cfg = self.cfg.loss
-        if step.step != self.step:  # the first micro-batch of a step, also after a step that was passed over
+        if step.step != self.step:  # the first micro-batch of a step, also after a step that was skipped
             self.step, self.passes, self.pairs, self.gradients = step.step, [], [], None
         x = to_model(batch)
         if self.cfg.train.channels_last:
