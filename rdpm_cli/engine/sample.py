@@ -283,7 +283,7 @@ def edit_options(init: str | None, mask: str | None, from_step: int | None) -> E
             raise UsageError("--mask and --from-step edit an image", "name it with --init IMAGE")
         return None
     if mask is None and from_step is None:
-        raise UsageError("--init without --mask or --from-step keeps the whole image", "add --mask MASK or --from-step K")
+        raise UsageError("only --init keeps the whole image", "add --mask MASK or --from-step K")
     return Edit(init, mask, from_step)
 
 
