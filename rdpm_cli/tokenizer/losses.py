@@ -97,7 +97,8 @@ def load_perceptual(net: Net, path: Path | None, option: str, without: str, reso
 
     published, smallest = BACKBONES[net]
     if resolution < smallest:
-        raise UsageError(f"LPIPS ({net}) needs images of {smallest} pixels a side", f"use larger ones, or {without}")
+        message = f"LPIPS ({net}) needs images of at least {smallest} pixels a side, not {resolution}"
+        raise UsageError(message, f"use larger images, or {without}")
     file = checkpoint.find_weights(published, path, f"{option} (or {without})")
     hint = checkpoint.weights_hint(published, f"{option} (or {without})")
     note = "" if file.published else f"LPIPS: the weights in {file.path} are not the published ones"
