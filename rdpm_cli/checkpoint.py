@@ -38,6 +38,8 @@ def read_tensors(path: Path, device: torch.device | str = "cpu", hint: str = "co
             return torch.load(path, map_location=device, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
         raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist", hint) from error
     # In a file that is no checkpoint torch's unpickler raises almost anything, KeyError and IndexError included.
     except Exception as error:
         message = f"{path} holds no tensors, or holds code, which is never run ({type(error).__name__})"
@@ -157,7 +159,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     """One training state. Raises CheckpointError if it is damaged."""
     hint = "delete this file to continue from the state before it"
     if not _is_intact(path):
-        raise CheckpointError(f"{path} is damaged: it differs from {path.name}.sha256", hint)
+        raise CheckpointError(f"{path} is damaged, or its {path.name}.sha256 is missing", hint)
     return dict(read_tensors(path, device, hint))
 
 

@@ -40,7 +40,7 @@ class Recipe(Section):
         if not isinstance(value, Mapping):
             return value
         family = value.get("family", "rdpm")
-        if family not in FAMILIES:
+        if family not in list(FAMILIES):
             raise ValueError(f"family is one of {', '.join(FAMILIES)}")
         return FAMILIES[family].config.model_validate(value)
 

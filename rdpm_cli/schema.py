@@ -30,7 +30,7 @@ def validate(section: type[S], raw: Any, origin: str, keys: Sequence[str] = ()) 
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            keys, name = keys or list(leaf_keys(section)), key.rpartition(".")[2]
+            keys, name = [k for k in keys or leaf_keys(section) if k != key], key.rpartition(".")[2]
             misplaced = [known for known in keys if known.rpartition(".")[2] == name]
             near = difflib.get_close_matches(key, misplaced or keys, 1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "see the recipe's keys with `rdpm inspect RECIPE`"
@@ -63,7 +63,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     """Plain YAML values. Raises RecipeError, which names `origin`, for a syntax error or a key written twice."""
     try:
         return UniqueKeys(text).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{origin} is not valid YAML: {' '.join(str(error).split())}", "correct it there") from error
 
 

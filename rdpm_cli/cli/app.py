@@ -106,6 +106,10 @@ def command(
 def _answer(function: Callable[..., Result], section: str, values: dict[str, Any]) -> Result:
     """The result of the function for these values, or of --print-config, --dry-run or --gpus in its place."""
     gpus, gpu, utilisation = (values.pop(name, None) for name in ("gpus", "gpu", "utilisation"))
+    if (gpu or utilisation) and not values["dry_run"]:
+        raise errors.UsageError("--gpu and --utilisation describe the GPU of a --dry-run", "add --dry-run")
+    if gpus and "RANK" in os.environ and errors.LAUNCHER not in os.environ:
+        raise errors.UsageError("--gpus starts processes, and torchrun has started this one", "leave one of them out")
     if section:
         settings = {"seed": values.pop("seed"), "train.keep": values.pop("keep", None)}
         words = [f"{name}={value}" for name, value in settings.items() if value is not None]

@@ -10,6 +10,7 @@ import json
 import os
 import posixpath
 import re
+import stat
 import struct
 import tarfile
 import zipfile
@@ -85,10 +86,12 @@ def open_item(spec: str) -> Image.Image:
 
 def _open_folder(root: Path) -> Source:
     """A folder of images, or of shards. Refuses one of both: neither is silently left out."""
-    start, members = len(os.path.join(root, "")), list[str]()
+    start, members, walked = len(os.path.join(root, "")), list[str](), {os.path.realpath(root)}
     for branch, folders, names in os.walk(root, followlinks=True):  # as ImageFolder does
-        above = os.path.join(os.path.realpath(branch), "")  # a link to a folder above would repeat its images for ever
-        folders[:] = [name for name in folders if not above.startswith(os.path.realpath(f"{branch}/{name}") + "/")]
+        # A second way into a folder, by a link, would repeat its images, and a loop of links for ever.
+        real = {os.path.realpath(f"{branch}/{name}"): name for name in sorted(folders, reverse=True)}
+        folders[:] = [name for path, name in real.items() if path not in walked]
+        walked |= real.keys()
         paths = (os.path.join(branch, name)[start:] for name in names)
         members += [name for name in paths if not source.is_hidden(name)]
     shards = sorted(name for name in members if name.lower().endswith(SHARDS))
@@ -123,7 +126,6 @@ class DigitsSource(Source):
     def __init__(self, part: str) -> None:
         if part not in ("train", "heldout"):
             raise UsageError(f"digits has no part '{part}'", "parts: digits:train, digits:heldout")
-        # Imported here because scikit-learn takes a second, and only these images need it.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -162,7 +164,7 @@ class FolderSource(Source):
 
     def open(self, index: int) -> Image.Image:
         path = self.root / self.names[index]
-        if not path.is_file():  # a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
             raise OSError("it is no regular file")
         return open_image(path)
 

@@ -45,6 +45,8 @@ def center_crop(image: Image.Image, size: int) -> Pixels:
     """ADM's `center_crop_arr`: halve with BOX while the short side is at least 2·size, BICUBIC to size, crop.
 
     -> (size, size, 3) uint8, the same pixels as DiT, MAR, LlamaGen and EDM2's dhariwal crop."""
+    if Image.MAX_IMAGE_PIXELS and size * size * max(image.size) > Image.MAX_IMAGE_PIXELS * min(image.size):
+        raise ValueError(f"{image.width}×{image.height} pixels are too thin to be enlarged to {size}")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if min(image.size) != size:

@@ -75,9 +75,7 @@ def sample(
     sampling: Mapping[str, Any] | None = None, preset: str | None = None, outputs: Outputs | None = None,
     edit: Edit | None = None, reject: Reject | None = None, shard: str = "1/1", device: str = "auto",
 ) -> Result:  # fmt: skip
-    """Draw samples into the folder `out`; the same command again continues an interrupted job.
-
-    sampling: options of the family, over the preset's and the checkpoint's own. shard: I/N, as --shard."""
+    """Draw samples into `out`; continues an interrupted job. sampling: over the preset's and the checkpoint's own."""
     outputs = outputs or Outputs()
     if not (outputs.png or outputs.npz):
         raise UsageError("--no-png without --npz keeps no sample", "add --npz")

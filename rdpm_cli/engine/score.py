@@ -1,4 +1,4 @@
-"""eval: scores of images and checkpoints, references, reconstructions."""
+"""eval: scores of images and of checkpoints; references."""
 
 from collections.abc import Callable
 from importlib.metadata import version

@@ -136,9 +136,7 @@ def tokenize(
     images: str, out: Path, tokenizer: Path | None = None, options: StoreOptions | None = None, *,
     workers: int | None = None, on_bad: str = "stop", max_bad: float = 0.0001, device: str = "auto",
 ) -> Result:  # fmt: skip
-    """Images -> code store. Resumes at the first missing shard; a finished store is left as it is.
-
-    workers: processes, default one for each core of this rank. on_bad: stop or skip."""
+    """Images -> code store; resumes at the first missing shard. workers: processes. on_bad: stop or skip."""
     path = find_tokenizer(tokenizer)
     source = open_source(images)
     loaded, content = model.load(path)
@@ -146,14 +144,11 @@ def tokenize(
     if workers is None:  # an equal share of the cores that this process may use
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    with (
-        report_killed_worker(),
-        process_group(device, several=True) as rank_device,
-        stop_on_signal(interrupt=world()[1] > 1) as stop,
-    ):
-        store_plan = make_plan(source, loaded, content["digest"], options or StoreOptions(), rank_device)
+    # A killed worker is reported wherever this process is just then: DataLoader raises from a signal handler.
+    with report_killed_worker(), process_group(device, several=True) as picked, stop_on_signal(world()[1] > 1) as stop:
+        store_plan = make_plan(source, loaded, content["digest"], options or StoreOptions(), picked)
         layout = torch.channels_last if store_plan.precision == "bf16" else torch.contiguous_format
-        loaded.to(rank_device).to(memory_format=layout)
+        loaded.to(picked).to(memory_format=layout)
         work = Work(workers, "skip" if on_bad == "skip" else "stop", max_bad)
         pieces = write_store(out, source, loaded, path.read_bytes(), store_plan, work)
         with progress.Bar("tokenize", len(source), "images") as bar, contextlib.closing(pieces):

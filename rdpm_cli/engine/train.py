@@ -35,10 +35,9 @@ class Training:
         self, players: Sequence[Player], batches: Batches, cfg: TrainConfig, images: int,
         observers: Sequence[Observer] = (), flops: int = 0, draw: Callable[[], None] | None = None,
     ) -> nn.Module:  # fmt: skip
-        """Train with progress, from the newest state on. -> the first player's network, or its EMA.
+        """Train from the newest state on. -> the first player's network, or its EMA. images: the unit of an epoch.
 
-        images: in the data set, the unit of an epoch. flops: of a training step per image; 0: not logged.
-        draw: draws the curves of the log so far."""
+        flops: of a training step per image; 0: not logged. draw: draws the curves of the log so far."""
         run = Run(self.out, self.seed, self.device, cfg.total_steps(images), cfg.warmup(images), self.stop)
         if states := checkpoint.states(self.out / CHECKPOINTS):
             step, path = states[-1]

@@ -22,6 +22,7 @@ from rdpm_cli.data.pictures import Curve
 from rdpm_cli.data.pixels import Pixels, chw, hwc, to_model, to_pixels
 from rdpm_cli.data.source import Source
 from rdpm_cli.distributed import is_first, one_thread, world
+from rdpm_cli.errors import UsageError
 from rdpm_cli.evaluation import features, metrics, score
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
@@ -239,7 +240,9 @@ def proxy_score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig
 
 
 def open_proxy(cfg: ProxyConfig, store: CodeStore, device: torch.device) -> tuple[Extractor, ImageSet]:
-    """Extractor and reference of the proxy score. Raises DataError and CheckpointError."""
+    """Extractor and reference of the proxy score. Raises UsageError, DataError and CheckpointError."""
+    if cfg.samples == 1:
+        raise UsageError("proxy.samples=1: a covariance needs at least 2 samples", "give more, or 0 for no score")
     extractor = features.open_extractor(cfg.extractor, Path(cfg.weights) if cfg.weights else None, device)
     record = store_reference(store.root, store.manifest)
     hint = "go on without the score with proxy.samples=0"
