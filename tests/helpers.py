@@ -73,7 +73,7 @@ def tiny_config(**sections: dict[str, Any]) -> TokenizerConfig:
 def tiny_players(cfg: TokenizerConfig, seed: int = 0) -> Players:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return players_of(Tokenizer(cfg, cfg.loss.weight).train(), cfg, CPU)
+        return players_of(Tokenizer(cfg, cfg.loss.weight).train(), cfg)
 
 
 def digits(cfg: TokenizerConfig) -> ImageBatches:

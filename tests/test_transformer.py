@@ -22,6 +22,7 @@ from rdpm_cli.generator.config import NetworkConfig, RDPMConfig
 from rdpm_cli.generator.contract import Condition
 from rdpm_cli.generator.rdpm import RDPM, CodeBatch, RDPMNetwork
 from rdpm_cli.generator.transformer import rope_table, rotate
+from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
@@ -78,7 +79,7 @@ def test_an_option_adds_parameters_that_change_the_prediction(options: dict[str,
 
 def test_width_changes_the_parameters_and_heads_their_use() -> None:
     generator, rows = make_generator(), make_rows()
-    assert registry.parameters(make_generator(width=64)) > registry.parameters(generator)
+    assert tokenizer_model.parameters(make_generator(width=64).network) > tokenizer_model.parameters(generator.network)
     heads = make_generator(heads=4)
     heads.network.load_state_dict(generator.network.state_dict())
     assert not torch.allclose(logits_of(generator, rows), logits_of(heads, rows), atol=1e-4)

@@ -1,9 +1,8 @@
 """The format of a code store: manifest, shard files, and a memory-mapped reader.
 
 Shard s has codes-s.npy (rows, T, *grid), labels-s.npy (rows,), index-s.npy (rows,), the source index, and latents-s.npy
-(n·F, C, *grid) where latents are kept. A row is one (item, view), view fastest; with flips, bit 0 of the view says
-whether it is mirrored. Legend: n items, V views, F = 2 with flips else 1, rows = n·V, T steps, C channels, S positions.
-"""
+(n·F, C, *grid) where latents are kept. A row is one (item, view), view fastest; with flips, bit 0 of the view
+mirrors it. Legend: n items, V views, F = 2 with flips else 1, rows = n·V, T steps, C channels, S positions."""
 
 import json
 import math

@@ -93,9 +93,9 @@ def write_store(
 ) -> Generator[int, None, None]:
     """Write what is missing of the store, yielding the number of items done: first those that were there already.
 
-    Several ranks share the shards; the first one holds the lock and finishes. Raises any RdpmError."""
+    Several ranks share the shards; the first one holds the lock and finishes. Use it inside report_killed_worker."""
     rank, size = world()
-    with report_killed_worker(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         stack.enter_context(files.report_full_disk(root))
         if rank == 0:
             stack.enter_context(files.only_writer(root))

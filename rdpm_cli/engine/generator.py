@@ -15,6 +15,7 @@ from rdpm_cli.generator import registry
 from rdpm_cli.generator.contract import GeneratorTask
 from rdpm_cli.runs import Result, versions
 from rdpm_cli.tokenizer import model as tokenizer_model
+from rdpm_cli.tokenizer.model import parameters
 from rdpm_cli.training.log import last_metrics
 
 # Values of the log in the result; each group is taken from the last line that has its first name.
@@ -51,7 +52,7 @@ def train_gen(
         generator.network.to(training.device).train()
         registry.prepare(generator, cfg, kernel)
         measured = generator.begin(cfg, store)
-        progress.say(f"{registry.parameters(generator):,} parameters, {batches.images:,} images × {m.views} views")
+        progress.say(f"{parameters(generator.network):,} parameters, {batches.images:,} images × {m.views} views")
         draw = partial(watch.training_curves, training.out / "curves.png", generator_run=training.out)
         observers = [watch.generator_monitor(generator, tokenizer, cfg, list(m.class_names), batches)]
         if cfg.proxy.samples:
@@ -67,7 +68,11 @@ def train_gen(
     settings = {"command": "train-gen", "recipe": recipe_settings(resolved, "generator"), "store": m.digest()}
     train_once(final, resolved.seed, settings, device, make, track)
     loaded = registry.load(final)
-    values = {"generator": str(final), "digest": loaded.digest, "parameters": registry.parameters(loaded.generator)}
+    values = {
+        "generator": str(final),
+        "digest": loaded.digest,
+        "parameters": parameters(loaded.generator.network),
+    }
     for names in REPORTED:
         values |= last_metrics(final.parent, names)
     return Result("generator trained", values, f"rdpm sample --ckpt {final} --classes all")

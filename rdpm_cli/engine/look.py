@@ -24,6 +24,7 @@ from rdpm_cli.runs import Result, read_run
 from rdpm_cli.tokenizer import losses
 from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
+from rdpm_cli.tokenizer.model import parameters
 
 HINT = "name a code store, a folder of samples, a tokenizer.pt, generator.pt, judge.pt or checkpoints/step-*.pt"
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}  # of packages whose module has another name
@@ -88,9 +89,9 @@ def _recipe(target: str) -> Values:
     with torch.device("meta"):  # shapes without content, so that the largest networks take no memory
         tokenizer = tokenizer_model.Tokenizer(architecture)
         if recipe.tokenizer:
-            values["tokenizer_parameters"] = values["parameters"] = tokenizer_model.parameters(tokenizer)
+            values["tokenizer_parameters"] = values["parameters"] = parameters(tokenizer)
         if recipe.generator:
-            values["parameters"] = registry.parameters(registry.build(recipe.generator, tokenizer, recipe.classes))
+            values["parameters"] = parameters(registry.build(recipe.generator, tokenizer, recipe.classes).network)
             assumed = {"classes": recipe.classes, "positions": math.prod(tokenizer.grid)}
             assumed |= {"codes": architecture.quantizer.codes, "channels": architecture.autoencoder.channels}
             values["parameters_assume"] = assumed
@@ -104,11 +105,11 @@ def _model_file(path: Path) -> tuple[str, Values]:
     values = {"file": str(path), "bytes": path.stat().st_size, **values}
     if kind == "generator":
         loaded = registry.load(path)
-        values["parameters"] = registry.parameters(loaded.generator)
+        values["parameters"] = parameters(loaded.generator.network)
         values["sampling"] = loaded.sampling.model_dump(mode="json")
         values["tokenizer"] = {key: content["tokenizer"][key] for key in ("digest", "config")}
     elif kind == "tokenizer":
-        values["parameters"] = tokenizer_model.parameters(tokenizer_model.unpack(content, str(path)))
+        values["parameters"] = parameters(tokenizer_model.unpack(content, str(path)))
     else:
         values["parameters"] = sum(weight.numel() for weight in content["weights"].values())
     return kind, values

@@ -33,9 +33,8 @@ from rdpm_cli.runs import Result
 from rdpm_cli.tokenizer import losses, model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture, TokenizerConfig
 from rdpm_cli.tokenizer.model import Tokenizer
-from rdpm_cli.tokenizer.networks import PatchDiscriminator
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
-from rdpm_cli.tokenizer.training import DiscriminatorTask, TokenizerTask
+from rdpm_cli.tokenizer.training import players_of
 from rdpm_cli.training.config import TrainConfig, binding
 from rdpm_cli.training.loop import Player
 
@@ -92,11 +91,8 @@ def tokenizer_players(cfg: TokenizerConfig) -> Make:
         tokenizer = Tokenizer(cfg, cfg.loss.weight).train()
         tokenizer.quantizer.forward = without_search  # type: ignore[method-assign]
         lpips = losses.Perceptual("vgg") if cfg.loss.perceptual != "none" else None
-        critic = PatchDiscriminator(cfg.discriminator) if cfg.loss.adversarial != "none" else None
-        task = TokenizerTask(tokenizer, cfg, lpips, critic)
         size = cfg.autoencoder.resolution
-        players: list[Player] = [task, DiscriminatorTask(critic, task)] if critic else [task]
-        return players, torch.zeros(rows, 3, size, size, dtype=torch.uint8)
+        return players_of(tokenizer, cfg, lpips), torch.zeros(rows, 3, size, size, dtype=torch.uint8)
 
     return make
 
@@ -194,9 +190,7 @@ def fixed_memory(players: Sequence[Player], cfg: TrainConfig) -> dict[str, int]:
 
 
 def memory(make: Make, cfg: TrainConfig, hardware: Hardware, frozen: int, step: int = 0) -> dict[str, Any]:
-    """Parameters, GiB of a GPU by part for the recipe's micro-batch, and the largest micro-batch that fits.
-
-    frozen: bytes of networks that do not learn. step: the step that is measured."""
+    """GiB by part for the recipe's micro-batch, and the largest that fits. frozen: bytes of what does not learn."""
     rank_batch = len(rank_rows(cfg.batch, (0, hardware.count)))
     micro = min(cfg.micro_batch or rank_batch, rank_batch)
     # Activations are affine in the number of images: two measurements give every other.

@@ -55,11 +55,11 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Edit:
-    """An image, whose codes are drawn again where the mask is white (None: everywhere), from a step on (None: 1)."""
+    """An image, whose codes are drawn again where the mask is white (None: everywhere), from a step on."""
 
     init: str
     mask: str | None = None
-    from_step: int | None = None
+    from_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def sample(
     if edit:
         image_digests, known = open_edit(edit, tokenizer, seed)
         digests |= image_digests
-        recorded["edit"] = {"from_step": _first_step(edit), "masked": edit.mask is not None}
+        recorded["edit"] = {"from_step": edit.from_step, "masked": edit.mask is not None}
     judge = ClassJudge(reject.judge, loaded.class_names, picked) if reject else None
     if reject and judge:
         facts = {"keep": 1 / reject.tries, "candidates": reject.tries, "judge": judge.name}
@@ -103,7 +103,7 @@ def sample(
     draw: Draw = partial(job.best, tries=reject.tries, judge=judge) if reject and judge else job.draw
     files = SampleFiles(out, len(labels), micro_batch, png=outputs.png)
     _work(files, share, job, draw, labels, record, outputs)
-    passes = loaded.generator.passes(options, _first_step(edit) if edit else 1) * (reject.tries if reject else 1)
+    passes = loaded.generator.passes(options, edit.from_step if edit else 1) * (reject.tries if reject else 1)
     return _result(out, record, options.sampling, outputs, passes)
 
 
@@ -230,17 +230,13 @@ def _result(out: Path, record: dict[str, Any], sampling: SamplingConfig, outputs
     return Result("samples written", values, f"rdpm eval fid {out}")
 
 
-def _first_step(edit: Edit) -> int:
-    return 1 if edit.from_step is None else edit.from_step
-
-
 def open_edit(edit: Edit, tokenizer: Tokenizer, seed: int) -> tuple[dict[str, str], KnownCodes]:
     """The digests of image and mask, and the function from sample indices to the codes to keep.
 
     The codes kept in sample i are the image's codes under the noise of sample i: the network sees a pair of noise and
     codes that the tokenizer would produce, and each sample has different codes of the same image. Raises UsageError for
     an impossible mask or step, ImageError for a bad image."""
-    size, T, first = tokenizer.cfg.autoencoder.resolution, tokenizer.quantizer.steps, _first_step(edit)
+    size, T, first = tokenizer.cfg.autoencoder.resolution, tokenizer.quantizer.steps, edit.from_step
     if not 1 <= first <= T:
         raise UsageError(f"--from-step {first} is not in 1..{T}", f"this checkpoint has T = {T}")
     image = open_item(edit.init)
@@ -282,7 +278,7 @@ def edit_options(init: str | None, mask: str | None, from_step: int | None) -> E
         return None
     if mask is None and from_step is None:
         raise UsageError("only --init keeps the whole image", "add --mask MASK or --from-step K")
-    return Edit(init, mask, from_step)
+    return Edit(init, mask, 1 if from_step is None else from_step)
 
 
 def reject_options(text: str | None, judge: str | None) -> Reject | None:

@@ -114,7 +114,9 @@ def _train(
     if not (has_books or checkpoint.states(training.out / CHECKPOINTS)):
         first = batches.batch_at(0, range(cfg.train.batch))
         initialise_codebook(tokenizer, first, training.seed)
-    players = players_of(tokenizer, cfg, training.device, perceptual and perceptual.to(training.device))
+    players = players_of(tokenizer, cfg, perceptual and perceptual.to(training.device))
+    for player in players:
+        player.model.to(training.device)
     draw = partial(watch.training_curves, training.out / "curves.png", tokenizer_run=training.out)
     observers = [watch.tokenizer_preview(tokenizer, source, cfg.train), watch.codebook_alarm(cfg)]
     trained = training.fit(players, batches, cfg.train, len(source), observers, plan.tokenizer_flops(cfg), draw)

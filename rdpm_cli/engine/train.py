@@ -62,10 +62,9 @@ def train_once(
     final: Path, seed: int, settings: dict[str, Any], device: str, make: Callable[[Training], dict[str, Any]],
     track: str | None = None,
 ) -> None:  # fmt: skip
-    """Write the model file `final`, with the content that make(training) returns, unless it is finished.
+    """Write the model file `final` with the content of make(training), unless it is finished. settings: bind a run.
 
-    settings: with the key `command`; what binds a resumed run. track: as --track. A folder has one writer and one set
-    of settings: raises RunError and UsageError otherwise."""
+    A folder has one writer and one set of settings: raises RunError and UsageError otherwise."""
     log.check_tracker(track)
     out = final.parent
     with process_group(device, several=True) as rank_device, contextlib.ExitStack() as stack:

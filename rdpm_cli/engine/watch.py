@@ -37,6 +37,7 @@ from rdpm_cli.training.log import read_metrics
 from rdpm_cli.training.loop import Observer, Run
 
 DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampling
+PREVIEW = "previews/step-{:07d}.png"
 PREVIEWS = 8  # images, or samples a class
 ALARM_LINES = 5  # logged steps of low codebook usage before a warning
 MIN_VARIATION = 0.02  # of an informative latent; healthy small runs had 0.15 to 0.63
@@ -136,10 +137,6 @@ def codebook_alarm(cfg: TokenizerConfig) -> Observer:
     return observe
 
 
-def _save_preview(run: Run, sheet: Pixels) -> None:
-    pictures.save_png(run.folder / "previews" / f"step-{run.step:07d}.png", sheet)
-
-
 def tokenizer_preview(tokenizer: Tokenizer, source: Source, cfg: TrainConfig) -> Observer:
     """RUN/previews/: inputs, reconstructions and the T partial decodes, under held-out noise."""
     count = min(PREVIEWS, len(source))
@@ -158,7 +155,8 @@ def tokenizer_preview(tokenizer: Tokenizer, source: Source, cfg: TrainConfig) ->
         rows = [images, *decode_prefixes(model, codes)]
         model.train(was_training)
         labels = ["input", *(f"t = {t}" for t in range(1, len(rows) - 1)), f"output, t = {len(rows) - 1}"]
-        _save_preview(run, pictures.grid(np.concatenate(rows), count, labels, f"step {run.step}"))
+        sheet = pictures.grid(np.concatenate(rows), count, labels, f"step {run.step}")
+        pictures.save_png(run.folder / PREVIEW.format(run.step), sheet)
 
     return observe
 
@@ -204,7 +202,8 @@ def generator_monitor(
             measured = held_out(generator, batches, run.device)
             samples = list(sampler.sample(generator, tokenizer, labels, SampleOptions(cfg.sampling), micro_batch))
         images = np.concatenate([s.pixels_BHWC for s in samples])
-        _save_preview(run, pictures.grid(images, PREVIEWS, [class_names[c] for c in classes]))
+        sheet = pictures.grid(images, PREVIEWS, [class_names[c] for c in classes])
+        pictures.save_png(run.folder / PREVIEW.format(run.step), sheet)
         # The mean norm of z'_t over positions: it shrinks under a large tau and grows under strong guidance.
         codes_BTS = torch.cat([s.codes_BTS for s in samples]).to(run.device)
         counts = [torch.full((len(codes_BTS),), t, device=run.device) for t in range(1, T + 1)]

@@ -248,9 +248,10 @@ class RDPM(Generator):
                 codes_BS = quantizer.guess(previous, eps, t)
             else:
                 lambda_t = self._lambda(t, sampling)
-                eps_R, previous_R = (x.repeat(2 if lambda_t else 1, 1, 1) for x in (eps, previous))  # one pass of 2B
-                t_R = torch.full((len(eps_R),), t, device=device)
-                logits = self.predict(eps_R, previous_R, t_R, both if lambda_t else condition)[0].float()
+                inputs, target = (eps, previous), condition
+                if lambda_t:  # one pass of 2B rows
+                    inputs, target = (eps.repeat(2, 1, 1), previous.repeat(2, 1, 1)), both
+                logits = self.predict(*inputs, torch.full((len(inputs[0]),), t, device=device), target)[0].float()
                 logits = guide(logits, lambda_t) if lambda_t else logits
                 logits = logits * tau_at(t, quantizer.steps, sampling.tau, sampling.tau_end)
                 codes_BS = draw(narrow(logits, sampling.top_k, sampling.top_p), sampling, indices, t, options.seed)

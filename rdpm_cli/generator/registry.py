@@ -67,11 +67,6 @@ def prepare(generator: Generator, cfg: configs.GeneratorConfig, kernel: Kernel =
         block.attn.kernel = kernel
 
 
-def parameters(generator: Generator) -> int:
-    """Trainable parameters of the generator only, without tokenizer and EMA."""
-    return sum(p.numel() for p in generator.network.parameters())
-
-
 def pack(
     generator: Generator, cfg: configs.GeneratorConfig, tokenizer: dict[str, Any], class_names: list[str], **extra: Any
 ) -> dict[str, Any]:

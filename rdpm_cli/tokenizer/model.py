@@ -65,9 +65,9 @@ class Tokenizer(nn.Module):
         return self.decode_latents(self.quantizer.decode(codes_BTS))
 
 
-def parameters(tokenizer: Tokenizer) -> int:
+def parameters(network: nn.Module) -> int:
     """Number of trained values."""
-    return sum(p.numel() for p in tokenizer.parameters())
+    return sum(p.numel() for p in network.parameters())
 
 
 def parameter_table(tokenizer: Tokenizer) -> dict[str, int]:

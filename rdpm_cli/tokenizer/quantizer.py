@@ -151,6 +151,17 @@ class Quantizer(nn.Module):
         """The model-free baseline Q(beta_t eps_t - alpha_t z'_{t-1}): v_t without the unknown z. (B, S) int64."""
         return self.quantize(diffuse(-previous_BCS, eps_BCS, self.alphas[t - 1]), t)
 
+    def step(self, z_t: Tensor, eps_BCS: Tensor, t: int, search: Search) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step of Alg. 1: C_t, v_t, e_{C_t} and v'_t, straight-through to v_t."""
+        v_t = diffuse(z_t, eps_BCS, self.alphas[t - 1])
+        codes_BS = self.quantize(v_t, t, search)
+        q_t = self.look_up(codes_BS, t)
+        return codes_BS, v_t, q_t, self.bias(q_t.detach() + (v_t - v_t.detach()))
+
+    def searches(self) -> list[Search]:
+        """The search of every step; a shared codebook is prepared once."""
+        return [Search(book) for book in self.books] * (self.steps if len(self.books) == 1 else 1)
+
     def forward(self, z_BCS: Tensor, eps_BTCS: Tensor) -> Chain:
         """Alg. 1: v_t = alpha_t z_t + beta_t eps_t; C_t = Q(v_t); v'_t = bias(e); z_{t+1} = z_t - v'_t.
 
@@ -160,13 +171,10 @@ class Quantizer(nn.Module):
         with full_precision(z_BCS):
             z_BCS, eps_BTCS = z_BCS.float(), eps_BTCS.float()
             z_t, total, loss = z_BCS, torch.zeros_like(z_BCS), z_BCS.new_zeros(())
-            searches = [Search(book) for book in self.books]
-            for t in range(1, self.steps + 1):
-                v_t = diffuse(z_t, eps_BTCS[:, t - 1], self.alphas[t - 1])
-                codes.append(self.quantize(v_t, t, searches[t - 1 if len(searches) > 1 else 0]))
-                q_t = self.look_up(codes[-1], t)
-                approx_t = self.bias(q_t.detach() + (v_t - v_t.detach()))  # v'_t
+            for t, search in enumerate(self.searches(), 1):
+                codes_BS, v_t, q_t, approx_t = self.step(z_t, eps_BTCS[:, t - 1], t, search)
                 z_t, total = z_t - approx_t, total + approx_t
+                codes.append(codes_BS)
                 errors.append(F.mse_loss(total.detach(), z_BCS.detach()))
                 vectors.append(v_t.detach().transpose(1, 2))
                 if self.training:
@@ -180,8 +188,15 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, z_BCS: Tensor, eps_BTCS: Tensor) -> Tensor:
-        """codes (B, T, S) int64 of latents under the noise eps."""
-        return self.forward(z_BCS, eps_BTCS).codes_BTS
+        """codes (B, T, S) int64 of latents under the noise eps: the steps without what only training needs."""
+        codes = []
+        with full_precision(z_BCS):
+            z_t, eps_BTCS = z_BCS.float(), eps_BTCS.float()
+            for t, search in enumerate(self.searches(), 1):
+                codes_BS, _, _, approx_t = self.step(z_t, eps_BTCS[:, t - 1], t, search)
+                z_t = z_t - approx_t
+                codes.append(codes_BS)
+        return torch.stack(codes, 1)
 
     def prefix(self, codes_BTS: Tensor, terms_B: Tensor) -> Tensor:
         """z'_n = sum_{i<=n} bias(e_{C_i}), n = terms_B a row (0 gives zero): (B, C, S)."""
@@ -203,8 +218,7 @@ class Quantizer(nn.Module):
     def follow(self, passes: Sequence[tuple[Tensor, Tensor]], step: TrainStep) -> tuple[int, Tensor]:
         """EMA step of the codebook, then restarts of dead codes from current vectors. A gradient-trained book stays.
 
-        passes: (codes_BTS, vectors_TBSC) of this process's micro-batches. -> number restarted; used_TK, vectors a code.
-        """
+        passes: (codes_BTS, vectors_TBSC) of this process's micro-batches. -> number restarted; used_TK."""
         counts = [self._count(codes_BTS, vectors_TBSC) for codes_BTS, vectors_TBSC in passes]
         counts_MK, sums_MKC, used_TK = (step.sum_(reduce(torch.add, parts)) for parts in zip(*counts, strict=True))
         if self.cfg.codebook == "gradient":

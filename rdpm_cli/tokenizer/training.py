@@ -45,12 +45,9 @@ class TokenizerTask(Player):
     name = "tokenizer"
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        cfg: TokenizerConfig,
-        perceptual: nn.Module | None = None,
+        self, tokenizer: Tokenizer, cfg: TokenizerConfig, perceptual: nn.Module | None = None,
         critic: PatchDiscriminator | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """perceptual: (x, x') -> LPIPS (B,), where the loss has it. critic: the one that `DiscriminatorTask` trains."""
         self.model, self.cfg, self.perceptual, self.critic = tokenizer, cfg, perceptual, critic
         self.step = -1
@@ -141,11 +138,9 @@ class DiscriminatorTask(Player):
 Players = list[TokenizerTask | DiscriminatorTask]
 
 
-def players_of(
-    tokenizer: Tokenizer, cfg: TokenizerConfig, device: torch.device, perceptual: nn.Module | None = None
-) -> Players:
+def players_of(tokenizer: Tokenizer, cfg: TokenizerConfig, perceptual: nn.Module | None = None) -> Players:
     """The tokenizer, and its discriminator where the loss has an adversarial term."""
-    critic = PatchDiscriminator(cfg.discriminator).to(device) if cfg.loss.adversarial != "none" else None
+    critic = PatchDiscriminator(cfg.discriminator) if cfg.loss.adversarial != "none" else None
     task = TokenizerTask(tokenizer, cfg, perceptual, critic)
     return [task, DiscriminatorTask(critic, task)] if critic else [task]
 

@@ -8,6 +8,7 @@ import functools
 import math
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Batches(Protocol):
     def describe(self, step: int, rows: range) -> str: ...  # names of the images, for an error message
 
 
-class Player:
+class Player(ABC):
     """One network, `model`, with its own optimiser, trained from step `start` on."""
 
     name: str
@@ -49,9 +50,9 @@ class Player:
         """The parts that `train.compile` compiles."""
         return [self.model]
 
+    @abstractmethod
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and logs of a micro-batch, with a gradient for every trained parameter."""
-        raise NotImplementedError
 
     def after_step(self, step: TrainStep) -> dict[str, Tensor]:
         """Work after the optimiser, such as a codebook's update. -> logs"""
