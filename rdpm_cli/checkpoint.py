@@ -2,10 +2,14 @@
 
 A model file is one plain dict. Its digest covers weights and config, never provenance, so copies of it share it."""
 
+import functools
 import hashlib
 import os
+import pickle
 import re
 import warnings
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,25 +25,65 @@ from rdpm_cli.schema import S, validate
 VERSION = 1
 FORMATS = {"rdpm-tokenizer": "tokenizer", "rdpm-generator": "generator", "rdpm-judge": "judge"}
 NEEDED = {"version", "config", "weights", "digest", "class_names", "provenance"}
-HINTS = {
-    "": "name a tokenizer.pt, generator.pt or judge.pt",
-    "rdpm-tokenizer": "make one with `rdpm train-tokenizer IMAGES --recipe NAME`",
-    "rdpm-generator": "make one with `rdpm train-gen CODES --recipe NAME`",
-    "rdpm-judge": "make one with `rdpm eval judge IMAGES OUT`",
-}
 STATE_NAME = re.compile(r"step-(\d{9})\.pt")
+REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")  # of torch._utils
+# Segments that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of tensors.
+WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def read_tensors(path: Path, device: torch.device | str = "cpu", hint: str = "copy the file again") -> Any:
-    """The content of a file that torch.save wrote; pickled code never runs. Raises CheckpointError."""
+class _Inert(type):
+    """A type whose only instance is the class itself, whatever a pickle does to it."""
+
+    def __call__(cls, *_: object, **__: object) -> Any:
+        return cls
+
+    def _ignore(cls, *_: object) -> None: ...
+
+    __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
+class Inert(metaclass=_Inert):
+    """Stands for every class, function and object in a public weight file that is not a tensor or a plain container."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return cls
+
+
+class InertPickle:
+    """A pickle module for torch.load that imports and calls nothing but torch's functions for tensors."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module == "torch._utils" and name in REBUILD:
+                return functools.partial(getattr(torch._utils, name))  # new each time: a pickle may set its attributes
+            if (module, name) == ("collections", "OrderedDict"):
+                return OrderedDict
+            value = vars(torch).get(name) if module == "torch" else None
+            return value if isinstance(value, torch.dtype) else Inert
+
+    @staticmethod
+    def load(file: BinaryIO, **options: Any) -> Any:
+        return InertPickle.Unpickler(file, **options).load()
+
+
+def read_tensors(
+    path: Path, device: torch.device | str = "cpu", hint: str = "copy the file again", foreign: bool = False
+) -> Any:
+    """The content of a file that torch.save wrote; pickled code never runs. Raises CheckpointError.
+
+    foreign: the file may hold objects of any class next to its tensors; they become `Inert`."""
+    files.check_tensors(path, hint)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings about old formats address the caller of torch.load
-            return torch.load(path, map_location=device, weights_only=True)
+            try:
+                return torch.load(path, map_location=device, weights_only=True)
+            except pickle.UnpicklingError:  # of TorchScript and of tar files torch raises RuntimeError
+                if not foreign:
+                    raise
+                return torch.load(path, map_location=device, pickle_module=InertPickle)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist", hint) from error
     # In a file that is no checkpoint torch's unpickler raises almost anything, KeyError and IndexError included.
     except Exception as error:
         message = f"{path} holds no tensors, or holds code, which is never run ({type(error).__name__})"
@@ -89,7 +133,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def load(path: Path, kind: str = "") -> dict[str, Any]:
     """The content of a model file of this kind; "": of any. Raises CheckpointError."""
-    content = read_tensors(path, hint=HINTS[kind])
+    content = read_tensors(path, hint=files.HINTS[kind])
     check(content, str(path), kind)
     return dict(content)
 
@@ -98,11 +142,11 @@ def check(content: Any, origin: str, kind: str = "") -> None:
     """Raise CheckpointError unless content is a model file of this kind with an intact digest."""
     name = content.get("format") if isinstance(content, dict) else None
     if not isinstance(name, str) or name not in FORMATS:
-        raise CheckpointError(f"{origin} is not an rdpm checkpoint", HINTS[kind])
+        raise CheckpointError(f"{origin} is not an rdpm checkpoint", files.HINTS[kind])
     if kind and name != kind:
-        raise CheckpointError(f"{origin} is a {FORMATS[name]}, not a {FORMATS[kind]}", HINTS[kind])
+        raise CheckpointError(f"{origin} is a {FORMATS[name]}, not a {FORMATS[kind]}", files.HINTS[kind])
     if content.get("version") != VERSION:
-        raise CheckpointError(f"{origin} has format version {content.get('version')}, not {VERSION}", HINTS[kind])
+        raise CheckpointError(f"{origin} has format version {content.get('version')}, not {VERSION}", files.HINTS[kind])
     if NEEDED - set(content) or content["digest"] != model_digest(content["weights"], content["config"]):
         raise CheckpointError(f"{origin} is damaged: its weights do not match its digest", "copy or make it again")
 
@@ -152,7 +196,7 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
 def _is_intact(path: Path) -> bool:
     """Whether the file has the recorded sha256."""
     record = Path(f"{path}.sha256")
-    return record.is_file() and record.read_text().split()[:1] == [files.sha256_file(path)]
+    return record.is_file() and record.read_text("utf-8").split()[:1] == [files.sha256_file(path)]
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -219,12 +263,28 @@ def find_weights(published: Published, path: Path | None, option: str, download:
     return WeightFile(file, sha256, sha256.startswith(start))
 
 
-def read_weights(path: Path, network: str, hint: str) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, on the CPU. network: whose weights, for the error (CheckpointError)."""
-    content = read_tensors(path, hint=hint)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise misfit(path, network, hint, "it is not a dict of tensors")
-    return content
+def read_weights(path: Path, network: str, mark: str, hint: str) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, on the CPU. network: whose weights, for the error (CheckpointError).
+
+    mark: a name that only this network has."""
+    tensors = named_tensors(read_tensors(path, hint=hint, foreign=True), [mark])
+    if not tensors:
+        raise misfit(path, network, hint, f"it has no dict of tensors with {mark}")
+    return tensors
+
+
+def named_tensors(content: Any, marks: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors next to one of these names, in the file's outer dict or one level below; {} if there are none.
+
+    Names lose the segments of wrappers: `module._orig_mod.conv.weight` is `conv.weight`."""
+    outer = content if isinstance(content, dict) else {}
+    for inner in (outer.get("ema"), outer.get("model"), outer.get("state_dict"), outer):  # of LlamaGen the best first
+        items = inner.items() if isinstance(inner, dict) else ()
+        named = ((name, value) for name, value in items if isinstance(name, str) and isinstance(value, Tensor))
+        tensors = {WRAPPERS.sub("", name): value for name, value in named}
+        if not tensors.keys().isdisjoint(marks):
+            return tensors
+    return {}
 
 
 def misfit(path: Path, network: str, hint: str, error: Exception | str) -> CheckpointError:

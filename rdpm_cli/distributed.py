@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
 
-from rdpm_cli import errors, noise, progress
+from rdpm_cli import noise, progress
 from rdpm_cli.errors import EXIT_FAILED, EXIT_INTERRUPT, EXIT_STOPPED, LostProcessError, RunError, Stopped, UsageError
+from rdpm_cli.launcher import LAUNCHER
 
 TIMEOUT = timedelta(hours=1)  # the first process may score or write this long; NCCL's default is 10 minutes
 SAVING_SECONDS = 300  # that processes get to save after a signal, before they are killed
@@ -197,7 +198,7 @@ def launch(processes: int, device: str, argv: list[str]) -> int:
     count, level = str(processes), os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": str(threads)}
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    shared |= {errors.LAUNCHER: str(os.getpid()), "TORCH_CPP_LOG_LEVEL": level}
+    shared |= {LAUNCHER: str(os.getpid()), "TORCH_CPP_LOG_LEVEL": level}
     envs = {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)}
     argvs: dict[int, tuple[str, ...]] = dict.fromkeys(envs, (*PROGRAM, *argv))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1"  # torch's default lacks the last

@@ -1,5 +1,6 @@
 """Errors for users, with their exit codes. An exception that is no `RdpmError` is a bug and keeps its traceback."""
 
+import shlex
 from collections.abc import Iterable
 
 EXIT_FAILED = 1  # the run failed: disk full, out of memory, NaN, lock held
@@ -7,7 +8,6 @@ EXIT_USAGE = 2  # usage or recipe
 EXIT_DATA = 3  # data, checkpoint or weights unreadable, empty, of the wrong kind, mismatched or absent
 EXIT_STOPPED = 75  # stopped by a signal after saving; the same command continues
 EXIT_INTERRUPT = 130  # Ctrl-C
-LAUNCHER = "RDPM_LAUNCHER"  # environment variable of a process that `--gpus` started: the launcher's process id
 
 
 class RdpmError(Exception):
@@ -70,3 +70,8 @@ def some_of(names: Iterable[str], most: int = 8) -> str:
     """The first few of many names: `a, b, c and 120 more`."""
     listed = list(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def rdpm_command(*words: object) -> str:
+    """A command as one types it, with quotes where a shell needs them: `rdpm eval fid 'my samples'`."""
+    return shlex.join(["rdpm", *map(str, words)])

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,27 +13,85 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from rdpm_cli.errors import DataError, RunError, UsageError
+from rdpm_cli.errors import CheckpointError, DataError, RunError, UsageError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of a full disk and of a used-up quota
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a full disk, a used-up quota, and a limit of file sizes
 FREE = "free some space and run the same command again"
+HINTS = {  # for an error about a checkpoint, by the kind that is needed; "": any
+    "": "name a tokenizer.pt, generator.pt or judge.pt",
+    "rdpm-tokenizer": "make one with `rdpm train-tokenizer IMAGES --recipe NAME`",
+    "rdpm-generator": "make one with `rdpm train-gen CODES --recipe NAME`",
+    "rdpm-judge": "make one with `rdpm eval judge IMAGES OUT`",
+    "weights": "known are state dicts of VAR, taming-transformers' VQGAN and LlamaGen, and rdpm's own tokenizer.pt",
+}
+UNFIT = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EBADF)  # of wrong paths
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and in all its usual file systems
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")  # pathlib makes one slash of several
+DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/self/fd/(\d+)|/dev/std(in|out|err)")
+
+
+def local_path(text: str) -> str:
+    """A path of this machine that a user gave, with ~ expanded. Raises UsageError for a URL, or without a home."""
+    if (scheme := URL.match(text)) and not os.path.lexists(text):
+        url = f"{scheme[0].rstrip('/')}//{text[scheme.end() :]}"
+        raise UsageError(f"{url} is a URL, and URLs are not supported", "copy it to this machine and give its path")
+    expanded = os.path.expanduser(text)
+    if text == expanded and (text == "~" or text.startswith("~/")):
+        raise UsageError(f"{text}: this user has no home folder", "set HOME, or write the path without ~")
+    return expanded
+
+
+def check_name(path: Path) -> None:
+    """Raise UsageError for a name that no file system takes."""
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts) or len(os.fsencode(path)) > LONGEST_PATH:
+        raise UsageError(f"{path.name[:40]}...: the name or the path is too long", "give a shorter one")
+
+
+def check_working_folder() -> None:
+    """Raise UsageError if it has been deleted: no relative path means anything then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(f"the working folder cannot be used: {error.strerror}", "cd into another folder") from error
+
+
+def descriptor_of(path: Path) -> int | None:
+    """The open file of this process that a path names, as /dev/stdout does; None for others."""
+    if not (match := DESCRIPTOR.fullmatch(str(path))):
+        return None
+    return {"in": 0, "out": 1, "err": 2}[match[3]] if match[3] else int(match[1] or match[2])
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call write(file) on a temporary file next to `path`, sync it and rename it: readers see all of it or nothing."""
+    """Call write(file) on a temporary file next to `path`, sync it and rename it: readers see all of it or nothing.
+
+    A link stays, and the file that it names is replaced; pipes and devices are written into."""
+    try:
+        if (number := descriptor_of(path)) is not None:
+            with os.fdopen(os.dup(number), "wb") as file:
+                write(file)
+        elif path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as file:
+                write(file)
+        else:
+            _replace(Path(os.path.realpath(path)) if path.is_symlink() else path, write)
+    except OSError as error:
+        # The system leaves the name out when a write fails, and the user needs to know which disk is full.
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The end of the name, since a whole name may be as long as names can be.
+    temporary = path.with_name(f".{path.name[-40:]}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        # The system leaves the name out when a write fails, and the user needs to know which disk is full.
-        if error.errno in FULL and error.filename is None:
-            error.filename = str(path)
-        raise
     finally:
         temporary.unlink(missing_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)
@@ -44,7 +103,9 @@ def make_folder(folder: Path) -> None:
     """Make a folder and its parents. Raises UsageError if a file is in the way or it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+    except OSError as error:
+        if error.errno in FULL:
+            raise
         raise UsageError(f"folder {folder} cannot be made: {error.strerror}", "name another folder") from error
 
 
@@ -56,6 +117,20 @@ def canonical_json(value: Any) -> str:
 def digest(value: Any) -> str:
     """sha256 of the canonical JSON, in hex."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def check_tensors(path: Path, hint: str) -> None:
+    """Raise CheckpointError for a file that torch.save cannot have written, by its first bytes: without torch."""
+    if not os.path.isfile(path):  # for any name whatever, unlike Path.is_file
+        reason = "is not a file" if os.path.exists(path) else "does not exist"
+        raise CheckpointError(f"{path} {reason}", hint)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint) from error
+    if start != b"PK\3\4" and start[:1] != b"\x80":  # of a zip file, and of the pickles that came before torch 1.6
+        raise CheckpointError(f"{path} is not a checkpoint: it does not begin like the files of torch.save", hint)
 
 
 def sha256_file(path: Path) -> str:
@@ -73,7 +148,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises DataError if it is absent or broken."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}", "make it again; it may be half of a copy") from error
 
@@ -86,10 +161,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        writer = owner.read_text() if owner.exists() else "another process"
+        writer = owner.read_text("utf-8") if owner.exists() else "another process"
         raise RunError(f"{folder} is being written by {writer}", "wait for it, or stop it") from error
     try:
-        owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+        owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}", "utf-8")
         yield
     finally:
         owner.unlink(missing_ok=True)

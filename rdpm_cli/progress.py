@@ -1,6 +1,7 @@
 """All output on stderr: a bar on a terminal, plain lines elsewhere, or a JSON document a line."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ LINE_EVERY = 10.0  # seconds between plain lines
 clock = time.monotonic
 quiet = False
 as_json = False  # --log-format json
+_warned: set[str] = set()
 
 
 class Bar:
@@ -78,8 +80,12 @@ def _write(kind: str, text: str, **values: Any) -> None:
     print(json.dumps(document, allow_nan=False) if as_json else text, file=sys.stderr, flush=True)
 
 
-def warn(text: str) -> None:
-    """One line that --quiet does not silence."""
+def warn(text: str, once: bool = False) -> None:
+    """One line that --quiet does not silence. once: a fact that every process finds, maybe more than once."""
+    if once:
+        if text in _warned or os.environ.get("RANK", "0") != "0":
+            return
+        _warned.add(text)
     _write("warning", text if as_json else f"warning: {text}")
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, SerializeAsAny, field_validator
 
 from rdpm_cli import files
@@ -13,7 +12,7 @@ from rdpm_cli.errors import RecipeError
 from rdpm_cli.evaluation.judge import JudgeConfig
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.registry import FAMILIES
-from rdpm_cli.schema import Section, leaf_keys, parse_yaml, recipe_folder, recipe_names, validate
+from rdpm_cli.schema import Section, dump_yaml, leaf_keys, parse_yaml, recipe_folder, recipe_names, validate
 from rdpm_cli.tokenizer.config import TokenizerConfig
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_folder", "recipe_names", "to_yaml"]
@@ -87,7 +86,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str =
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as a recipe file: load_recipe of it gives an equal one, of the same digest."""
     values = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}
-    return f"# digest {recipe.digest()}\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)}"
+    return f"# digest {recipe.digest()}\n{dump_yaml(values)}"
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:

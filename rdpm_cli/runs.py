@@ -17,7 +17,8 @@ import torch
 
 from rdpm_cli import __version__, files, progress
 from rdpm_cli.distributed import world
-from rdpm_cli.errors import LAUNCHER, Stopped, UsageError
+from rdpm_cli.errors import Stopped, UsageError
+from rdpm_cli.launcher import LAUNCHER
 
 RUN_FILE = "run.json"
 Settings = dict[str, Any]
@@ -25,12 +26,15 @@ Settings = dict[str, Any]
 
 @dataclass
 class Result:
-    """The answer of a command. values: of `--json`; next: the command that follows; text: printed instead of them."""
+    """The answer of a command. values: of `--json`; next: the command that follows; text: printed instead of them.
+
+    picture: printed below them on a terminal, by rich."""
 
     title: str
     values: dict[str, Any] = field(default_factory=dict)
     next: str = ""
     text: str = ""
+    picture: Any = None
 
 
 def versions() -> dict[str, str]:
@@ -123,7 +127,7 @@ def stop_on_signal(interrupt: bool = False) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def serve_parent(_: int = 0) -> None:
+def serve_parent() -> None:
     """Begin a data worker: it leaves signals to the process that started it, and does not outlive it."""
     # Launchers signal whole process groups, and the step under way still needs its batch.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -142,7 +146,7 @@ def end_with_parent(number: signal.Signals, parent: int) -> None:
 def join_launcher() -> None:
     """Begin one of several processes, of `--gpus` or torchrun: end with the launcher, keep stdout for the result."""
     # gloo prints to file descriptor 1. It becomes stderr, and sys.stdout writes to a copy of the real one.
-    sys.stdout = os.fdopen(os.dup(1), "w")
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
     # torchrun does not pass SIGUSR1 on, and nobody can catch SIGKILL: no process may go on without its launcher.
     end_with_parent(signal.SIGTERM, int(os.environ.get(LAUNCHER, os.getppid())))

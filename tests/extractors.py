@@ -45,6 +45,7 @@ class Blocks:
         self.class_names = list(class_names)
         self.accuracy: float | None = None
         self.width, self.spatial_width = 12, SIDE
+        self.resolution: int | None = None
         self.extracted = 0  # images so far
 
     def __call__(self, pixels_BCHW: Tensor) -> Activations:
@@ -60,9 +61,9 @@ def make_judge(seed: int = 0, classes: int = 3) -> Judge:
         return Judge(SIDE, 8, 6, classes).eval()
 
 
-def save_judge(path: Path, seed: int = 0) -> Path:
-    """The file of an untrained judge of classes a, b, c."""
-    network, extra = make_judge(seed), {"class_names": list("abc"), "provenance": {"heldout_accuracy": 0.25}}
+def save_judge(path: Path, seed: int = 0, names: Iterable[str] = "abc") -> Path:
+    """The file of an untrained judge of three classes."""
+    network, extra = make_judge(seed), {"class_names": list(names), "provenance": {"heldout_accuracy": 0.25}}
     checkpoint.save(path, checkpoint.pack(judge.KIND, network.config, network, **extra))
     return path
 

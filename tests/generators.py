@@ -2,7 +2,7 @@
 
 Legend: T steps, C code width, S positions of the grid, K codes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,20 @@ class Calls:
         return [len(args[0]) for args in self.inputs]
 
 
-def save_generator(path: Path, tokenizer: Path, *, names: str = "abc", std: float = 0.5, **sampling: Any) -> Path:
-    """The file of an untrained generator over a tokenizer's file."""
+def save_generator(
+    path: Path, tokenizer: Path, *, names: Iterable[str] = "abc", std: float = 0.5, label_drop: float | None = None,
+    **sampling: Any,
+) -> Path:  # fmt: skip
+    """The file of an untrained generator over a tokenizer's file. label_drop: that its provenance records."""
     loaded, content = model.load(tokenizer)
     network = network_config(head="geometric", class_latents=True)
     options = RDPMSampling(**{"micro_batch": 2, **sampling})
     cfg = RDPMConfig(network=network, train=TrainConfig(steps=1), sampling=options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        generator = registry.build(cfg, loaded, len(names))
+        generator = registry.build(cfg, loaded, len(list(names)))
     wake(generator.network, std)
-    checkpoint.save(path, registry.pack(generator, cfg, content, list(names), provenance={}))
+    recipe = {"generator": {"objective": {"label_drop": label_drop}}}
+    provenance = {} if label_drop is None else {"recipe": recipe}
+    checkpoint.save(path, registry.pack(generator, cfg, content, list(names), provenance=provenance))
     return path

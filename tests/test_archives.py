@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import pickle
+import stat
+import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +18,11 @@ from pictures import encoded, make_tar, random_image, write_parquet
 from PIL import Image
 from pyarrow import parquet
 
-from rdpm_cli.codes.write import in_order
-from rdpm_cli.data.open import FolderSource, ParquetSource, TarSource, ZipSource, is_there, open_source
+from rdpm_cli.data.archives import ParquetSource, TarSource, ZipSource
+from rdpm_cli.data.open import FolderSource, is_there, open_source
 from rdpm_cli.data.source import Source
 from rdpm_cli.errors import DataError, ImageError
+from rdpm_cli.workers import in_order
 
 IMAGES = [encoded(random_image(8, 8, seed)) for seed in range(20)]
 PNG = IMAGES[0]
@@ -97,7 +100,9 @@ def test_forked_workers_read_every_packing_at_the_same_time(packings: dict[type[
         return [source.image(batch.start % 12).size for source in sources]
 
     orders = [range(5 * i, 5 * i + 1) for i in range(36)]
-    assert list(in_order(read, orders, 3)) == [[size[order.start % 12] for size in sizes] for order in orders]
+    assert list(in_order(read, orders, 3, "--workers 1")) == [
+        [size[order.start % 12] for size in sizes] for order in orders
+    ]
 
 
 @pytest.mark.parametrize("kind", [ZipSource, TarSource, ParquetSource])
@@ -106,7 +111,9 @@ def test_a_damaged_archive_is_refused_or_its_images_are_named(
 ) -> None:
     first = packings[kind][0]
     whole = first if first.is_file() else min(p for p in first.rglob("*") if p.suffix in (".tar", ".parquet"))
-    raw, path = whole.read_bytes(), tmp_path / f"damaged{whole.suffix}"
+    raw = whole.read_bytes()
+    raw = raw.rstrip(b"\0") + bytes(1024) if kind is TarSource else raw  # its padding holds nothing to damage
+    path = tmp_path / f"damaged{whole.suffix}"
     random = np.random.default_rng(0)
     refused = named = 0
     for trial in range(150):
@@ -146,17 +153,31 @@ def test_labels_and_kinds_of_a_shard(tmp_path: Path) -> None:
         open_source(source.spec)
 
 
+def test_keys_may_hold_dots(tmp_path: Path) -> None:
+    """A key ends at the last dot; a label without an image of its key goes to the only one of `key.<anything>.png`."""
+    labels = {"v1.0/c.v2": 3, "v1.0/c.v3": 0, "v1.0/d": 1, "e.f.g": 2, "h": 4}
+    members = {f"{key}.cls": str(label).encode() for key, label in labels.items()}
+    members |= dict.fromkeys([f"{key}.png" for key in labels if key != "h"] + ["h.left.png", "v1.0/d.seg.png"], PNG)
+    source = open_source(str(make_tar(tmp_path / "x.tar", members)))
+    assert source.labels is not None
+    assert dict(zip(source.names, source.labels, strict=True)) == {
+        "x.tar/v1.0/c.v2.png": 3, "x.tar/v1.0/c.v3.png": 0, "x.tar/v1.0/d.png": 1, "x.tar/e.f.g.png": 2,
+        "x.tar/h.left.png": 4,
+    }  # fmt: skip
+    assert source.not_taken == {".seg.png beside a labelled image": 1}
+
+
 @pytest.mark.parametrize(
     ("members", "token"),
     [
         ({"a__png": PNG, "a__cls": b"0", "b__png": PNG}, r"x\.tar/b\.png"),
-        ({"a__png": PNG, "a__cls": b"cat"}, r"a\.cls"),
-        ({"a__png": PNG, "a__cls": b"-1"}, "-1"),
+        ({"a__png": PNG, "a__cls": b"cat", "b__png": PNG, "b__cls": b"1"}, "'cat'"),
+        ({"a__png": PNG, "a__cls": b"-1", "b__png": PNG, "b__cls": b"1"}, "-1"),
         ({"a__png": PNG, "a__json": b"{"}, r"a\.json"),
-        ({"a__png": PNG, "a__json": b'{"label": "cat"}'}, "'cat'"),
-        ({"a__png": PNG, "a__cls": b"1", "a__json": b'{"label": 2}'}, "'a'"),
-        ({"a__png": PNG, "a__jpg": PNG}, "'a'"),
-        ({"a__gif": PNG, "a__cls": b"1"}, "'a'"),
+        ({"a__png": PNG, "a__json": b'{"label": 1.5}'}, "1.5"),
+        ({"a__png": PNG, "a__cls": b"1", "a__json": b'{"label": 2}'}, "a'"),
+        ({"a__png": PNG, "a__jpg": PNG, "a__cls": b"1"}, "a'"),
+        ({"a__txt": PNG, "a__cls": b"1", "b__png": PNG}, "a'"),
         ({"a__txt": b"text"}, r"x\.tar"),
     ],
 )
@@ -176,6 +197,60 @@ def test_a_shard_that_is_cut_short_is_refused_wherever_it_is_cut(tmp_path: Path)
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"x\.tar"):
             open_source(str(path))
+
+
+@pytest.mark.parametrize("padding", [0, 512, 1024, 1536, 9728])
+def test_joined_shards_are_read_to_the_end(tmp_path: Path, padding: int) -> None:
+    """As `cat a.tar b.tar` joins them, or tar -A or an interrupted append, behind an end mark of any length."""
+    whole = b""
+    for key in "abc":
+        raw = make_tar(tmp_path / "x.tar", {f"{key}.png": PNG, f"{key}.cls": b"1"}).read_bytes().rstrip(b"\0")
+        whole += raw + bytes(-len(raw) % 512) + bytes(padding)
+    (tmp_path / "x.tar").write_bytes(whole + bytes(512))
+    source = open_source(str(tmp_path / "x.tar"))
+    assert (source.names, source.labels) == ([f"x.tar/{key}.png" for key in "abc"], [1, 1, 1])
+    for junk in (b"junk", b"j" * 600, gzip.compress(whole)):
+        (tmp_path / "x.tar").write_bytes(whole + bytes(1024) + junk)
+        with pytest.raises(DataError, match=r"x\.tar"):
+            open_source(source.spec)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_and_accented_names_in_every_format_of_tar(tmp_path: Path, kind: int) -> None:
+    names = [f"{'d' * 90}/{'e' * 90}.png", "ünïcode/1.png"]
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(PNG)
+            tar.addfile(info, io.BytesIO(PNG))
+    source = open_source(str(tmp_path / "x.tar"))
+    assert source.names == [f"x.tar/{name}" for name in names]
+    assert (source.labels, source.class_names) == ([0, 1], ["d" * 90, "ünïcode"])
+
+
+@pytest.mark.parametrize(
+    ("change", "token"),
+    [
+        (lambda member: setattr(member, "external_attr", (stat.S_IFLNK | 0o777) << 16), "link"),
+        (lambda member: setattr(member, "flag_bits", member.flag_bits | 1), "encrypted"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a/2.png", "b", "classes.txt"])
+def test_links_and_encrypted_members_of_a_zip_are_refused(
+    tmp_path: Path, name: str, change: Callable[[zipfile.ZipInfo], None], token: str
+) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a/1.png", PNG)
+        archive.writestr(name, b"a")
+        change(archive.infolist()[-1])  # as the directory at the end will list it
+    with pytest.raises(DataError, match=f"{name}.*{token}"):
+        open_source(str(tmp_path / "x.zip"))
+
+
+def test_folders_in_a_zip_of_windows_are_folders(tmp_path: Path) -> None:
+    path = as_zip(tmp_path / "x.zip", {"a\\1.png": PNG, "b\\": b"", "b\\2.png": PNG})
+    source = open_source(str(path))
+    assert (source.names, source.labels, source.not_taken) == (["a/1.png", "b/2.png"], [0, 1], {})
 
 
 def test_class_names_and_labels_of_parquet(tmp_path: Path) -> None:
@@ -204,12 +279,70 @@ def write(columns: dict[str, Any]) -> Callable[[Path], object]:
         (lambda path: write_parquet(path, IMAGES[:2], [0, 3], ["a", "b"]), "3"),
         (lambda path: write_parquet(path, [], []), "no images"),
         (write({"picture": IMAGES[:2]}), "picture"),
-        (write({"image": IMAGES[:1], "label": ["cat"]}), "'cat'"),
+        (write({"image": IMAGES[:2], "label": ["cat", "2"]}), "'cat'"),
     ],
 )
 def test_parquet_that_does_not_fit_is_refused(tmp_path: Path, make: Callable[[Path], object], token: str) -> None:
     make(tmp_path / "x.parquet")
     with pytest.raises(DataError, match=token):
+        open_source(str(tmp_path))
+
+
+STRUCT = pyarrow.array([{"bytes": raw, "path": None} for raw in IMAGES[:2]])
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "labels", "names"),
+    [
+        ({"img": STRUCT, "label": [1, 0]}, {}, [1, 0], ["0", "1"]),
+        ({"img": STRUCT, "coarse_label": [5, 6], "fine_label": [1, 0]}, {}, [1, 0], ["0", "1"]),
+        ({"jpg": IMAGES[:2], "cls": [1, 0], "__key__": ["x", "y"]}, {}, [1, 0], ["0", "1"]),
+        ({"image": STRUCT, "label": pyarrow.array([1, 0], pyarrow.uint8())}, {}, [1, 0], ["0", "1"]),
+        ({"image": STRUCT, "label": ["dog", "cat"]}, {}, [1, 0], ["cat", "dog"]),
+        ({"image": STRUCT, "label": pyarrow.array(["dog", "cat"], pyarrow.large_string())}, {}, [1, 0], ["cat", "dog"]),
+        ({"image": STRUCT, "label": pyarrow.array(["dog", "cat"]).dictionary_encode()}, {}, [1, 0], ["cat", "dog"]),
+        ({"image": STRUCT, "caption": ["x", "y"]}, {}, None, []),
+        ({"image": STRUCT, "kind": ["b", "a"]}, {"label_column": "kind"}, [1, 0], ["a", "b"]),
+        ({"picture": STRUCT, "label": [0, 0]}, {"image_column": "picture"}, [0, 0], ["0"]),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
+)
+def test_columns_of_parquet_by_their_usual_names_or_as_asked(
+    tmp_path: Path, columns: dict[str, Any], options: dict[str, str], labels: list[int] | None, names: list[str]
+) -> None:
+    write(columns)(tmp_path / "x.parquet")
+    source = open_source(str(tmp_path / "x.parquet"), **options)
+    assert (source.labels, source.class_names) == (labels, names)
+    assert np.array_equal(source.pixels(1, 8), np.asarray(Image.open(io.BytesIO(IMAGES[1]))))
+
+
+@pytest.mark.parametrize("option", ["image_column", "label_column"])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, option: str) -> None:
+    write({"image": IMAGES[:2], "kind": [0, 1]})(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"typo.*image, kind") as caught:
+        open_source(str(tmp_path / "x.parquet"), **{option: "typo"})
+    assert f"--{option.replace('_', '-')}" in caught.value.hint
+
+
+def test_parquet_without_labels_is_asked_about_columns_not_folders(tmp_path: Path) -> None:
+    write({"image": IMAGES[:2], "kind": [0, 1]})(tmp_path / "x.parquet")
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path / "x.parquet")).need_labels()
+    assert "--label-column, of image, kind" in caught.value.hint
+
+
+def test_a_path_without_bytes_in_parquet_is_named(tmp_path: Path) -> None:
+    write({"image": [{"bytes": None, "path": "x/a.png"}, {"bytes": PNG, "path": None}]})(tmp_path / "x.parquet")
+    source = open_source(str(tmp_path / "x.parquet"))
+    with pytest.raises(ImageError, match=r"x\.parquet/000000.*x/a\.png"):
+        source.pixels(0, 8)
+    assert source.pixels(1, 8).shape == (8, 8, 3)
+
+
+def test_parquet_files_of_different_columns_are_refused(tmp_path: Path) -> None:
+    for number, names in enumerate((("image", "label"), ("img", "fine_label"))):
+        write(dict(zip(names, (IMAGES[:2], [0, 1]), strict=True)))(tmp_path / f"{number}.parquet")
+    with pytest.raises(DataError, match=r"1\.parquet has img, fine_label"):
         open_source(str(tmp_path))
 
 

@@ -1,14 +1,22 @@
 """Files of tensors: they run no code, are verified on loading, and are whole or absent; published weights are found."""
 
+import contextlib
+import enum
+import functools
 import hashlib
 import http.server
 import pickle
 import random
 import threading
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict, deque
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU, assert_same
@@ -17,7 +25,7 @@ from processes import touch
 from torch import nn
 
 from rdpm_cli import checkpoint, files
-from rdpm_cli.checkpoint import Published, WeightFile, find_weights, read_tensors
+from rdpm_cli.checkpoint import Inert, Published, WeightFile, find_weights, read_tensors
 from rdpm_cli.errors import AbsentWeightsError, CheckpointError, RunError
 from rdpm_cli.schema import Section
 
@@ -78,6 +86,78 @@ def test_no_pickled_code_runs(tmp_path: Path) -> None:
             read_tensors(tmp_path / name)
         assert "weights_only" not in caught.value.message  # torch's advice to run the code
     assert not (tmp_path / "made").exists()
+
+
+class Slots:
+    """Pickled with keyword arguments for __new__, and with a state of slots."""
+
+    __slots__ = ("side",)
+    side: int
+
+    class Inner:
+        """Pickled by its outer class's name."""
+
+    def __new__(cls, *, side: int) -> "Slots":
+        made = super().__new__(cls)
+        made.side = side
+        return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, int]]:
+        return (), {"side": self.side}
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Names(dict[str, int]):
+    """A mapping that is filled item by item."""
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_objects_of_any_class_are_inert_next_to_tensors(protocol: int, zipped: bool, tmp_path: Path) -> None:
+    objects = [
+        Trap(tmp_path / "made"), Slots(side=3), Slots.Inner(), Names(a=1), deque([1, 2]), {Slots: 1, Slots.Inner: 2},
+        {Color.RED: 1, frozenset([1]): Slots}, np.float64(3), np.ones(3), np.dtype("f4"), {1, 2}, tmp_path, 1 << 3000,
+        functools.partial(touch, "x"), tmp_path.exists, Namespace(lr=1), datetime(2020, 1, 1), range(3), b"bytes", len,
+    ]  # fmt: skip
+    tensors = {"a": nn.Parameter(torch.ones(2, 3).T), "b": torch.arange(3).bfloat16(), "c": torch.ones(2)[1:]}
+    content = {"state_dict": OrderedDict(tensors), Slots: torch.ones(1), "objects": objects}
+    path = tmp_path / "file.pt"
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"file\.pt"):
+        read_tensors(path)
+    read = read_tensors(path, foreign=True)
+    assert_same(dict(read["state_dict"]), tensors)
+    assert read["objects"][:3] == [Inert] * 3
+    assert not (tmp_path / "made").exists()
+
+
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STATE = b"N}X\x0c\x00\x00\x00__defaults__Ns\x86"  # (None, {"__defaults__": None})
+HOSTILE = {
+    "a call": b"cos\nsystem\nX\x0a\x00\x00\x00touch made\x85R.",
+    "a call by an instance": b"(X\x0a\x00\x00\x00touch madeios\nsystem\n.",
+    "a name of names": b"\x8c\x02osX\x0b\x00\x00\x00path.exists\x93)R.",
+    "an attribute of torch's function": REBUILD + STATE + b"b.",
+    "an attribute of a class": b"ccollections\nOrderedDict\n" + STATE + b"b.",
+    "an attribute of ours": b"crdpm_cli.checkpoint\nInert\n" + STATE + b"b.",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_pickle_is_inert_or_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("file.pt", "w") as archive:
+        archive.writestr("file/data.pkl", b"\x80\x02" + HOSTILE[kind])
+        archive.writestr("file/version", "3\n")
+    with contextlib.suppress(CheckpointError):
+        assert read_tensors(Path("file.pt"), foreign=True) is Inert
+    assert not Path("made").exists()
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == (None,)
+    assert "__defaults__" not in vars(OrderedDict) | vars(Inert)
 
 
 def model_file(path: Path, **changes: Any) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import pwd
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import pytest
 import torch
 from generators import save_generator
 from PIL import Image
+from processes import torchrun
 
 from rdpm_cli import __version__, checkpoint
 from rdpm_cli.cli import app
@@ -128,7 +132,7 @@ FAILURES: list[tuple[str, int, str]] = [
     ("sample --ckpt {generator} --init {text} --from-step 2", 2, "text.pt"),
     ("sample --ckpt {generator} --init {images}#36 --from-step 2", 2, "36"),
     ("sample --ckpt {generator} --reject keep=0.5", 2, "--reject"),
-    ("sample --ckpt {generator} --reject keep=0.4 --judge {text}", 2, "--reject"),
+    ("sample --ckpt {generator} --reject keep=0.4 --judge {generator}", 2, "--reject"),
     ("sample --ckpt {generator} --out {out} --classes name:x", 2, "name:x"),
     ("sample --ckpt {generator} --out {out} --classes 0,3", 2, "3"),
     ("sample --ckpt {generator} --out {out} --tau 0", 2, "tau"),
@@ -188,6 +192,10 @@ def raising(error: BaseException) -> Any:
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/codes"), 1, "/data/codes"),
+        (OSError(errno.EFBIG, "File too large", "/data/codes"), 1, "/data/codes"),
+        (OSError(errno.EROFS, "Read-only file system", "/data/codes"), 1, "/data/codes"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/data/codes"), 2, "/data/codes"),
+        (OSError(errno.EISDIR, "Is a directory", "/data/codes"), 2, "/data/codes"),
         (PermissionError(errno.EACCES, "Permission denied", "/data/codes"), 1, "/data/codes"),
         (MemoryError(), 1, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), 1, "CUDA out of memory."),
@@ -260,7 +268,8 @@ def test_usage_errors_of_several_processes_come_once(
     command: str, rank: str, lines: int, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("RANK", rank)
+    for name, value in torchrun(2)[int(rank)].items():
+        monkeypatch.setenv(name, value)
     assert run(split(command, paths)) in (2, 3)
     assert len(capsys.readouterr().err.splitlines()) == lines
 
@@ -274,7 +283,168 @@ def test_a_result_is_aligned_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_the_first_process_prints_the_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+    for environment in torchrun(2):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         assert run(["inspect", "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "digits"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample --ckpt s3://b/x", "sample --ckpt {generator} --out gs://b/x", "tokenize https://b/x {out}",
+        "tokenize {images} s3://b/x", "train-gen hf://b/x", "eval fid s3://b/x", "eval fid {images} --ref s3://b/x",
+        "eval report {full} -o s3://b/x", "inspect s3://b/x", "train-gen {codes} --recipe s3://b/x",
+        "train-tokenizer {images} --recipe digits loss.perceptual_weights=s3://b/x",
+    ],
+)  # fmt: skip
+def test_urls_are_refused_wherever_a_path_is_given(
+    command: str, paths: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(split(command, paths)) == 2
+    assert "://b/x" in capsys.readouterr().err.splitlines()[0]
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    "command", ["verify ~/x", "eval report ~/x", "inspect ~/x.pt", "train-gen ~/x --recipe digits"]
+)
+def test_a_tilde_is_the_home_folder_and_without_one_is_refused(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(command.split()) in (2, 3)
+    assert f"{tmp_path}/x" in capsys.readouterr().err.splitlines()[0]
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", raising(KeyError("uid not found")))
+    assert run(command.split()) == 2
+    assert "HOME" in capsys.readouterr().err.splitlines()[1]
+    assert run(["inspect", "digits"]) == 0
+
+
+def test_a_tilde_in_an_override_is_expanded_and_in_a_title_is_kept(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    changes = ["loss.perceptual_weights=~/vgg.pth", "--print-config", "--json"]
+    assert run(["train-tokenizer", "digits", "--recipe", "digits", *changes]) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizer"]["loss"]["perceptual_weights"] == "/home/me/vgg.pth"
+    Path("fid.json").write_text('{"metric": "fid", "value": 1.5}')
+    assert run(["eval", "report", "fid.json", "-o", "page.json", "--title", "~/x", "--quiet"]) == 0
+    assert json.loads(Path("page.json").read_text())["title"] == "~/x"
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "/".join(["x" * 200] * 21)], ids=["ascii", "accents", "path"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample --ckpt {generator} --out", "train-gen {codes} --recipe digits --out", "eval report {full} -o",
+        "eval fid {images} --ref {images} --features", "tune-sampling {generator} --out", "tokenize {images}",
+    ],
+)  # fmt: skip
+def test_names_that_are_too_long_are_refused(
+    command: str, name: str, paths: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*split(command, paths), name]) == 2
+    assert name[:40].split("/")[0] in capsys.readouterr().err
+    assert os.listdir() == []
+
+
+def test_the_next_command_can_be_pasted_whatever_the_path(
+    paths: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my #1 [a] 'quoted' $x"
+    assert run(["reconstruct", str(paths["codes"]), str(out), "--limit", "2", "--quiet"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(last) == ["next:", "rdpm", "eval", "fid", str(out)]
+
+
+LEFT_OVER = [
+    {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {"MASTER_ADDR": "host"}, {"MASTER_PORT": "1"},
+    {"LOCAL_WORLD_SIZE": "8"}, {"RANK": "", "WORLD_SIZE": ""}, torchrun(2)[0] | {"RANK": "2"},
+    torchrun(2)[0] | {"RANK": "one"}, torchrun(2)[1] | {"WORLD_SIZE": "9" * 5000},
+    torchrun(2)[1] | {"LOCAL_RANK": "-1"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", LEFT_OVER, ids=lambda value: " ".join(value)[:40])
+def test_left_over_variables_of_torchrun_are_refused_by_name(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run(["inspect", "digits"]) == 2
+    message, hint = capsys.readouterr().err.splitlines()
+    assert any(name in message for name in environment)
+    assert set(hint.partition(",")[0].split()) == {"hint:", "unset", *environment}
+    assert run(["inspect", "--help"]) == 0
+
+
+def test_a_deleted_working_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["inspect", "digits"]) == 2
+    assert "folder" in capsys.readouterr().err
+
+
+def test_a_report_can_be_written_into_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing else is there, also where stdout is a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("fid.json").write_text('{"metric": "fid", "value": 1.5}')
+    with Path("page").open("ab") as page:
+        command = [sys.executable, "-m", "rdpm_cli", "eval", "report", "fid.json", "-o", "/dev/stdout"]
+        subprocess.run([*command, "--format", "json"], stdout=page, check=True, timeout=60)
+    assert json.loads(Path("page").read_text())["scores"][0]["value"] == 1.5
+
+
+STREAMS = r"""
+import os, sys, types
+from rdpm_cli import progress
+from rdpm_cli.cli import app
+app.open_streams()
+app.tune_children()
+result = types.SimpleNamespace(title="caf\u00e9", values={"path": "caf\udce9"}, text="", picture="", next="")
+for as_json in (False, True):
+    progress.as_json = as_json
+    app.show(result, as_json)
+    progress.warn("caf\u00e9 caf\udce9")
+    progress.error("caf\u00e9", "caf\udce9", 2)
+with open("first", "w") as file:
+    print(file.fileno(), os.environ["OMP_WAIT_POLICY"], file=file)
+"""
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_every_name_can_be_printed_in_ascii_and_a_file_never_takes_the_place_of_a_stream(
+    closed: str, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_WAIT_POLICY": "active"}
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, STREAMS],
+        env=environment, capture_output=True, check=True, cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    number, policy = (tmp_path / "first").read_text().split()
+    assert int(number) > 2
+    assert policy == "active", "the user's choice"
+    if not closed:
+        title, path, *json_lines = done.stdout.decode("ascii").splitlines()
+        assert (title, path.split()) == (r"caf\xe9", ["path", r"caf\udce9"])
+        assert json.loads("".join(json_lines)) == {"path": "caf\udce9"}
+        assert done.stderr.decode("ascii").count(r"caf\udce9") == 4
+
+
+def test_waiting_threads_leave_the_core_to_others_unless_the_user_says_otherwise() -> None:
+    for name, expected in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", None), ("KMP_BLOCKTIME", None)):
+        with pytest.MonkeyPatch.context() as patch:
+            for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "PYTHONSAFEPATH"):
+                patch.delenv(variable, raising=False)
+            if expected is None:
+                patch.setenv(name, "0")
+            app.tune_children()
+            assert os.environ.get("OMP_WAIT_POLICY") == expected
+            for variable in ("OMP_WAIT_POLICY", "PYTHONSAFEPATH"):
+                os.environ.pop(variable, None)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -136,7 +137,7 @@ def wait(path):
     while not path.exists():
         time.sleep(0.02)
 
-def play(target):
+def play(target, reading):
     ready = Path(os.environ["PLAY"]) / f"{RANK}.pid"
     os.write(1, b"as gloo prints\\n")
     if target == "usage":
@@ -180,7 +181,7 @@ def launcher(folder: Path, how: str) -> None:
     (folder / "stand_in.py").write_text(STAND_IN)
     distributed.PROGRAM = (str(folder / "stand_in.py"),)  # type: ignore[assignment]
 
-    def inspect(target: str) -> Any:
+    def inspect(target: str, reading: dict[str, Any]) -> Any:
         code = distributed.launch(2, "cpu", ["inspect", target])
         sys.stdout.flush()
         os._exit(code)
@@ -212,6 +213,16 @@ def play(folder: Path, how: str, number: signal.Signals | None = None) -> tuple[
     wait_until_gone(pids, 20 if number == signal.SIGKILL else 1)
     lines = [line for line in (folder / "err").read_text().splitlines() if line not in ("as gloo prints", FIRST)]
     return code, (folder / "out").read_text(), lines
+
+
+def test_files_in_the_working_folder_are_not_imported(tmp_path: Path) -> None:
+    """By the processes of --gpus, and by those that torchrun starts: `python -m rdpm_cli`."""
+    for name in ("tokenize", "queue", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the user')")
+    assert play(tmp_path, "fine")[0] == 0
+    module = [sys.executable, "-m", "rdpm_cli", "inspect", "digits", "--quiet"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    subprocess.run(module, cwd=tmp_path, check=True, timeout=60, env=environment, stdout=subprocess.DEVNULL)
 
 
 def test_stdout_holds_the_first_process_s_answer_only(tmp_path: Path) -> None:

@@ -1,9 +1,5 @@
-"""Micro-batches: what a plan fixes, workers in order with errors in their turn, the path of a GPU taken on the CPU."""
+"""Micro-batches: what a plan fixes, the path of a GPU taken on the CPU."""
 
-import multiprocessing
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,112 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import alive, spawn, wait_for, wait_until_gone
 from stores import Making, MemoryImages
 from torch import Tensor
 
 from rdpm_cli.codes import write
-from rdpm_cli.codes.write import StoreOptions, in_order, make_plan, report_killed_worker
-from rdpm_cli.errors import DataError, ImageError, RdpmError, RunError, UsageError
+from rdpm_cli.codes.write import StoreOptions, make_plan
+from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.tokenizer import model
-
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-def numbers(count: int) -> list[range]:
-    """Micro-batches of one item."""
-    return [range(i, i + 1) for i in range(count)]
-
-
-# ---- workers -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("workers", "batches", "processes"), [(3, 60, 3), (64, 2, 2), (1, 4, 0), (2, 0, 0)])
-def test_results_come_in_order_from_this_number_of_processes_of_one_thread(
-    workers: int, batches: int, processes: int
-) -> None:
-    def work(batch: range) -> tuple[int, int, int]:
-        time.sleep(0.02 if batch.start % 3 == 0 else 0.005)  # results come out of order
-        return batch.start, os.getpid(), torch.get_num_threads()
-
-    results = list(in_order(work, numbers(batches), workers))
-    assert [number for number, *_ in results] == list(range(batches))
-    pids = {pid for _, pid, _ in results} - {os.getpid()}
-    assert len(pids) == processes
-    assert not any(alive(pid) for pid in pids)
-    assert {threads for _, _, threads in results} <= {1}
-
-
-def test_workers_end_with_the_iterator_in_the_middle_of_their_work() -> None:
-    results = in_order(lambda batch: time.sleep(batch.start), [range(0, 1), *numbers(100)[50:]], 2)
-    next(results)
-    pids = [child.pid for child in multiprocessing.active_children()]
-    start = time.monotonic()
-    results.close()
-    assert time.monotonic() - start < 2
-    assert not any(alive(pid) for pid in pids if pid)
-
-
-ERRORS: list[RdpmError] = [ImageError("image 5", "copy it", name="5.png", reason="torn"), RunError("disk 5")]
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("workers", [1, 3])
-def test_an_error_comes_in_its_turn_as_itself(error: RdpmError, workers: int) -> None:
-    def work(batch: range) -> int:
-        if batch.start == 5:
-            raise error
-        return batch.start
-
-    results: list[int] = []
-    with pytest.raises(type(error)) as caught:
-        results.extend(in_order(work, numbers(20), workers))
-    assert results == list(range(5))
-    assert (caught.value.message, caught.value.hint) == (error.message, error.hint)
-    assert (caught.value.exit_code, vars(caught.value)) == (error.exit_code, vars(error))
-
-
-def test_a_bug_in_a_worker_keeps_its_type_and_traceback() -> None:
-    def work(batch: range) -> int:
-        raise KeyError("a bug")
-
-    with pytest.raises(KeyError, match="in work"):
-        list(in_order(work, numbers(3), 2))
-
-
-def test_a_killed_worker_is_an_error_with_exit_code_1() -> None:
-    def work(batch: range) -> int:
-        if batch.start == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return batch.start
-
-    with pytest.raises(RunError) as caught, report_killed_worker():
-        list(in_order(work, numbers(100), 2))
-    assert (caught.value.exit_code, "--workers" in caught.value.hint) == (1, True)
-
-
-def lead(folder: str) -> None:
-    """Be a process with two workers that take long."""
-
-    def note_and_wait(batch: range) -> None:
-        (Path(folder) / str(batch.start)).write_text(str(os.getpid()))
-        time.sleep(60)
-
-    list(in_order(note_and_wait, numbers(2), 2))
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -> None:
-    parent = spawn(lead, str(tmp_path))
-    notes = [tmp_path / "0", tmp_path / "1"]
-    wait_for(lambda: all(note.exists() and note.read_text() for note in notes), parent)
-    pids = [int(note.read_text()) for note in notes]
-    assert all(alive(pid) for pid in pids)
-    assert parent.pid is not None
-    os.kill(parent.pid, number)
-    parent.join(20)
-    wait_until_gone(pids, 20)
-
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
 

@@ -154,6 +154,20 @@ def test_a_file_without_an_extractor_is_refused_by_name_and_not_run(
     assert not (tmp_path / "ran").exists()
 
 
+def test_inceptions_weights_are_taken_out_of_a_training_checkpoint_and_nothing_else_is(
+    random_inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = torch.load(random_inception, weights_only=True)
+    wrapped = {f"module._orig_mod.{name}": value for name, value in weights.items()}
+    torch.save({"state_dict": wrapped, "callbacks": {Bomb: Bomb()}}, "last.ckpt")
+    extractor = open_extractor(None, Path("last.ckpt"), CPU)
+    assert isinstance(extractor, features.Inception)
+    weight = extractor.network.state_dict()["Conv2d_1a_3x3.conv.weight"]
+    assert torch.equal(weight, weights["Conv2d_1a_3x3.conv.weight"])
+    assert not Path("ran").exists()
+
+
 def test_weights_are_fetched_only_on_request_and_looked_up_later(
     random_inception: Path, no_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,16 @@
 
 import errno
 import hashlib
+import io
 import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 
 from rdpm_cli import files
@@ -142,10 +145,83 @@ def test_space_is_checked_before_writing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"), [(errno.ENOSPC, RunError), (errno.EDQUOT, RunError), (errno.EIO, OSError)]
+    ("number", "expected"),
+    [(errno.ENOSPC, RunError), (errno.EDQUOT, RunError), (errno.EFBIG, RunError), (errno.EIO, OSError)],
 )
 def test_a_full_disk_is_one_clear_error_and_another_failure_is_passed_on(
     number: int, expected: type[Exception], tmp_path: Path
 ) -> None:
     with pytest.raises(expected, match=os.strerror(number)), files.report_full_disk(tmp_path):
         raise OSError(number, os.strerror(number))
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    pipe, content = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: content.append(pipe.read_bytes()))
+    reader.start()
+    files.write_atomic(pipe, lambda file: np.savez(file, a=np.arange(3)))  # it seeks where it can
+    reader.join()
+    assert np.load(io.BytesIO(content[0]))["a"].tolist() == [0, 1, 2]
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_an_open_file_is_written_into_where_it_stands(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        log.write(b"before, ")
+        log.flush()
+        for name in (f"/dev/fd/{log.fileno()}", f"/proc/self/fd/{log.fileno()}"):
+            files.write_atomic(Path(name), lambda file: file.write(b"new, "))
+        log.write(b"after")
+    assert (tmp_path / "log").read_bytes() == b"before, new, new, after"
+    files.write_atomic(Path("/dev/null"), lambda file: file.write(b"new"))
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(OSError, match="/dev/full"):
+        files.write_atomic(Path("/dev/full"), lambda file: file.write(b"new"))
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_the_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path, old: bytes | None) -> None:
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "target", tmp_path / "link"
+    link.symlink_to("disk/target")
+    if old is not None:
+        target.write_bytes(old)
+    files.write_atomic(link, lambda file: file.write(b"new"))
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert os.listdir(target.parent) == ["target"]
+
+
+def test_a_name_may_be_as_long_as_the_system_takes_it(tmp_path: Path) -> None:
+    for name in ("x" * 255, "é" * 127):
+        files.check_name(tmp_path / name)
+        files.write_atomic(tmp_path / name, lambda file: file.write(b"new"))
+        assert (tmp_path / name).read_bytes() == b"new"
+        with pytest.raises(UsageError):
+            files.check_name(tmp_path / f"{name}yz")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("~", "/home/me"), ("~/a b", "/home/me/a b"), ("a/~", "a/~"), ("~no-such-user/x", "~no-such-user/x"),
+        ("digits:heldout", "digits:heldout"), ("C:/x", "C:/x"), ("x-{00..99}.tar", "x-{00..99}.tar"), ("", ""),
+    ],
+)  # fmt: skip
+def test_paths_of_this_machine_are_taken(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.local_path(text) == expected
+
+
+@pytest.mark.parametrize("url", ["s3://b/x", "https://b/x", "file:///x", "hf://b"])
+def test_urls_are_refused_as_text_and_as_paths_unless_they_exist(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in (url, str(Path(url))):
+        with pytest.raises(UsageError, match="://"):
+            files.local_path(text)
+    Path(url).mkdir(parents=True)
+    assert files.local_path(url) == url

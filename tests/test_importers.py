@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_same
 from torch import Tensor
 
 from rdpm_cli import checkpoint, files
@@ -312,13 +313,12 @@ CONTENT: dict[str, Callable[[Path], object]] = {
     "odd keys": lambda _: {1: torch.zeros(3), "format": ["x"], "model": 3},
     "few layers": lambda _: {"encoder.mid.attn_1.q.weight": torch.zeros(3)},
     "a judge": lambda _: {**model.pack(new("VAR"), class_names=[], provenance={}), "format": "rdpm-judge"},
-    "more than tensors": lambda _: {"state_dict": Public("VAR").w, "args": argparse.Namespace(lr=1)},
     "code": lambda folder: Trap(folder / "ran"),
-    "code inside": lambda folder: {"state_dict": Public("VAR").w, "callbacks": Trap(folder / "ran")},
+    "code for tensors": lambda folder: {"state_dict": dict.fromkeys(Public("VAR").w, Trap(folder / "ran"))},
 }
 
 
-@pytest.mark.parametrize("kind", [*CONTENT, "absent", "folder", "text", "truncated", "pickle", "legacy code"])
+@pytest.mark.parametrize("kind", [*CONTENT, "absent", "folder", "text", "truncated", "pickle"])
 def test_a_file_of_no_use_is_one_clear_error_and_its_code_never_runs(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.pt"
     if kind in CONTENT:
@@ -331,14 +331,77 @@ def test_a_file_of_no_use_is_one_clear_error_and_its_code_never_runs(kind: str, 
         path.write_bytes(public(tmp_path, "VAR").read_bytes()[:5000])
     elif kind == "pickle":
         path.write_bytes(pickle.dumps(Trap(tmp_path / "ran"), protocol=2))
-    elif kind == "legacy code":
-        torch.save(CONTENT["code inside"](tmp_path), path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"bad\.pt") as caught:
         load_weights(new("taming-transformers"), path)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "ran").exists()
     if kind == "unknown layout":
         assert all(name in caught.value.hint for name in ("VAR", "taming", "LlamaGen"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_next_to_the_weights_are_passed_over_and_their_code_never_runs(zipped: bool, tmp_path: Path) -> None:
+    weights = Public("taming-transformers").w
+    content = {  # as Lightning writes it
+        "epoch": 3, "state_dict": weights, "callbacks": {argparse.ArgumentParser: {"best_model_score": torch.ones(())}},
+        "hyper_parameters": argparse.Namespace(lr=1), "lr_schedulers": [Trap(tmp_path / "ran")],
+    }  # fmt: skip
+    torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=zipped)
+    imported = load_weights(tokenizer := new("taming-transformers"), tmp_path / "last.ckpt")
+    assert sorted([*imported.taken, *imported.skipped]) == sorted(weights)
+    assert torch.equal(tokenizer.state_dict()["encoder.conv_in.weight"], weights["encoder.conv_in.weight"])
+    assert not (tmp_path / "ran").exists()
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "DistributedDataParallel": lambda name: f"module.{name}",
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"_orig_mod.module.{name}",
+    "both in the other order": lambda name: f"module._orig_mod.{name}",
+    "a compiled encoder": lambda name: name.replace("encoder.", "encoder._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_with_the_segments_of_wrappers_are_those_without(layout: str, wrapper: str, tmp_path: Path) -> None:
+    plain, wrapped = new(layout), new(layout)
+    expected = load_weights(plain, public(tmp_path, layout))
+    renamed = {WRAPPED[wrapper](name): value for name, value in Public(layout).w.items()}
+    assert load_weights(wrapped, save(tmp_path, layout, renamed)) == expected
+    assert_same(wrapped.state_dict(), plain.state_dict())
+
+
+def with_residuals(count: int) -> Weights:
+    """VAR's weights with share_quant_resi 0, as `count` convolutions, or 1."""
+    others = {name: value for name, value in Public("VAR").w.items() if "qresi_ls" not in name}
+    names = [str(i) for i in range(count)] or ["qresi"]
+    return others | {
+        f"quantize.quant_resi.{name}.{kind}": normal(*shape, seed=number)
+        for number, name in enumerate(names)
+        for kind, shape in (("weight", (4, 4, 3, 3)), ("bias", (4,)))
+    }
+
+
+@pytest.mark.parametrize(("count", "finest"), [(11, "10"), (0, "qresi")])
+@torch.no_grad()
+def test_the_bias_of_every_way_of_sharing_is_the_finest_scales(count: int, finest: str, tmp_path: Path) -> None:
+    weights, q = with_residuals(count), normal(2, 4, GRID, GRID)
+    path, name = save(tmp_path, "VAR", weights), f"quantize.quant_resi.{finest}"
+    expected = 0.5 * q + 0.5 * F.conv2d(q, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1)
+    for bias in ("blend", "add"):
+        imported = load_weights(tokenizer := new("VAR", {"bias": bias}), path)
+        torch.testing.assert_close(tokenizer.quantizer.bias(q.flatten(2)), expected.flatten(2), atol=1e-5, rtol=0)
+        assert (f"{name}.weight" in imported.taken, imported.fresh) == (True, [])
+
+
+@pytest.mark.parametrize("changes", [{"bias": "none"}, {"bias": "blend", "channels": 5}])
+def test_a_bias_that_is_not_taken_is_said_with_the_reason(changes: dict[str, Any], tmp_path: Path) -> None:
+    channels = {"channels": changes["channels"]} if "channels" in changes else {}
+    tokenizer = new("VAR", {"bias": changes["bias"]}, **channels)
+    imported = load_weights(tokenizer, save(tmp_path, "VAR", with_residuals(0)))
+    reason = imported.skipped["quantize.quant_resi.qresi.weight"]
+    assert any("bias(q)" in note and reason in note for note in imported.notes)
 
 
 TINY = [
@@ -374,7 +437,7 @@ def test_a_resumed_run_continues_from_its_own_state(tmp_path: Path, monkeypatch:
     (out / "tokenizer.pt").unlink()
     checkpoint.states(out / "checkpoints")[-1][1].unlink()
     assert [step for step, _ in checkpoint.states(out / "checkpoints")] == [2]
-    monkeypatch.setattr(engine, "load_weights", lambda *_: pytest.fail("imported a second time"))
+    monkeypatch.setattr(engine, "warm_start", lambda *_: pytest.fail("imported a second time"))
     moved = path.rename(tmp_path / "moved.pt")  # the sha256 of the file counts, not its path
     assert train(out, "--from-weights", moved) == 0
     assert (out / "tokenizer.pt").read_bytes() == whole

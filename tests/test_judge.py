@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from extractors import CPU, Images, make_judge, pixels, save_judge
+from PIL import Image
 
 from rdpm_cli import checkpoint, files
 from rdpm_cli.cli.app import run
@@ -15,7 +16,7 @@ from rdpm_cli.data.open import open_source
 from rdpm_cli.data.pixels import chw, hwc, to_model
 from rdpm_cli.data.source import Source, Subset
 from rdpm_cli.distributed import TrainStep
-from rdpm_cli.errors import CheckpointError
+from rdpm_cli.errors import CheckpointError, DataError
 from rdpm_cli.evaluation import judge
 from rdpm_cli.evaluation.features import collect, open_extractor
 from rdpm_cli.evaluation.judge import ClassJudge, Judge, JudgeBatches, JudgeConfig, JudgeTask
@@ -123,7 +124,7 @@ def test_a_judge_records_its_accuracy_on_held_out_images_and_is_trained_once(
         values = json.loads(capsys.readouterr().out)
         unseen = named if option else held_out
         extractor, target = open_extractor(values["judge"], None, CPU), open_images(unseen, 16)
-        accuracy = class_accuracy(extractor, target.labels, target.class_names, collect(extractor, target))
+        accuracy, _ = class_accuracy(extractor, target.labels, target.class_names, collect(extractor, target))
         assert values["heldout_accuracy"] == pytest.approx(accuracy)
         assert (values["images"], values["heldout_images"]) == (1500 if option else len(training), len(unseen))
         data = files.read_json(tmp_path / name / "run.json")["settings"]["data"]
@@ -168,9 +169,40 @@ def test_a_judge_that_cannot_be_trained_is_refused(
 def test_a_class_judge_gives_log_probabilities_by_class_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "BATCH", 4)
     path, images, labels = save_judge(tmp_path / "judge.pt"), pixels(10), [0, 1, 0, 1, 1, 0, 1, 0, 0, 1]
-    scores = ClassJudge(path, ["c", "a"], CPU)(images, labels)
+    scores = ClassJudge(path, ["c", "a"], 16, CPU)(images, labels)
     log_p = torch.log_softmax(make_judge()(to_model(chw(images)))[1].detach().double(), 1)
     assert scores == pytest.approx([float(log_p[row, [2, 0][label]]) for row, label in enumerate(labels)])
-    assert ClassJudge(str(path), "abc", CPU).sha256 == checkpoint.load(path)["digest"]
+    assert ClassJudge(str(path), "abc", 16, CPU).sha256 == checkpoint.load(path)["digest"]
     with pytest.raises(CheckpointError, match="'d'"):
-        ClassJudge(path, ["a", "d"], CPU)
+        ClassJudge(path, ["a", "d"], 16, CPU)
+
+
+def test_classes_of_one_name_agree_by_number_and_are_refused_in_other_lists(tmp_path: Path) -> None:
+    names = ["crane", "stork", "crane"]
+    path, images, labels = save_judge(tmp_path / "judge.pt", names=names), pixels(6), [0, 1, 2, 2, 1, 0]
+    log_p = torch.log_softmax(make_judge()(to_model(chw(images)))[1].detach().double(), 1)
+    assert ClassJudge(path, names, 16, CPU)(images, labels) == pytest.approx(log_p[range(6), labels].tolist())
+    assert judge.class_outputs(names, ["heron", "stork"], [1]) == {1: 1}
+    for other in (["stork", "crane"], ["crane", "crane", "stork"]):
+        with pytest.raises(CheckpointError, match="crane"):
+            ClassJudge(path, other, 16, CPU)
+
+
+def test_a_judge_of_another_size_than_the_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"32×32.*16×16"):
+        ClassJudge(save_judge(tmp_path / "judge.pt"), "abc", 32, CPU)
+
+
+def test_training_images_of_several_sizes_are_refused_unless_a_size_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, images in {"images": pixels(60, side=20), "heldout": pixels(4, side=24)}.items():
+        for index, image in enumerate(images):
+            path = tmp_path / name / "ab"[index % 2] / f"{index:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    command = ["eval", "judge", str(tmp_path / "images"), str(tmp_path / "judge"), *SMALL, "--quiet", "--json"]
+    assert run([*command, "--heldout", str(tmp_path / "heldout")]) == 3
+    assert "60 of 20×20, 4 of 24×24: a/00.png" in capsys.readouterr().err
+    assert run(command) == 0
+    assert json.loads(capsys.readouterr().out)["resolution"] == 20

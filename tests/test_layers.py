@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, where imports are, sizes, and what answers without torch."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     **{room: HELPERS | set(ROOMS[: index + 1]) for index, room in enumerate(ROOMS)},
     "recipes": HELPERS | set(ROOMS),  # it joins the configs of the rooms
     "engine": HELPERS | set(ROOMS) | {"engine", "recipes"},
-    "cli": {"engine", "errors", "files", "progress", "schema", "distributed", "runs", "cli"},
+    "cli": {"engine", "errors", "files", "launcher", "progress", "schema", "distributed", "runs", "cli"},
     "__main__": {"cli"},
     "__init__": set(),
     **dict.fromkeys(HELPERS, HELPERS),
@@ -134,11 +135,23 @@ code = run(sys.argv[1:])
 heavy = sorted({"torch", "torchvision", "sklearn", "matplotlib"} & set(sys.modules))
 print(f"exit {code}, imported {heavy}", file=sys.stderr)
 """
-LIGHT = {"--help": 0, "--version": 0, "train-gen --help": 0, "eval fid --help": 0, "sample --no-such-option": 2}
+LIGHT = {
+    "--help": 0, "--version": 0, "train-gen --help": 0, "eval fid --help": 0, "sample --no-such-option": 2,
+    # Files that are no checkpoints: a text, an absent one, a folder.
+    f"sample --ckpt {__file__}": 3, "tokenize x y --tokenizer no-such.pt": 3, "eval fid x --extractor /": 3,
+    f"sample --ckpt {__file__} --judge x": 3, f"train-tokenizer x --from-weights {__file__}": 3,
+    "inspect no-such.pt": 3, f"verify {__file__}": 3, "verify no-such.pt": 2,
+}  # fmt: skip
+
+
+def test_left_over_variables_of_torchrun_are_refused_before_torch_is_imported() -> None:
+    args, environment = [sys.executable, "-c", PROGRAM, "inspect", "digits"], {**os.environ, "RANK": "1"}
+    done = subprocess.run(args, check=False, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stderr.splitlines()[-1] == "exit 2, imported []"
 
 
 @pytest.mark.parametrize("command", LIGHT)
-def test_help_and_usage_errors_import_no_torch(command: str) -> None:
+def test_help_and_errors_of_usage_and_of_files_import_no_torch(command: str) -> None:
     args = [sys.executable, "-c", PROGRAM, *command.split()]
     done = subprocess.run(args, check=False, capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == f"exit {LIGHT[command]}, imported []"

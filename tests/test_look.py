@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import make_files, random_image
+from PIL import Image
 
-from rdpm_cli import checkpoint, files
+from rdpm_cli import checkpoint, files, launcher
 from rdpm_cli.cli.app import run
 from rdpm_cli.codes.store import Manifest
 from rdpm_cli.data.folder import finish
@@ -42,6 +44,66 @@ def test_inspect_refuses_anything_else(tmp_path: Path, monkeypatch: pytest.Monke
     for target, error in {"no-such-thing": UsageError, "no/such.yaml": RecipeError, "notes.txt": DataError}.items():
         with pytest.raises(error, match=target):
             look.inspect(target)
+
+
+def make_odd_images(root: Path) -> Path:
+    """Five images of two sizes in three classes, and files of other kinds. a/0.png cannot be read."""
+    make_files(root, "a/0.png", "a/1.png", "b/2.JPG", "b/3.png", "b/4.webp", "c/5.png")
+    random_image(30, 40).save(root / "c" / "5.png")
+    (root / "a" / "0.png").write_text("text")
+    for name in ("b/x.heic", "b/y.heic", "notes.txt", "a/.hidden"):
+        (root / name).write_text("x")
+    return root
+
+
+def test_inspect_counts_images_classes_sizes_and_what_is_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_odd_images(tmp_path / "x")
+    assert run(["inspect", str(root), "--json"]) == 0
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert (answer["kind"], answer["images"], answer["classes"]) == ("images", 6, 3)
+    assert (answer["class_names"], answer["class_counts"]) == (["a", "b", "c"], [2, 3, 1])
+    assert (answer["smallest_class"], answer["largest_class"]) == ("c (1)", "b (3)")
+    assert answer["not_taken"] == {".heic": 2, ".txt": 1, "hidden": 1}
+    assert (answer["sizes"], answer["sizes_of"]) == ({"20×18": 4, "30×40": 1}, 6)
+    assert (answer["first"], len(answer["unreadable"])) == ("a/0.png", 1)
+    assert "a/0.png" in answer["unreadable"][0]
+    assert "first_size" not in answer
+    warnings = [line for line in captured.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "3 files not taken: .heic 2, .txt 1" in warnings[0]
+
+
+def test_inspect_draws_the_first_image_for_terminals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half blocks: the upper pixel is the colour of the text, the lower one that of its background."""
+    image = Image.new("RGB", (64, 64), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 32, 64, 64))
+    image.save(tmp_path / "1.png")
+    result = look.inspect(str(tmp_path))
+    assert (result.values["first_size"], result.values["classes"]) == ([64, 64], 0)
+    lines = result.picture.split("\n")
+    assert [len(line) for line in lines if line] == [32] * 16
+    assert {str(span.style) for span in lines[0].spans} == {"rgb(255,0,0) on rgb(255,0,0)"}
+    assert {str(span.style) for span in lines[15].spans} == {"rgb(0,0,255) on rgb(0,0,255)"}
+    assert run(["inspect", str(tmp_path), "--json"]) == 0
+    assert "▀" not in capsys.readouterr().out
+
+
+def test_inspect_reads_as_the_reading_options_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, exif = make_files(tmp_path / "x", "b/1.jpg"), Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    (tmp_path / "elsewhere").mkdir()
+    random_image(20, 18).save(tmp_path / "elsewhere" / "2.jpg", exif=exif)
+    (root / "a").symlink_to(tmp_path / "elsewhere")
+    assert run(["inspect", str(root)]) == 3
+    assert "--follow-links" in capsys.readouterr().err
+    for options, size in (([], [20, 18]), (["--exif"], [18, 20])):
+        assert run(["inspect", str(root), "--follow-links", "--json", *options]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["images"], answer["first"], answer["first_size"]) == (2, "a/2.jpg", size)
+        assert answer["reading"] == {"follow_links": True, **({"exif": True} if options else {})}
 
 
 def test_verify_answers_in_json_and_by_its_exit_code(
@@ -79,7 +141,7 @@ def test_verify_of_samples_names_the_damaged_file(tmp_path: Path) -> None:
 @pytest.fixture
 def examine(no_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The JSON of `rdpm doctor`, which agrees with its exit code, without launcher, driver and weights."""
-    for name in look.TORCHRUN:
+    for name in launcher.TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     if not torch.cuda.is_available():
         monkeypatch.setattr(look, "DRIVER", no_weights / "no-driver")

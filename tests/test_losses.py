@@ -258,6 +258,15 @@ def test_loading_is_silent_draws_nothing_and_passes_over_the_classifier(
     assert torch.equal(whole(images(), images(seed=1)), networks["alex"](images(), images(seed=1)))
 
 
+def test_names_with_the_segments_of_wrappers_are_those_without(
+    random_backbones: dict[Net, Path], networks: dict[Net, Perceptual], tmp_path: Path
+) -> None:
+    content = torch.load(random_backbones["alex"], weights_only=True)
+    torch.save({"model": {f"module.{name}": value for name, value in content.items()}}, tmp_path / "ddp.pth")
+    wrapped = load("alex", tmp_path / "ddp.pth")
+    assert torch.equal(wrapped(images(), images(seed=1)), networks["alex"](images(), images(seed=1)))
+
+
 WRONG: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "features.8.bias": lambda state: {name: v for name, v in state.items() if name != "features.8.bias"},
     "slice4.8.bias": lambda state: {**state, "features.8.bias": torch.zeros(3)},

@@ -190,7 +190,7 @@ def test_a_finished_command_does_nothing_again_and_gives_the_same_digest_elsewhe
     [
         ("train-tokenizer", "train.lr=0.5", "tokenizer.train.lr: 0.002 -> 0.5"),
         ("train-tokenizer", "seed=3", "seed: 0 -> 3"),
-        ("train-tokenizer", "digits:heldout", "data.source"),
+        ("train-tokenizer", "digits:heldout", "data.digest"),
         ("train-gen", "train.micro_batch=16", "generator.train.micro_batch: None -> 16"),
         ("train-gen", "network.depth=2", "generator.network.depth: 1 -> 2"),
         ("tokenize", "--views=3", "views: 2 -> 3"),

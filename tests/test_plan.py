@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers import CPU, tiny_config
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from rdpm_cli import files
+from rdpm_cli import checkpoint, files
 from rdpm_cli.cli.app import run
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.engine import plan
@@ -195,3 +196,82 @@ def test_a_dry_run_checks_the_folder_of_the_run(
     assert run(["train-gen", str(digits_codes), "--recipe", "digits", "--out", str(out), "--dry-run"]) == code
     assert refused.get(state, state) in "".join(capsys.readouterr())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+TOKENIZER = "train-tokenizer digits --recipe digits --dry-run"
+TINY = (  # the sizes of the tiny tokenizer's file
+    "autoencoder.width=8 autoencoder.multipliers=[1,1,2] autoencoder.res_blocks=1 autoencoder.groups=4 "
+    "autoencoder.channels=4 quantizer.codes=64 quantizer.steps=4"
+)
+GENERATOR = "train-gen {codes} --recipe digits --dry-run proxy.samples=4"
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("command", "token"),
+    [
+        (f"{TOKENIZER} --from-weights {{absent}}", "absent.pt"), (f"{TOKENIZER} --from-weights {{text}}", "text.pt"),
+        (f"{TOKENIZER} --from-weights {{other}}", "other.pt"), (f"{TOKENIZER} --from-weights {{tokenizer}}", "encoder"),
+        (f"{TOKENIZER} loss.perceptual=lpips loss.perceptual_weights={{absent}}", "absent.pt"),
+        (f"{TOKENIZER} loss.perceptual=lpips loss.perceptual_weights={{other}}", "other.pt"),
+        (f"{GENERATOR} proxy.extractor={{absent}}", "absent.pt"),
+        (f"{GENERATOR} proxy.extractor={{tokenizer}}", "tokenizer.pt"),
+        (f"{GENERATOR} proxy.weights={{absent}}", "absent.pt"), (f"{GENERATOR} proxy.weights={{other}}", "other.pt"),
+    ],
+)  # fmt: skip
+def test_weights_that_the_run_refuses_are_refused_by_its_plan(
+    command: str, token: str, digits_codes: Path, tiny_tokenizer_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "text.pt").write_text("404")
+    torch.save({"a": torch.ones(3)}, tmp_path / "other.pt")
+    paths = {name: tmp_path / f"{name}.pt" for name in ("absent", "text", "other")}
+    line = command.format(codes=digits_codes, tokenizer=tiny_tokenizer_file, **paths)
+    for words in (line, line.replace("--dry-run", f"--out {tmp_path / 'run'}")):
+        assert run(words.split()) == 3
+        assert token in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_published_weights_that_are_absent_are_a_value_of_the_plan(digits_codes: Path, capsys: Capture) -> None:
+    for command, kind, name in (
+        (f"{TOKENIZER} loss.perceptual=lpips", "perceptual", "vgg16"),
+        (GENERATOR.format(codes=digits_codes), "proxy", "weights-inception"),
+    ):
+        assert run([*command.split(), "--json"]) == 0
+        assert name in json.loads(capsys.readouterr().out)["weights"][kind]
+
+
+def test_a_plan_says_what_the_run_would_take_of_the_weights(tiny_tokenizer_file: Path, capsys: Capture) -> None:
+    assert run([*TOKENIZER.split(), *TINY.split(), "--from-weights", str(tiny_tokenizer_file), "--json"]) == 0
+    weights = json.loads(capsys.readouterr().out)["weights"]
+    assert weights["perceptual"] is None
+    assert all(token in weights["from_weights"] for token in ("tokenizer.pt", "rdpm", "0 left"))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_plan_compares_the_weights_of_a_started_run(
+    given: bool, tiny_tokenizer_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    recipe = recipe_settings(load_recipe("digits", TINY.split(), "tokenizer"), "tokenizer")
+    settings = {"command": "train-tokenizer", "recipe": recipe, "perceptual": None, "from_weights": {"sha256": "0"}}
+    files.write_json(tmp_path / "run" / "run.json", {"settings": settings})
+    options = ["--from-weights", str(tiny_tokenizer_file)] if given else []
+    assert run([*TOKENIZER.split(), *TINY.split(), "--out", str(tmp_path / "run"), *options]) == 2
+    assert "from_weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["damaged", "another"])
+def test_a_plan_reads_the_tokenizer_of_the_store(
+    change: str, digits_codes: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    copy = Path(shutil.copytree(digits_codes, tmp_path / "codes")) / "tokenizer.pt"
+    if change == "damaged":
+        copy.write_bytes(copy.read_bytes()[:-3000])
+    else:
+        content = checkpoint.load(copy)
+        weights = {name: value + 1 for name, value in content["weights"].items()}
+        digest = checkpoint.model_digest(weights, content["config"])
+        checkpoint.save(copy, {**content, "weights": weights, "digest": digest})
+    assert run(["train-gen", str(tmp_path / "codes"), "--recipe", "digits", "--dry-run"]) == 3
+    assert "codes" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from rdpm_cli import recipes
@@ -14,7 +15,7 @@ from rdpm_cli.errors import EXIT_USAGE, RecipeError
 from rdpm_cli.generator.config import RDPMConfig, ResGenConfig
 from rdpm_cli.generator.registry import FAMILIES
 from rdpm_cli.recipes import Recipe, load_recipe
-from rdpm_cli.schema import Section
+from rdpm_cli.schema import Section, dump_yaml, parse_yaml
 from rdpm_cli.tokenizer.config import TokenizerConfig
 from rdpm_cli.training.config import TrainConfig, binding
 
@@ -92,7 +93,11 @@ def test_short_keys_belong_to_the_section_of_the_command_and_full_keys_reach_oth
     [
         ("train.lr=1e-4", 1e-4),  # YAML 1.1 reads this as a string
         ("train.betas=[0.1, 0.2]", (0.1, 0.2)), ("flip=true", True), ("quantizer.bias=none", "none"),
-        ("train.micro_batch=null", None),
+        ("train.micro_batch=null", None), ("train.micro_batch=~", None),
+        # YAML 1.2: no octal numbers without 0o, no base 60; texts keep their meaning where a field is true or false
+        ("train.steps=08", 8), ("train.steps=0123", 123), ("train.steps=0o17", 15), ("train.steps=0x1F", 31),
+        ("train.steps=1_000", 1000), ("train.steps=1e3", 1000), ("train.lr=.5", 0.5), ("train.lr=007.5e-1", 0.75),
+        ("flip=off", False), ("train.compile=on", True), ("train.compile=no", False),
     ],
 )  # fmt: skip
 def test_override_values_take_the_type_of_their_field(override: str, expected: Any) -> None:
@@ -106,7 +111,8 @@ def test_override_values_take_the_type_of_their_field(override: str, expected: A
 @pytest.mark.parametrize(
     "override",
     [
-        "train.lr=fast", "train.lr=-1", "train.lr=.nan", "train.lr=.inf", "train.lr=", "train.lr=[", "train.steps=1.5",
+        "train.lr=fast", "train.steps=1:30", "train.steps=0b11", "train.lr=1e400", "train.lr=-.INF",
+        "train.lr=-1", "train.lr=.nan", "train.lr=.inf", "train.lr=", "train.lr=[", "train.steps=1.5",
         "train.steps=0", "train.steps", "quantizer.bias=half", "quantizer.codes=100000", "train.micro_batch=20",
     ],
 )  # fmt: skip
@@ -144,8 +150,12 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, old: str, new: 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "- 1\n- 2\n", "just words", "a: [1\n", "a: !!python/object:os.system {}\n", "seed: 3\nseed: 4\n"]
-)
+    "text",
+    [
+        "", "- 1\n- 2\n", "just words", "a: [1\n", "a: !!python/object:os.system {}\n", "seed: 3\nseed: 4\n",
+        "seed: !!bool x", "seed: !!timestamp x", "[" * 5000,
+    ],
+)  # fmt: skip
 def test_files_that_hold_no_recipe_are_refused(tmp_path: Path, text: str) -> None:
     assert "mine.yaml" in refusal(write(tmp_path, text)).message
 
@@ -257,6 +267,14 @@ def test_an_unknown_family_or_a_key_of_another_one_is_refused() -> None:
     assert "generator.network.components" in refusal("digits", "generator.network.components=1").message
 
 
+@pytest.mark.parametrize(("name", "rate"), [("digits", 0), ("resgen-digits", 0), ("digits", 1)])
+def test_default_guidance_of_a_training_without_null_class_is_refused(name: str, rate: int) -> None:
+    override = f"objective.label_drop={rate}"
+    with pytest.raises(RecipeError, match="label_drop"):
+        load_recipe(name, [override, "sampling.cfg=1.5"], "generator")
+    assert load_recipe(name, [override, "sampling.cfg=0"], "generator").generator is not None
+
+
 def test_digest_changes_with_every_value() -> None:
     changes = ["seed=1", "views=3", "tokenizer.train.lr=0.5", "generator.network.depth=2", "judge.width=8"]
     digests = {load_recipe("digits", [change]).digest() for change in changes}
@@ -272,7 +290,27 @@ def test_a_recipe_digests_alike_in_every_process() -> None:
 
 # First digits; runs and demos record them, so that a change would separate them from their recipes.
 DIGESTS = {"digits": "e717e8591959", "resgen-digits": "717ed09f2bd8", "imagenet256-d16": "2687f0e83993"}
-DIGESTS |= {"imagenet256-tokenizer": "f7eb8f4acccc", "judge": "7a94076fd230"}
+DIGESTS |= {"imagenet256-tokenizer": "f7eb8f4acccc", "judge": "7a94076fd230", "cifar10-smoke": "c7799b3f7b34"}
+DIGESTS |= {"imagenet256-d12": "b07883621258", "imagenet256-d12-plus": "909c80249eac"}
+DIGESTS |= {"imagenet256-d16-plus": "687fa5e04311", "imagenet256-d20": "b8bdbb791017"}
+DIGESTS |= {"imagenet256-d20-plus": "1d43e2360713", "imagenet256-tokenizer-plus": "dd8fe58b2f38"}
+DIGESTS |= {"imagenet256-resgen-rvq4": "c0affc397392", "imagenet256-resgen-rvq8": "0e292d8b76aa"}
+DIGESTS |= {"imagenet256-resgen-rvq16": "5e6818b27297", "resgen-cifar10": "388eeb3b83be"}
+
+
+@pytest.mark.parametrize(
+    "text", ["08", "1e-4", "0o17", "off", "no", "2024-01-01", "1:30", "1_000", "~", "<<", ".inf", ""]
+)
+def test_a_text_that_looks_like_another_value_is_printed_so_that_it_stays_a_text(text: str) -> None:
+    assert parse_yaml(dump_yaml({"name": text}), "here") == {"name": text}
+    assert yaml.safe_load(dump_yaml({"name": text})) == {"name": text}, "by YAML 1.1"
+
+
+def test_yaml_1_2_has_no_dates_no_base_60_and_two_booleans() -> None:
+    values = parse_yaml("[2024-01-01, 1:30, off, yes, True, 010, -0, 1e3, .nan]", "here")
+    assert values[:8] == ["2024-01-01", "1:30", "off", "yes", True, 10, 0, 1000.0]
+    assert values[8] != values[8]
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}", "here")["b"] == {"x": 1, "y": 2}
 
 
 def test_digests_do_not_change() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from generators import fixed_seed, make_generator, make_quantizer, network_config, sample, wake  # noqa: F401
 from helpers import CPU
-from stores import latent_store
+from processes import generator_command
+from stores import Making, MemoryImages, latent_store
 from torch import Tensor
 
 from rdpm_cli import checkpoint
@@ -73,6 +74,22 @@ def test_a_family_refuses_codes_that_it_cannot_learn(
         for token in (str(digits_codes), "sin", "resgen-digits"):
             assert token in message
     assert not (tmp_path / "run").exists()
+
+
+def test_default_guidance_with_codes_of_one_class_is_refused(
+    tmp_path: Path, tiny_tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = MemoryImages(60)
+    images.class_names, images.labels = ["all"], [0] * 60
+    Making(tmp_path / "codes", images, tiny_tokenizer_file, views=1).finish()
+    length = ("train.steps=1", "train.batch=16", "train.epochs=null")
+    args = generator_command(tmp_path / "codes", tmp_path / "run", *length)
+    for guided in ([*args, "sampling.cfg=1.5"], [*args, "sampling.cfg=1.5", "--dry-run"]):
+        assert run(guided) == 2
+        message = capsys.readouterr().err
+        assert all(token in message for token in (str(tmp_path / "codes"), "sampling.cfg=1.5"))
+    assert not (tmp_path / "run").exists()
+    assert run(args) == 0
 
 
 @pytest.mark.parametrize("depth", [4, 8, 16])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import extractors
 import numpy as np
 import pytest
 import torch
@@ -212,11 +213,39 @@ def test_options_come_from_checkpoint_preset_and_command_in_this_order(generator
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_be_or_have_no_effect_are_refused(
-    args: str, token: str, generator: Path, tmp_path: Path, capsys: Capture
+    args: str, token: str, generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("judge.pt").write_bytes(b"PK\3\4")  # enough like a checkpoint for the options to be read
     assert run_cli(command(generator, tmp_path / "s", *args.split())) == 2
     assert token in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+UNGUIDED: dict[str, dict[str, Any]] = {
+    "label_drop=0": {"label_drop": 0.0}, "label_drop=1": {"label_drop": 1.0}, "only one": {"names": "a"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("token", UNGUIDED)
+def test_guidance_that_the_training_cannot_give_is_refused_wherever_it_comes_from(
+    token: str, tmp_path: Path, tiny_tokenizer_file: Path, capsys: Capture
+) -> None:
+    plain, recorded = (
+        save_generator(tmp_path / f"{cfg}.pt", tiny_tokenizer_file, cfg=cfg, **UNGUIDED[token]) for cfg in (0.0, 1.0)
+    )
+    scores = ["--device", "cpu", "--extractor", str(save_judge(tmp_path / "judge.pt"))]
+    refused = [
+        command(plain, tmp_path / "s", "--cfg", "1.5"), command(plain, tmp_path / "s", "cfg=1.5"),
+        command(plain, tmp_path / "s", "--preset", "cfg", "cfg=1.5"), command(recorded, tmp_path / "s"),
+        ["eval", "is", "--ckpt", str(plain), "cfg=1.5", *scores], ["eval", "is", "--ckpt", str(recorded), *scores],
+        ["tune-sampling", str(recorded), *scores],
+    ]  # fmt: skip
+    for args in refused:
+        assert run_cli(args) == 2, args
+        assert token in capsys.readouterr().err
+        assert not (tmp_path / "s").exists()
+    draw(recorded, tmp_path / "s", "--cfg", "0", "--per-class", "1")
 
 
 def test_options_are_checked_against_those_of_the_checkpoint() -> None:
@@ -349,6 +378,17 @@ def test_the_best_of_a_samples_candidates_is_kept(generator: Path) -> None:
         np.testing.assert_array_equal(best.pixels_BHWC[row], candidates.pixels_BHWC[index])
         assert torch.equal(best.codes_BTS[row], candidates.codes_BTS[index])
     np.testing.assert_array_equal(single.pixels_BHWC[0], best.pixels_BHWC[1])
+
+
+def test_a_judge_of_other_images_is_refused_before_the_folder_is_claimed(
+    generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(extractors, "SIDE", 64)
+    large = save_judge(tmp_path / "large.pt")
+    assert run_cli(command(generator, tmp_path / "s", "--reject", "keep=0.5", "--judge", str(large))) == 3
+    message = capsys.readouterr().err
+    assert all(token in message for token in ("64×64", "16×16"))
+    assert not (tmp_path / "s").exists()
 
 
 def test_rate_and_judge_are_recorded_and_shards_agree(generator: Path, judge: Path, tmp_path: Path) -> None:

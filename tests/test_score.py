@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import extractors
 import numpy as np
 import pytest
 import torch
@@ -108,17 +109,35 @@ def test_the_subset_score_is_the_mean_over_balanced_subsets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "accuracy"), [(["red", "green", "blue"], 1.0), (["blue", "green", "red"], 1 / 3), (["x", "y", "z"], 0.0)]
-)
-def test_class_accuracy_compares_names_not_numbers(names: list[str], accuracy: float) -> None:
+    ("known", "names", "accuracy"),
+    [
+        ("red green blue", "red green blue", 1.0), ("red green blue", "blue green red", 1 / 3),
+        ("red green red", "red green red", 1.0), ("red green red", "blue green red", None),
+        ("red green blue", "red green red", None), ("red green blue", "x y z", None),
+    ],
+)  # fmt: skip
+def test_class_accuracy_compares_numbers_of_one_list_and_names_of_others(
+    known: str, names: str, accuracy: float | None
+) -> None:
+    """Classes of one name are other classes; a class that the judge does not know has no accuracy."""
     images = np.zeros((3, 16, 16, 3), dtype=np.uint8)
     for colour in range(3):
         images[colour, ..., colour] = 200
-    extractor = Blocks(class_names=["red", "green", "blue"])
+    extractor = Blocks(class_names=known.split())
     features = collect(extractor, [images])
-    assert score.class_accuracy(extractor, [0, 1, 2], names, features) == pytest.approx(accuracy)
-    assert score.class_accuracy(extractor, None, names, features) is None
-    assert score.class_accuracy(Blocks(), [0, 1, 2], names, features) is None
+    value, reason = score.class_accuracy(extractor, [0, 1, 2], names.split(), features)
+    assert value == pytest.approx(accuracy)
+    assert bool(reason) == (accuracy is None)
+    assert score.class_accuracy(extractor, None, names.split(), features) == (None, "")
+    assert score.class_accuracy(Blocks(), [0, 1, 2], names.split(), features) == (None, "")
+
+
+def test_a_judge_that_does_not_know_a_class_is_named_in_the_record() -> None:
+    target = image_set(pixels(40, 1), [0, 1] * 20, ["x", "y"])
+    values = score.score("fid", Blocks("judge", "abc"), target, image_set(pixels(40, 2)))
+    assert values is not None
+    assert values["class_accuracy"] is None
+    assert "'x'" in values["not_computed"]["class_accuracy"]
 
 
 def test_intervals_hold_the_value() -> None:
@@ -182,24 +201,90 @@ MISFITS = {
     "kid digits --ref digits --ci": "--ci", "fid digits --ref digits --ci --subset 4": "--ci",
     "is digits --ref digits": "--ref", "sfid digits --ref digits": "judge", "reference digits ref": ".npz",
     "fid digits --ref digits --preset raw": "--preset", "fid digits --ref digits --per-class 9": "--per-class",
+    "fid {npz} --ref digits --resolution 16": "--resolution", "reference {npz} ref.npz --resolution 16": "--resolution",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("args", "token"), MISFITS.items())
 def test_arguments_that_do_not_fit_are_usage_errors(
-    args: str, token: str, generator_path: Path, judge_path: Path, capsys: pytest.CaptureFixture[str]
+    args: str, token: str, generator_path: Path, judge_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["eval", *args.format(ckpt=generator_path).split(), "--extractor", str(judge_path)]
+    np.savez(tmp_path / "images.npz", pixels(12))
+    paths = {"ckpt": generator_path, "npz": tmp_path / "images.npz"}
+    command = ["eval", *args.format(**paths).split(), "--extractor", str(judge_path)]
     assert run([*command, "--device", "cpu"]) == 2
     assert token in capsys.readouterr().err
+
+
+def save_images(folder: Path, images: Images) -> Path:
+    folder.mkdir(exist_ok=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("command", ["is {images}", "fid {images} --ref digits", "reference {images} ref.npz"])
+def test_images_of_several_sizes_are_counted_and_refused_unless_a_size_is_given(
+    command: str, packed: bool, judge_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A grid of samples among samples is none of them."""
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "images", pixels(40))
+    Image.fromarray(pixels(1, side=128)[0]).save(tmp_path / "images" / "grid.png")
+    images = shutil.make_archive("images", "zip", "images") if packed else "images"
+    args = [*command.format(images=images).split(), "--extractor", str(judge_path)]
+    assert run(["eval", *args, "--device", "cpu"]) == 3
+    assert "40 of 16×16, 1 of 128×128: grid.png" in capsys.readouterr().err
+    values = answer(capsys, *args, "--resolution", 16)
+    assert (values["resolution"], values.get("n", 41)) == (16, 41)
+
+
+def test_a_set_of_many_sizes_is_refused_before_all_are_read(tmp_path: Path, judge_path: Path) -> None:
+    for side in range(16, 32):
+        Image.fromarray(pixels(1, side=side)[0]).save(tmp_path / f"{side}.png")
+    (tmp_path / "99.png").write_bytes(b"not read")
+    with pytest.raises(DataError, match=r"16×16.*24×24"):
+        eval_images("is", str(tmp_path), extractor=judge_path, device="cpu")
+
+
+def test_images_of_one_oblong_size_are_cropped_to_their_short_side(tmp_path: Path) -> None:
+    save_images(tmp_path / "images", pixels(4, side=24)[:, :20])
+    images = score.open_target(str(tmp_path / "images"), None, Blocks())
+    assert (images.resolution, next(images.read([range(4)])).shape) == (20, (4, 20, 20, 3))
+
+
+def test_the_size_of_a_judge_is_the_default_crop_and_another_size_is_refused(
+    generator_path: Path, tmp_path: Path, tiny_tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Also the checkpoint's, of 16 pixels, is not that of a judge of 64."""
+    monkeypatch.setattr(extractors, "SIDE", 64)
+    large = ["--extractor", str(save_judge(tmp_path / "large.pt")), "--device", "cpu"]
+    monkeypatch.setattr(extractors, "SIDE", 16)
+    small = ["--extractor", str(save_judge(tmp_path / "small.pt"))]
+    save_images(tmp_path / "images", pixels(12, side=64))
+    np.savez(tmp_path / "images.npz", pixels(12))
+    cropped = answer(capsys, "is", tmp_path / "images", *small)
+    assert cropped["resolution"] == 16
+    assert cropped["order_free"] == answer(capsys, "is", tmp_path / "images", *small, "--resolution", 16)["order_free"]
+    refused = {
+        f"is {tmp_path}/images.npz": "64×64", f"is --ckpt {generator_path} --per-class 4": "64×64",
+        "is digits --resolution 16": "64×64", f"reference digits {tmp_path}/ref.npz --resolution 16": "64×64",
+        f"recon digits --tokenizer {tiny_tokenizer_file} --limit 4": "64×64",
+    }  # fmt: skip
+    for args, token in refused.items():
+        assert run(["eval", *args.split(), *large]) == 3, args
+        message = capsys.readouterr().err
+        assert token in message
+        assert "16×16" in message
 
 
 def test_a_folder_a_zip_and_an_npz_of_the_same_images_score_alike(
     tmp_path: Path, judge_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "flat").mkdir()
-    for index, image in enumerate(pixels(48)):
-        Image.fromarray(image).save(tmp_path / "flat" / f"{index:03d}.png")
+    save_images(tmp_path / "flat", pixels(48))
     shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "flat")
     np.savez_compressed(tmp_path / "packed.npz", arr_0=pixels(48))
     save_npz(tmp_path / "ours.npz", (48, 16, 16, 3), [pixels(48)], [0] * 48)

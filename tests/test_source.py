@@ -10,8 +10,9 @@ from pictures import adm_center_crop_arr, make_files, make_tar, make_zip, real, 
 from PIL import Image
 
 from rdpm_cli import files
+from rdpm_cli.data.labels import parse_classes
 from rdpm_cli.data.open import FolderSource, expand, is_there, open_item, open_source
-from rdpm_cli.data.source import Subset, parse_classes
+from rdpm_cli.data.source import Subset
 from rdpm_cli.errors import DataError, RdpmError, UsageError
 
 
@@ -67,13 +68,20 @@ def test_a_flat_folder_has_no_labels_and_previews_are_no_samples(tmp_path: Path)
         source.need_labels()
 
 
-def test_hidden_files_and_other_files_are_ignored_and_links_are_followed(tmp_path: Path) -> None:
+def test_hidden_and_other_files_are_counted_and_linked_folders_are_followed_if_asked(tmp_path: Path) -> None:
     root = make_files(tmp_path / "root", "a/1.png", "b/2.JPEG", ".hidden/3.png", "a/.4.png", "__MACOSX/a/1.png")
     (root / "a" / "notes.txt").write_text("not an image")
     make_files(tmp_path / "elsewhere", "3.png")
     (root / "c").symlink_to(tmp_path / "elsewhere")
-    source = open_source(str(root))
+    with pytest.raises(DataError, match=str(root / "c")) as caught:
+        open_source(str(root))
+    assert "--follow-links" in caught.value.hint
+    source = open_source(str(root), follow_links=True)
     assert (list(source.names), source.class_names) == (["a/1.png", "b/2.JPEG", "c/3.png"], ["a", "b", "c"])
+    assert source.not_taken == {".txt": 1, "hidden": 1}
+    (root / "b" / "loop").symlink_to(root)
+    with pytest.raises(DataError, match="loop"):
+        open_source(str(root), follow_links=True)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +238,15 @@ NAMES = ["tench", "goldfish, Carassius auratus", "goldfish"]
 )
 def test_classes_are_numbers_ranges_and_names(text: str, classes: list[int]) -> None:
     assert parse_classes(text, NAMES) == classes
+
+
+def test_a_name_of_two_classes_is_refused_with_their_numbers() -> None:
+    names = ["crane", "maillot", "crane", "stork"]
+    for text, numbers in {"name:crane": ("0", "2"), "3, name:crane": ("0", "2")}.items():
+        with pytest.raises(UsageError, match="crane") as caught:
+            parse_classes(text, names)
+        assert all(number in caught.value.message for number in numbers)
+    assert parse_classes("name:maillot,0,2", names) == [1, 0, 2]
 
 
 @pytest.mark.parametrize("text", ["", "1,", "cat", "2-1", "-1", "1-", "0-3", "name:", "name:dog", "1.5", "a-b", "²"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from extractors import save_judge
 from generators import save_generator
+from processes import torchrun
 
 from rdpm_cli.distributed import one_thread
 from rdpm_cli.engine import tune
@@ -86,6 +87,16 @@ def test_an_interrupted_search_measures_the_rest_only(tmp_path: Path) -> None:
     assert [o.model_dump() for o in bowl.measured] == [o.model_dump() for o in reference.measured]
     with pytest.raises(UsageError, match="n: 12 -> 13"):
         Search(RDPMSampling(), bowl, 100, tmp_path / "tried.json", {"n": 13})
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, tiny_tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = save_generator(tmp_path / "generator.pt", tiny_tokenizer_file)
+    for name, value in torchrun(2)[0].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="one process"):
+        tune_sampling(ckpt, ref="digits", extractor=save_judge(tmp_path / "judge.pt"), device="cpu")
 
 
 def test_the_tuned_file_is_the_same_model_with_new_defaults(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import extractors
 import numpy as np
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_the_proxy_changes_nothing_and_may_begin_when_a_run_resumes(
 
 @pytest.mark.usefixtures("no_weights")
 def test_absent_weights_and_references_are_named_before_the_run_starts(
-    digits_codes: Path, judge_file: Path, tmp_path: Path
+    digits_codes: Path, judge_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for extractor, name in (("inception", "weights-inception"), ("no-judge.pt", "no-judge")):
         with pytest.raises(CheckpointError, match=name):
@@ -122,5 +123,8 @@ def test_absent_weights_and_references_are_named_before_the_run_starts(
     store = CodeStore(digits_codes)
     data = store.manifest.data.model_copy(update={"source": "no/such/folder"})
     store.manifest = store.manifest.model_copy(update={"data": data})
+    monkeypatch.setattr(extractors, "SIDE", 64)
+    with pytest.raises(DataError, match=r"16×16.*64×64"):
+        watch.open_proxy(ProxyConfig(samples=4, extractor=str(save_judge(tmp_path / "large.pt"))), store, CPU)
     with pytest.raises(DataError, match="no/such/folder"):
         watch.open_proxy(ProxyConfig(samples=4, extractor=str(judge_file)), store, CPU)

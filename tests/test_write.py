@@ -20,7 +20,6 @@ from rdpm_cli.codes.write import unwritten_shards
 from rdpm_cli.errors import DataError, ImageError, RunError, UsageError
 
 MakeStore = Callable[..., Making]
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 @pytest.fixture

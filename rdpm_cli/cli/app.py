@@ -1,11 +1,11 @@
 """The Typer app: options that commands share, the map from errors to exit codes, and how a result is printed."""
 
 import ctypes
+import errno
 import json as json_format
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature, cleandoc, signature
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from rdpm_cli import __version__, errors, files, progress
+from rdpm_cli import __version__, errors, files, launcher, progress
 
 HELP = """Image generation by recurrent token prediction (RDPM, arXiv 2412.18390).
 
@@ -60,7 +60,12 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "print_config": (bool, False, typer.Option("--print-config", help="print the recipe, as a file for --recipe")),
     "quiet": (bool, False, typer.Option("--quiet", help="no progress, only warnings and errors")),
     "ref": (str, None, typer.Option(help="images, or an .npz of statistics; default: recorded in the target")),
-    "resolution": (int, None, typer.Option(min=8, help="crop size; default: recorded, or the first image's side")),
+    "follow_links": (bool, False, typer.Option("--follow-links", help="read class folders that are links")),
+    "exif": (bool, False, typer.Option("--exif", help="turn images as their EXIF orientation says")),
+    "unlabelled": (bool, False, typer.Option("--unlabelled", help="all images in one class, for no guidance")),
+    "image_column": (str, None, typer.Option(metavar="NAME", help="of parquet; default: image, img, jpg, ...")),
+    "label_column": (str, None, typer.Option(metavar="NAME", help="of parquet, metadata.csv; default: label, ...")),
+    "resolution": (int, None, typer.Option(min=8, help="crop size; default: recorded, a judge's, or the images' side")),
     "seed": (int, None, SEED),
     "skip_steps": (int, None, typer.Option(min=0, help="first steps without a network pass")),
     "steps": (int, None, typer.Option(min=1, help="resgen: network passes, whatever the depth")),
@@ -74,6 +79,13 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
+READING = "follow_links exif unlabelled image_column label_column"  # together the value `reading`
+CHECKPOINTS = {  # options that name a file of tensors, and its kind in files.HINTS
+    "ckpt": "rdpm-generator", "tokenizer": "rdpm-tokenizer", "extractor": "rdpm-judge", "judge": "rdpm-judge",
+    "from_weights": "weights",
+}  # fmt: skip
+
+
 def command(
     group: typer.Typer, example: str, shared: str = "", name: str = "", section: str = ""
 ) -> Callable[[Callable[..., Result]], None]:
@@ -82,10 +94,20 @@ def command(
     --gpus among them runs it in several processes. section: of the recipe by which it trains."""
 
     def add(function: Callable[..., Result]) -> None:
+        label = name or function.__name__.replace("_", "-")
+
         def run_command(json: bool, quiet: bool, **values: Any) -> None:
-            progress.quiet = quiet or not _is_first()
+            if label != "doctor":  # which reports it
+                launcher.check()
+            files.check_working_folder()
+            progress.quiet = quiet or not launcher.is_first()
+            values = {key: _local(key, value) for key, value in values.items()}
+            for key in (key for key in CHECKPOINTS if values.get(key) not in (None, "inception")):
+                files.check_tensors(Path(values[key]), files.HINTS[CHECKPOINTS[key]])
+            if reading := {name: values.pop(name) for name in READING.split() if name in values}:
+                values["reading"] = {name: value for name, value in reading.items() if value}
             result = _answer(function, section, values)
-            if _is_first():
+            if launcher.is_first():
                 show(result, json)
             if broken := result.values.get("broken"):  # of doctor
                 raise errors.DataError(f"not ready: {', '.join(broken)}", result.values["fix"][broken[0]])
@@ -98,9 +120,20 @@ def command(
             parameters.append(Parameter(key, Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
         run_command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # for Typer
         text = f"{cleandoc(function.__doc__ or '')}\n\nExample: rdpm {example}"
-        group.command(name or function.__name__.replace("_", "-"), help=text)(run_command)
+        group.command(label, help=text)(run_command)
 
     return add
+
+
+def _local(key: str, value: Any) -> Any:
+    """A value that may be a path as a path of this machine. Raises UsageError for one that cannot be."""
+    if isinstance(value, list):
+        return [_local(key, entry) for entry in value]
+    if isinstance(value, Path):
+        path = Path(files.local_path(str(value)))
+        files.check_name(path)
+        return path
+    return files.local_path(value) if isinstance(value, str) and key != "title" else value
 
 
 def _answer(function: Callable[..., Result], section: str, values: dict[str, Any]) -> Result:
@@ -108,7 +141,7 @@ def _answer(function: Callable[..., Result], section: str, values: dict[str, Any
     gpus, gpu, utilisation = (values.pop(name, None) for name in ("gpus", "gpu", "utilisation"))
     if (gpu or utilisation) and not values["dry_run"]:
         raise errors.UsageError("--gpu and --utilisation describe the GPU of a --dry-run", "add --dry-run")
-    if gpus and "RANK" in os.environ and errors.LAUNCHER not in os.environ:
+    if gpus and launcher.is_started() and launcher.LAUNCHER not in os.environ:
         raise errors.UsageError("--gpus starts processes, and torchrun has started this one", "leave one of them out")
     if section:
         settings = {"seed": values.pop("seed"), "train.keep": values.pop("keep", None)}
@@ -123,21 +156,19 @@ def _answer(function: Callable[..., Result], section: str, values: dict[str, Any
 
             cost = plan.plan_tokenizer if section == "tokenizer" else plan.plan_generator
             source, hardware = values.get("images") or values["codes"], plan.Hardware.of(gpu, gpus, utilisation)
-            return cost(source, values["out"], values["recipe"], values["overrides"], hardware)
-    if gpus and errors.LAUNCHER not in os.environ:
+            inputs = {name: values[name] for name in ("from_weights", "reading") if values.get(name)}
+            return cost(source, values["out"], values["recipe"], values["overrides"], hardware, **inputs)
+    if gpus and launcher.LAUNCHER not in os.environ:
         from rdpm_cli.distributed import launch
 
         raise typer.Exit(launch(gpus, values["device"], command_line))
     return function(**values)
 
 
-def _is_first() -> bool:
-    """Whether this is the only process, or the first that torchrun or --gpus started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def show(result: Result, as_json: bool) -> None:
-    """Print a result on stdout."""
+    """Print a result on stdout. Without a title there is none: stdout has a file that was written into it."""
+    if not result.title:
+        return
     if as_json:
         print(json_format.dumps(result.values, indent=2, allow_nan=False))
     elif result.text:
@@ -149,7 +180,7 @@ def show(result: Result, as_json: bool) -> None:
             table = Table("", Column(no_wrap=True), Column(overflow="fold"), box=None, show_header=False)
             for name, text in rows.items():
                 table.add_row("", Text(name, style="bold"), Text(text))
-            Console().print(table)
+            Console().print(*filter(None, (table, result.picture)))
         else:
             width = max(map(len, rows), default=0)
             print(*(f"  {name:<{width}}  {text}" for name, text in rows.items()), sep="\n")
@@ -166,7 +197,7 @@ def _rows(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         elif value is not None and value != []:
             entries = value if isinstance(value, list) else [value]
             texts = (f"{entry:.4g}" if isinstance(entry, float) else str(entry) for entry in entries)
-            rows[prefix + name] = ", ".join(texts)
+            rows[prefix + name] = errors.some_of(texts, 24)
     return rows
 
 
@@ -187,13 +218,27 @@ def root(
 
 def main() -> None:
     """Run a command and leave with its exit code. A bug keeps its traceback."""
-    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+    open_streams()
     tune_allocator()
-    if "RANK" in os.environ:
+    tune_children()
+    if launcher.is_started():
         from rdpm_cli.runs import join_launcher
 
         join_launcher()
     sys.exit(run())
+
+
+def open_streams() -> None:
+    """Let the standard streams take every text, also where they are ASCII or a shell has closed them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file would get its number, and with it what libraries print
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def tune_allocator() -> None:
@@ -201,6 +246,14 @@ def tune_allocator() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for name, value in ((-4, 0), (-1, 1 << 30), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(name, value)
+
+
+def tune_children() -> None:
+    """Set variables that OpenMP reads when torch is imported, and that child processes inherit."""
+    # Threads that spin while they wait keep each other from a core that another job uses: docs/speed.md.
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # a user's queue.py or tokenize.py in the working folder is not ours
 
 
 def run(args: list[str] | None = None) -> int:
@@ -213,7 +266,7 @@ def run(args: list[str] | None = None) -> int:
         sys.stdout.flush()
         return int(code or 0)
     except errors.RdpmError as error:
-        if isinstance(error, errors.LostProcessError) and errors.LAUNCHER in os.environ:
+        if isinstance(error, errors.LostProcessError) and launcher.LAUNCHER in os.environ:
             return error.exit_code  # the process that has gone is reported by itself or by the launcher
         return _fail(error.exit_code, error.message, error.hint)
     except typer.TyperException as error:
@@ -231,15 +284,17 @@ def run(args: list[str] | None = None) -> int:
             raise
         return _fail(errors.EXIT_FAILED, f"out of memory: {error}".splitlines()[0], "use a smaller (micro-)batch")
     except OSError as error:
-        if not isinstance(error, PermissionError) and error.errno not in files.FULL:
+        message = f"{error.strerror}: {str(error.filename or 'a file')[:200]} cannot be used"
+        if error.errno in files.UNFIT:
+            return _fail(errors.EXIT_USAGE, message, "give another path")
+        if not isinstance(error, PermissionError) and error.errno not in (*files.FULL, errno.EROFS):
             raise
-        message = f"{error.strerror}: {error.filename or 'a file'} cannot be used"
         return _fail(errors.EXIT_FAILED, message, "free some space, or choose another folder")
 
 
 def _fail(code: int, message: str, hint: str) -> int:
     """Write an error. -> its exit code. Of several processes the first speaks where all have the same to say."""
-    if _is_first() or code not in (errors.EXIT_USAGE, errors.EXIT_STOPPED, errors.EXIT_INTERRUPT):
+    if launcher.is_first() or code not in (errors.EXIT_USAGE, errors.EXIT_STOPPED, errors.EXIT_INTERRUPT):
         trace = traceback.format_exc() if os.environ.get("RDPM_DEBUG") == "1" else ""
         progress.error(message, hint, code, trace)
     return code

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from rdpm_cli import files
 from rdpm_cli.cli import app as cli
 from rdpm_cli.cli.app import app, command
 from rdpm_cli.errors import UsageError
@@ -18,6 +19,7 @@ TRAINING = "overrides seed keep gpus track dry_run gpu utilisation print_config 
 JUDGE = "overrides seed resolution print_config gpus device"
 SAMPLING = "cfg cfg_schedule tau top_k top_p skip_steps steps"
 SCORING = "extractor weights download gpus device"
+READING = "follow_links exif image_column label_column"
 
 METRICS = {
     "fid": "Fréchet distance to a reference: Inception by default, never silently another extractor.",
@@ -41,7 +43,7 @@ def demo(
     return engine.run(out, seed, **shared)
 
 
-@command(app, "train-tokenizer imagenet/ train.lr=1e-4", TRAINING, section="tokenizer")
+@command(app, "train-tokenizer imagenet/ train.lr=1e-4", f"{TRAINING} {READING}", section="tokenizer")
 def train_tokenizer(
     images: cli.Images,
     recipe: cli.Recipe = "imagenet256-tokenizer",
@@ -55,7 +57,7 @@ def train_tokenizer(
     return tokenizer.train_tokenizer(images, out, recipe, from_weights=from_weights, **shared)
 
 
-@command(app, "tokenize imagenet/ out/codes", "tokenizer gpus device")
+@command(app, "tokenize imagenet/ out/codes", f"tokenizer gpus device unlabelled {READING}")
 def tokenize(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the code store")],
@@ -81,7 +83,7 @@ def tokenize(
     return engine.tokenize(images, out, options=options, workers=workers, on_bad=on_bad, max_bad=max_bad, **shared)
 
 
-@command(app, "reconstruct imagenet/ out/recon --limit 64", "tokenizer limit device")
+@command(app, "reconstruct imagenet/ out/recon --limit 64", f"tokenizer limit device {READING}")
 def reconstruct(
     target: Annotated[str, typer.Argument(metavar="IMAGES|CODES", help="images, or a code store to decode")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the PNGs")],
@@ -139,7 +141,7 @@ def sample(
     )  # fmt: skip
 
 
-@command(app, "tune-sampling d16.pt --budget 24", "ref extractor weights device")
+@command(app, "tune-sampling d16.pt --budget 24", f"ref extractor weights device {READING}")
 def tune_sampling(
     ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="generator checkpoint")],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="the new checkpoint; default CKPT-tuned.pt")] = None,
@@ -188,10 +190,10 @@ for _metric, _summary in METRICS.items():
     _score = functools.partial(evaluate, _metric)
     _score.__doc__ = f"{_summary}\n\n    {evaluate.__doc__}"
     _example = f"eval {_metric} samples/" + ("" if _metric == "is" else " --ref reference.npz")
-    command(evaluation, _example, f"classes per_class preset ref resolution {SCORING}", name=_metric)(_score)
+    command(evaluation, _example, f"classes per_class preset ref resolution {SCORING} {READING}", name=_metric)(_score)
 
 
-@command(evaluation, "eval reference imagenet/ ref.npz", f"resolution {SCORING}")
+@command(evaluation, "eval reference imagenet/ ref.npz", f"resolution {SCORING} {READING}")
 def reference(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="REF.npz", help="the file to write")],
@@ -204,7 +206,7 @@ def reference(
     return score.eval_reference(images, out, features=features, **shared)
 
 
-@command(evaluation, "eval recon digits:heldout --seeds 4", f"tokenizer limit {SCORING}")
+@command(evaluation, "eval recon digits:heldout --seeds 4", f"tokenizer limit {SCORING} {READING}")
 def recon(
     images: cli.Images,
     seed: cli.Seed = 0,
@@ -221,7 +223,7 @@ def recon(
     return engine.eval_recon(images, seed=seed, seeds=seeds, lpips_alex=lpips_alex, lpips_vgg=lpips_vgg, **shared)
 
 
-@command(evaluation, "eval judge cifar10-train.zip runs/judge width=64", JUDGE, section="judge")
+@command(evaluation, "eval judge cifar10-train.zip runs/judge width=64", f"{JUDGE} {READING}", section="judge")
 def judge(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="run folder; the judge is OUT/judge.pt")],
@@ -250,17 +252,25 @@ def report(
     return engine.make_report(runs, out, form, title)
 
 
-@command(app, "inspect imagenet256-d16 --json")
-def inspect(target: Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="file, folder or recipe")]) -> cli.Result:
-    """Describe a file, folder or recipe: kind, config, parameters, provenance, digests."""
+@command(app, "inspect imagenet256-d16 --json", READING)
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="PATH|RECIPE", help="file, folder or recipe")], **shared: Any
+) -> cli.Result:
+    """Describe images, a file, a folder or a recipe: kind, classes, sizes, config, parameters, provenance, digests."""
+    if Path(target).suffix == ".pt":
+        files.check_tensors(Path(target), files.HINTS[""])
     from rdpm_cli.engine import look
 
-    return look.inspect(target)
+    return look.inspect(target, **shared)
 
 
 @command(app, "verify out/codes")
 def verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="store, samples or model file")]) -> cli.Result:
     """Compare the bytes of a store, model file or training state with their checksums. Exit code 3: they differ."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", "name a code store, a folder of samples or a .pt file")
+    if path.is_file() and not path.name.startswith("step-"):  # a training state has its sha256 next to it
+        files.check_tensors(path, files.HINTS[""])
     from rdpm_cli.engine import look
 
     return look.verify(path)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from rdpm_cli import files, noise
 from rdpm_cli.data.open import is_there, open_source
@@ -32,11 +32,14 @@ BadItem = dict[str, Any]  # a line of bad.jsonl: index, name and reason of an it
 
 
 class DataOrigin(Section):
-    """The source that a store was made from. digest: of its names and labels, not of its pixels."""
+    """The source that a store was made from. digest: of its names and labels, not of its pixels.
+
+    reading: how it was read, where that is not the default."""
 
     source: str
     count: int
     digest: str
+    reading: dict[str, Any] = Field(default_factory=dict, exclude_if=lambda reading: not reading)
 
 
 class Plan(Section):
@@ -148,7 +151,7 @@ def json_lines(rows: Iterable[dict[str, Any]]) -> bytes:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The values of such a file. Raises DataError."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}", AGAIN) from error
 
@@ -251,12 +254,12 @@ def source_of(manifest: Manifest) -> Source | None:
     """The source that a store was made from, where it is still here, the same, and read with the same transform."""
     if manifest.transform != TRANSFORM or not is_there(manifest.data.source):
         return None
-    source = open_source(manifest.data.source)
+    source = open_source(manifest.data.source, **manifest.data.reading)
     return source if source.digest() == manifest.data.digest else None
 
 
 def store_reference(root: Path, manifest: Manifest) -> dict[str, Any]:
     """The items of a store as a reference of scores. left_out: source indices of those that could not be read."""
     left_out = {"left_out": [row["index"] for row in read_lines(root / BAD)]} if manifest.bad else {}
-    origin = manifest.data.model_dump(include={"source", "digest"})
+    origin = manifest.data.model_dump(exclude={"count"})
     return {**left_out, **origin, "resolution": manifest.resolution, "transform": manifest.transform}

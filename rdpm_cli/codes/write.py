@@ -11,10 +11,9 @@ import contextlib
 import hashlib
 import io
 import math
-import multiprocessing
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from rdpm_cli import files, noise, runs
 from rdpm_cli.codes import store
@@ -31,8 +29,9 @@ from rdpm_cli.codes.store import BadItem, CodeStore, DataOrigin, Manifest, Plan,
 from rdpm_cli.data.pixels import EXACT_PSNR, TRANSFORM, Pixels, chw, hwc, to_model, to_pixels, unreadable
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import barrier, one_thread, world
-from rdpm_cli.errors import DataError, ImageError, RdpmError, RunError, UsageError, some_of
+from rdpm_cli.errors import DataError, ImageError, RunError, UsageError, some_of
 from rdpm_cli.tokenizer.model import Tokenizer
+from rdpm_cli.workers import in_order
 
 NOTE = "note-{:05d}.json"
 
@@ -66,7 +65,7 @@ def make_plan(source: Source, tokenizer: Tokenizer, digest: str, options: StoreO
         tokenizer=digest, transform=TRANSFORM, noise=tuple(noise.fingerprint(options.seed)), device=device.type,
         steps=quant.steps, codes=quant.codes, grid=auto.grid, channels=auto.channels, resolution=auto.resolution,
         class_names=tuple(source.class_names),
-        data=DataOrigin(source=source.spec, count=len(source), digest=source.digest()),
+        data=DataOrigin(source=source.spec, count=len(source), digest=source.digest(), reading=source.reading.record()),
         **{name: defaults[name] if value is None else value for name, value in asdict(options).items()},
     )  # fmt: skip
 
@@ -93,7 +92,7 @@ def write_store(
 ) -> Generator[int, None, None]:
     """Write what is missing of the store, yielding the number of items done: first those that were there already.
 
-    Several ranks share the shards; the first one holds the lock and finishes. Use it inside report_killed_worker."""
+    Several ranks share the shards; the first one holds the lock and finishes."""
     rank, size = world()
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.report_full_disk(root))
@@ -146,7 +145,8 @@ def _open(root: Path, source: Source, plan: Plan, tokenizer_file: bytes, work: W
     old = new if all(path.name.startswith(".") for path in root.iterdir()) else runs.read_run(root).get("plan", {})
     if (root / store.MANIFEST).exists():
         old = Manifest.load(root).model_dump(mode="json", include=set(Plan.model_fields))
-    if changed := files.differences(old, new):
+    moved = {"data": {**new["data"], "source": old.get("data", {}).get("source")}}  # may differ: the digest decides
+    if changed := files.differences(old, new | moved):
         message = f"{root} holds something else, or was begun with other settings: {'; '.join(changed[:6])}"
         raise UsageError(message, "choose another folder, or remove it")
     for leftover in root.glob(".*.tmp"):  # of a process that was killed; this one holds the lock
@@ -178,7 +178,7 @@ class MicroBatch:
     """Some items of a source: the indices of the good ones, and the bad ones.
 
     arrays: before the network pixels_BHWC uint8 and eps_VBTCS, padded to the plan's micro-batch; after it codes
-    (n, V, T, S) uint16, and latents (n, F, C, S) fp16 where kept. In numpy, to pass them on without shared memory."""
+    (n, V, T, S) uint16, and latents (n, F, C, S) fp16 where kept."""
 
     indices: list[int]
     bad: list[BadItem]
@@ -246,57 +246,9 @@ def encode_all(
     """Every micro-batch, in order. On a CPU the workers do all of it; a GPU encodes what they prepare."""
     cpu = plan.device == "cpu"
     work = partial(prepare_and_encode, source, tokenizer, plan) if cpu else partial(prepare, source, plan)
-    with contextlib.closing(in_order(work, batches, workers)) as results:
+    with contextlib.closing(in_order(work, batches, workers if workers > 1 else 0, "--workers 1")) as results:
         for batch in results:
             yield batch if cpu else encode(tokenizer, plan, batch)
-
-
-def in_order(work: Callable[[range], Any], batches: Sequence[range], workers: int) -> Generator[Any, None, None]:
-    """work(batch) of every micro-batch, in order, by this number of processes, inside `report_killed_worker`.
-
-    Raises the RdpmError of a batch in its turn. No worker outlives the iterator."""
-
-    def attempt(batch: Any) -> Any:
-        try:
-            return work(batch)
-        except RdpmError as error:
-            return error  # raised here, it would be reworded by DataLoader
-
-    workers = min(workers, len(batches)) if min(workers, len(batches)) > 1 else 0
-    previous = set(multiprocessing.active_children())
-    loader: DataLoader[Any] = DataLoader(
-        batches,  # type: ignore[arg-type]  # any sequence is a dataset
-        batch_size=None,
-        collate_fn=attempt,
-        num_workers=workers,
-        worker_init_fn=runs.serve_parent,  # DataLoader itself sets one thread
-        multiprocessing_context="fork" if workers else None,  # workers share the model and the source's index
-    )
-    results = iter(loader)
-    try:
-        for result in results:
-            if isinstance(result, RdpmError):
-                raise result
-            yield result
-    finally:
-        # The end of `results` would wait for workers that are in the middle of a micro-batch, or of a read that hangs.
-        for worker in set(multiprocessing.active_children()) - previous:
-            with contextlib.suppress(RuntimeError):  # DataLoader reports each one that is killed
-                worker.kill()
-                worker.join()
-
-
-@contextlib.contextmanager
-def report_killed_worker() -> Iterator[None]:
-    """Turn DataLoader's error for a worker that was killed into a RunError."""
-    # DataLoader raises it from a signal handler, wherever the process is then: while it writes a shard, for example.
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        hint = "out of memory? run the same command again with fewer --workers; finished shards are kept"
-        raise RunError(str(error).splitlines()[0], hint) from error
 
 
 def _write_shards(

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from rich.text import Text
 
 from rdpm_cli import files
 from rdpm_cli.data.pixels import Pixels, image_errors, open_image, to_rgb
@@ -50,6 +51,18 @@ def grid(images_BHWC: Pixels, columns: int, row_labels: Sequence[str] = (), titl
         row, column = divmod(index, columns)
         sheet.paste(tile, (left + GAP + column * (side + GAP), top + GAP + row * (side + GAP)))
     return np.asarray(sheet)
+
+
+def for_terminal(image: Image.Image, columns: int = 32) -> Text:
+    """An image as coloured half blocks, two rows of pixels a line of text."""
+    rows = max(2, round(columns * image.height / image.width) // 2 * 2)
+    pixels = np.asarray(image.resize((columns, min(rows, 2 * columns)), Image.Resampling.BOX))
+    text = Text()
+    for upper, lower in zip(pixels[::2].tolist(), pixels[1::2].tolist(), strict=True):
+        for top, bottom in zip(upper, lower, strict=True):
+            text.append("▀", f"rgb({','.join(map(str, top))}) on rgb({','.join(map(str, bottom))})")
+        text.append("\n")
+    return text
 
 
 def save_gif(path: Path, frames: Sequence[Pixels], seconds: float = 0.4) -> None:

@@ -1,10 +1,12 @@
 """Pixels: bytes -> RGB -> the ADM centre crop -> tensors in [-1, 1], and back.
 
-As ADM and torchvision decode: alpha is dropped, not composited; EXIF orientation is not applied; an animation gives its
-first frame; the content decides the format. Suffixes of tensors: B batch, C = 3 channels, H W height and width."""
+As ADM and torchvision decode: alpha is dropped, not composited; EXIF orientation and ICC profiles are not applied; an
+animation gives its first frame; the content decides the format. docs/images.md says why.
+Suffixes of tensors: B batch, C = 3 channels, H W height and width."""
 
 import contextlib
 import errno
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from rdpm_cli.errors import DataError, ImageError, RdpmError, RunError
@@ -23,12 +25,22 @@ TRANSFORM = "adm-center-crop"  # its name in manifests
 EXACT_PSNR = 100.0  # dB of an exact copy, so that means stay finite
 # Formats that start other programs (EPS), or that no data set consists of, are left out.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+# Pillow's limit of 1 MiB guards against bombs, but also refuses PNG files with a long text or a printer's profile.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO}
 
 
 def open_image(file: BinaryIO | Path) -> Image.Image:
     """The image with its header read and its pixels not yet decoded. Raises what Pillow raises."""
     return Image.open(file, formats=FORMATS)
+
+
+def is_image_head(head: bytes) -> bool:
+    """Whether a file without a suffix begins as an image of a known format."""
+    head = head[:16].ljust(16, b"\0")
+    accept = (Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN and name not in ("DIB", "PPM"))
+    return any(accepts and accepts(head) is True for accepts in accept) or re.match(rb"P[1-6]\s", head) is not None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

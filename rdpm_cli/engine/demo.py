@@ -13,6 +13,7 @@ from rdpm_cli.engine.sample import Outputs, sample
 from rdpm_cli.engine.score import eval_images
 from rdpm_cli.engine.tokenizer import StoreOptions, reconstruct, tokenize, train_tokenizer
 from rdpm_cli.engine.watch import training_curves
+from rdpm_cli.errors import rdpm_command
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, versions
 
@@ -95,5 +96,5 @@ def _scores(out: Path, judge: Path) -> dict[str, Any]:
 
 def _result(out: Path, values: dict[str, Any]) -> Result:
     paths = {name.split(".")[0]: str(out / name) for name in PICTURES}
-    command = f"rdpm sample --ckpt {out / 'generator.pt'} --classes 3,7 --out more"
+    command = rdpm_command("sample", "--ckpt", out / "generator.pt", "--classes", "3,7", "--out", "more")
     return Result(f"demo finished; everything is in {out}/", {**values, "pictures": paths}, command)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from rdpm_cli import progress, recipes
-from rdpm_cli.codes.store import CodeStore, Manifest, store_reference, verify
+from rdpm_cli.codes.store import store_reference, verify
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.train import Training, default_folder, recipe_settings, train_once
+from rdpm_cli.errors import rdpm_command
 from rdpm_cli.generator import registry
 from rdpm_cli.generator.contract import GeneratorTask
 from rdpm_cli.runs import Result, versions
-from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.tokenizer.model import parameters
 from rdpm_cli.training.log import last_metrics
 
@@ -33,12 +33,8 @@ def train_gen(
     resolved = recipes.load_recipe(recipe, overrides, "generator")
     cfg = resolved.generator
     assert cfg is not None
-    m = Manifest.load(codes)  # before its tokenizer is read: a missing store has the clearer error
-    tokenizer, content = tokenizer_model.load(codes / "tokenizer.pt")
-    store = CodeStore(codes, content["digest"])
-    family = registry.FAMILIES[cfg.family]
-    family.make.check_codes(tokenizer.cfg, str(codes))
-    batches = family.batches(store, cfg, tokenizer.quantizer, resolved.seed)
+    opened = registry.open_codes(codes, cfg, resolved.seed)
+    store, tokenizer, batches, m = opened.store, opened.tokenizer, opened.batches, opened.store.manifest
     kernel = registry.find_kernel(cfg, device)
     if cfg.proxy.samples:
         watch.open_proxy(cfg.proxy, store, torch.device("cpu"))  # fails, if it does, before the run folder is claimed
@@ -63,7 +59,7 @@ def train_gen(
         provenance: dict[str, Any] = {"recipe": resolved.model_dump(mode="json")}
         provenance |= {"store": {"path": str(codes.resolve()), "digest": m.digest()}}
         provenance |= {"reference": store_reference(codes, m), **measured, **versions()}
-        return registry.pack(generator, cfg, content, list(m.class_names), provenance=provenance)
+        return registry.pack(generator, cfg, opened.content, list(m.class_names), provenance=provenance)
 
     settings = {"command": "train-gen", "recipe": recipe_settings(resolved, "generator"), "store": m.digest()}
     train_once(final, resolved.seed, settings, device, make, track)
@@ -75,4 +71,4 @@ def train_gen(
     }
     for names in REPORTED:
         values |= last_metrics(final.parent, names)
-    return Result("generator trained", values, f"rdpm sample --ckpt {final} --classes all")
+    return Result("generator trained", values, rdpm_command("sample", "--ckpt", final, "--classes", "all"))

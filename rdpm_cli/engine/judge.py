@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rdpm_cli import checkpoint, progress
-from rdpm_cli.data.open import open_source
+from rdpm_cli.data.open import check_output, open_source
 from rdpm_cli.data.source import Source
 from rdpm_cli.engine.train import Training, recipe_settings, train_once
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import judge
 from rdpm_cli.evaluation.judge import JudgeConfig
+from rdpm_cli.evaluation.score import crop_side
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, versions
 from rdpm_cli.training.log import last_metrics
@@ -19,7 +20,7 @@ from rdpm_cli.training.log import last_metrics
 
 def eval_judge(
     images: str, out: Path, recipe: str = "judge", overrides: Sequence[str] = (), *, heldout: str | None = None,
-    resolution: int | None = None, device: str = "auto",
+    resolution: int | None = None, device: str = "auto", reading: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """A classifier of real images -> OUT/judge.pt, with its accuracy on `heldout` or a tenth of them. Resumes OUT."""
     loaded = load_recipe(recipe, overrides, "judge")
@@ -27,15 +28,17 @@ def eval_judge(
     assert cfg is not None
     if out.suffix == ".pt":
         raise UsageError(f"{out} is not a run folder", f"give {out.with_suffix('')}; judge.pt is written into it")
-    whole, final = open_source(images), out / "judge.pt"
-    size = resolution or (loaded.tokenizer.autoencoder.resolution if loaded.tokenizer else min(whole.image(0).size))
-    source, unseen = judge.split(whole) if heldout is None else (whole, open_source(heldout))
+    check_output(out, images)
+    whole, final = open_source(images, **(reading or {})), out / "judge.pt"
+    source, unseen = judge.split(whole) if heldout is None else (whole, open_source(heldout, **(reading or {})))
     for part in (source, unseen):
         part.need_labels()
     if source.class_names != unseen.class_names:
         hint = "hold out images of the same class folders"
         raise DataError(f"{unseen.spec} has other classes than {source.spec}", hint)
-    data = {"source": source.spec, "digest": source.digest(), "resolution": size}
+    of_recipe = loaded.tokenizer.autoencoder.resolution if loaded.tokenizer else None
+    size = resolution or of_recipe or crop_side(source, unseen)
+    data = {**source.record(), "resolution": size}
     data |= {"heldout": unseen.spec, "heldout_digest": unseen.digest()}
     settings = {"command": "train-judge", "recipe": recipe_settings(loaded, "judge"), "data": data}
     train_once(final, loaded.seed, settings, device, partial(_train, source, unseen, cfg, size))
@@ -43,7 +46,7 @@ def eval_judge(
     values = {"judge": str(final), "digest": content["digest"], "resolution": size, "images": len(source)}
     values |= {name: content["provenance"][name] for name in ("heldout", "heldout_images", "heldout_accuracy")}
     values |= {f"train_{name}": value for name, value in last_metrics(out, ["loss", "accuracy"]).items()}
-    return Result("judge trained", values, f"rdpm eval fid samples/ --extractor {final}")
+    return Result("judge trained", values, rdpm_command("eval", "fid", "samples/", "--extractor", final))
 
 
 def _train(source: Source, unseen: Source, cfg: JudgeConfig, size: int, training: Training) -> dict[str, Any]:

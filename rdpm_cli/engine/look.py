@@ -1,23 +1,29 @@
 """`rdpm inspect`, `rdpm verify`, `rdpm doctor` and --print-config: looking at files, recipes and the installation."""
 
+import contextlib
 import importlib
 import math
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import features as pillow
 
-from rdpm_cli import __version__, checkpoint, files, recipes
+from rdpm_cli import __version__, checkpoint, files, launcher, recipes
 from rdpm_cli.codes import store
 from rdpm_cli.data import folder as samples
-from rdpm_cli.data.open import ARCHIVES, is_builtin, open_source
-from rdpm_cli.errors import AbsentWeightsError, CheckpointError, DataError, UsageError
+from rdpm_cli.data import pictures
+from rdpm_cli.data.open import ARCHIVES, expand, is_builtin, open_source
+from rdpm_cli.data.pixels import image_errors
+from rdpm_cli.data.source import Source, spread
+from rdpm_cli.errors import AbsentWeightsError, CheckpointError, DataError, ImageError
 from rdpm_cli.evaluation import features, judge
 from rdpm_cli.generator import registry
 from rdpm_cli.runs import Result, read_run
@@ -28,33 +34,54 @@ from rdpm_cli.tokenizer.model import parameters
 
 HINT = "name a code store, a folder of samples, a tokenizer.pt, generator.pt, judge.pt or checkpoints/step-*.pt"
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}  # of packages whose module has another name
+LOOKED_AT = 1000  # images whose sizes `inspect` reads
 FAILED = "cannot be imported"
 DRIVER = Path("/proc/driver/nvidia/version")
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it sets all of them
 SETTINGS = ("RDPM_", "CUDA_", "OMP_", "PYTORCH_", "TORCH_")  # beginnings of environment variables
 
 Values = dict[str, Any]
 
 
-def inspect(target: str) -> Result:
+def inspect(target: str, reading: dict[str, Any] | None = None) -> Result:
     """The kind, config, digests and provenance of a checkpoint, run, store, folder of samples, source or recipe."""
     path, is_images = Path(target), is_builtin(target) and target not in recipes.recipe_names()
     if path.suffix == ".pt":
         kind, values = _model_file(path)
     elif path.is_dir() and (record := _folder(path)):
         kind, values = record
-    elif path.is_dir() or path.suffix.lower() in ARCHIVES or is_images:
-        source = open_source(target)
-        kind, values = "images", {
-            "source": source.spec, "images": len(source), "classes": len(source.class_names),
-            "class_names": source.class_names[:20], "first": source.names[0],
-            "first_size": list(source.image(0).size), "digest": source.digest(),
-        }  # fmt: skip
+    elif path.is_dir() or path.suffix.lower() in ARCHIVES or is_images or len(expand(target)) > 1:
+        return _images(open_source(target, **(reading or {})))
     elif path.is_file() and path.suffix not in {".yaml", ".yml"}:
         raise DataError(f"{path} is not a checkpoint, store, recipe or image archive", "name the folder it is in")
     else:
         kind, values = "recipe", _recipe(target)
     return Result(kind, {"kind": kind, **values})
+
+
+def _images(source: Source) -> Result:
+    """Counts, classes and sizes of images, what was not taken, and the first image as a picture for terminals."""
+    counts = np.bincount(source.labels or [], minlength=len(source.class_names)).tolist()
+    order = sorted(range(len(counts)), key=lambda number: counts[number])
+    sizes, bad = Counter[str](), []
+    looked_at = spread(len(source), LOOKED_AT)
+    for index in looked_at:
+        try:
+            with image_errors(source.spec, source.names[index]), source.open(index) as image:
+                sizes[f"{image.width}×{image.height}"] += 1
+        except ImageError as error:
+            bad.append(f"{error.name}: {error.reason}")
+    ends = {"smallest_class": order[:1], "largest_class": order[-1:]}
+    values = {
+        "kind": "images", **source.record(), "images": len(source), "classes": len(source.class_names),
+        **{end: f"{source.class_names[n]} ({counts[n]})" for end, numbers in ends.items() for n in numbers},
+        "class_names": source.class_names, "class_counts": counts, "not_taken": dict(source.not_taken),
+        "sizes": dict(sizes.most_common(20)), "sizes_of": len(looked_at), "unreadable": bad,
+        "first": source.names[0],
+    }  # fmt: skip
+    with contextlib.suppress(ImageError):
+        image = source.image(0)
+        return Result("images", {**values, "first_size": list(image.size)}, picture=pictures.for_terminal(image))
+    return Result("images", values)
 
 
 def resolve(recipe: str, overrides: Sequence[str], section: str) -> Result:
@@ -117,8 +144,6 @@ def _model_file(path: Path) -> tuple[str, Values]:
 
 def verify(path: Path) -> Result:
     """Read every byte of a store, model file, training state or folder of samples. Raises DataError for damage."""
-    if not path.exists():
-        raise UsageError(f"{path} does not exist", HINT)
     if path.is_file():
         values = {"file": str(path), "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
         if step := checkpoint.STATE_NAME.fullmatch(path.name):
@@ -166,14 +191,13 @@ def doctor() -> Result:
                 broken[f"versions.{name}"] = f"uv pip install --reinstall {name}"
         (extras if extra else versions)[extra[1] if extra else name] = version
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text()) if DRIVER.is_file() else None
+    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text("utf-8")) if DRIVER.is_file() else None
     if not gpus and driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"}:
         broken["devices.gpus"] = "install a torch that was built for this driver's CUDA, or a newer driver"
     elif not gpus:
         fix["devices.gpus"] = "commands run on the CPU; use a machine with a GPU for more than the digits"
-    launcher = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    if 0 < len(launcher) < len(TORCHRUN):
-        broken["launcher"] = f"unset {' '.join(launcher)}, or start by torchrun or --gpus N"
+    if launcher.fault():
+        broken["launcher"] = launcher.remedy()
     devices = {
         "torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
         "driver": driver[0] if driver else "absent", "cpu_cores": len(os.sched_getaffinity(0)),
@@ -183,7 +207,7 @@ def doctor() -> Result:
     disk = {"folder": str(Path.cwd()), "free_gib": round(files.free_bytes(Path.cwd()) / 2**30, 1)}
     settings = {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
     values: Values = {"versions": versions, "extras": extras, "devices": devices, "weights": _weights(fix, broken)}
-    values |= {"disk": disk, "launcher": launcher, "settings": settings}
+    values |= {"disk": disk, "launcher": launcher.variables(), "settings": settings}
     values |= {"ready": not broken, "broken": list(broken), "fix": fix | broken}
     return Result("not ready" if broken else "ready", values, "" if broken else "rdpm demo")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli import files, noise, runs
-from rdpm_cli.codes.store import Manifest, held_out
-from rdpm_cli.data.open import is_there, open_source
+from rdpm_cli.codes.store import held_out
+from rdpm_cli.data.open import check_output, is_there, open_source
 from rdpm_cli.distributed import TrainStep, rank_rows
-from rdpm_cli.engine.train import default_folder, recipe_settings
+from rdpm_cli.engine import watch
+from rdpm_cli.engine.train import default_folder, is_new, recipe_settings
 from rdpm_cli.engine.watch import GIB, GPUS, Gpu
+from rdpm_cli.errors import AbsentWeightsError
 from rdpm_cli.generator import registry
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.contract import GeneratorTask
@@ -32,6 +34,8 @@ from rdpm_cli.recipes import Recipe, load_recipe
 from rdpm_cli.runs import Result
 from rdpm_cli.tokenizer import losses, model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture, TokenizerConfig
+from rdpm_cli.tokenizer.importers import warm_start
+from rdpm_cli.tokenizer.losses import open_perceptual
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
 from rdpm_cli.tokenizer.training import players_of
@@ -43,6 +47,7 @@ USABLE = 0.9  # of a GPU's memory: the rest is for CUDA itself, kernels' workspa
 TITLE = "dry run: nothing was run or written"
 CPU = torch.device("cpu")
 
+T = TypeVar("T")
 Make = Callable[[int], tuple[Sequence[Player], Any]]  # rows -> the players, and a micro-batch
 
 
@@ -236,11 +241,17 @@ def timing(cfg: TrainConfig, images: int, flops: dict[str, int], hardware: Hardw
 
 
 def plan_generator(codes: Path, out: Path | None, recipe: str, overrides: Sequence[str], hardware: Hardware) -> Result:
-    """The cost of `train-gen CODES --out OUT`. A store that does not exist is assumed to be ImageNet's."""
+    """The cost of `train-gen CODES --out OUT`. A store that does not exist is assumed to be ImageNet's.
+
+    What the run would refuse is refused here too, except for what another machine may have."""
     loaded = load_recipe(recipe, overrides, "generator")
     cfg = loaded.generator
     assert cfg is not None
-    folder = _folder(out, loaded, "train-gen", "generator")
+    folder = _folder(out, loaded, "train-gen", "generator", {})
+    weights: dict[str, Any] = {}
+    if cfg.proxy.samples:
+        extractor = _if_here(lambda: watch.proxy_extractor(cfg.proxy, CPU))
+        weights["proxy"] = extractor if isinstance(extractor, str) else extractor.name
     architecture: TokenizerArchitecture = loaded.tokenizer or TokenizerArchitecture()
     images, classes = IMAGENET_IMAGES, IMAGENET_CLASSES
     assumed: str | None = f"no store {codes}: ImageNet's {images:,} images, {classes} classes"
@@ -248,9 +259,8 @@ def plan_generator(codes: Path, out: Path | None, recipe: str, overrides: Sequen
     # uint16 codes and fp16 latents of one view, a label and an index
     image_size = 2 * math.prod(auto.grid) * (T + auto.channels * cfg.uses_latents) + 12
     if codes.exists():
-        manifest = Manifest.load(codes)
-        architecture = model.load(codes / "tokenizer.pt")[0].cfg
-        registry.FAMILIES[cfg.family].make.check_codes(architecture, str(codes))
+        opened = registry.open_codes(codes, cfg, loaded.seed)
+        architecture, manifest = opened.tokenizer.cfg, opened.store.manifest
         images, classes, assumed = manifest.images, len(manifest.class_names), None
         image_size = manifest.image_bytes()
     trained = images - max(1, int(held_out(np.arange(images)).sum()))
@@ -259,16 +269,44 @@ def plan_generator(codes: Path, out: Path | None, recipe: str, overrides: Sequen
     times = timing(cfg.train, trained, _generator_passes(cfg, architecture), hardware)
     sizes = memory(generator_players(cfg, architecture, classes), cfg.train, hardware, frozen)
     sizes["store_gb"] = images * image_size / 1e9
-    return Result(TITLE, {"recipe": loaded.name, "assumed": assumed, **times, **sizes, **folder})
+    values = {"recipe": loaded.name, "assumed": assumed, **times, **sizes, **folder}
+    return Result(TITLE, {**values, "weights": weights})
 
 
-def plan_tokenizer(images: str, out: Path | None, recipe: str, overrides: Sequence[str], hardware: Hardware) -> Result:
-    """The cost of `train-tokenizer IMAGES --out OUT`. Images that do not exist are assumed to be ImageNet's."""
+def _if_here(load: Callable[[], T]) -> T | str:
+    """What load() returns; an error's message where published weights are absent, which another machine may have."""
+    try:
+        return load()
+    except AbsentWeightsError as error:
+        return error.message
+
+
+def plan_tokenizer(
+    images: str, out: Path | None, recipe: str, overrides: Sequence[str], hardware: Hardware, *,
+    from_weights: Path | None = None, reading: dict[str, Any] | None = None,
+) -> Result:  # fmt: skip
+    """The cost of `train-tokenizer IMAGES --out OUT`. Images that do not exist are assumed to be ImageNet's.
+
+    What the run would refuse is refused here too, except for what another machine may have."""
     loaded = load_recipe(recipe, overrides, "tokenizer")
     cfg = loaded.tokenizer
     assert cfg is not None
-    folder = _folder(out, loaded, "train-tokenizer", "tokenizer")
-    count = len(open_source(images)) if is_there(images) else None
+    final = (out or default_folder(loaded, "tokenizer")) / "tokenizer.pt"
+    check_output(final.parent, images)
+    count = len(open_source(images, **(reading or {}))) if is_there(images) else None
+    weights: dict[str, Any] = {}
+    binds: dict[str, Any] = {}  # settings of the run that come from files of weights
+    perceptual = _if_here(lambda: open_perceptual(cfg))
+    if isinstance(perceptual, str):
+        weights["perceptual"] = perceptual
+    else:
+        binds["perceptual"] = perceptual and perceptual.record()
+        weights["perceptual"] = perceptual and perceptual.name
+    if from_weights:
+        binds["from_weights"] = {"sha256": files.sha256_file(from_weights)}
+        if is_new(final):
+            weights["from_weights"] = warm_start(cfg, loaded.seed, from_weights)[1].summary()
+    folder = _folder(out, loaded, "train-tokenizer", "tokenizer", binds)
     assumed = None if count else f"no images {images}: ImageNet's {IMAGENET_IMAGES:,}"
     make, step = tokenizer_players(cfg), cfg.discriminator.start
     frozen = 0
@@ -277,16 +315,18 @@ def plan_tokenizer(images: str, out: Path | None, recipe: str, overrides: Sequen
             frozen = 4 * sum(p.numel() for p in losses.Perceptual("vgg").parameters())
     times = timing(cfg.train, count or IMAGENET_IMAGES, step_flops(make, cfg.train, step), hardware)
     sizes = memory(make, cfg.train, hardware, frozen, step)
-    return Result(TITLE, {"recipe": loaded.name, "assumed": assumed, **times, **sizes, **folder})
+    values = {"recipe": loaded.name, "assumed": assumed, **times, **sizes, **folder}
+    return Result(TITLE, {**values, "weights": weights})
 
 
-def _folder(out: Path | None, recipe: Recipe, command: str, section: str) -> dict[str, Any]:
-    """The state of a run's folder. Raises UsageError as the run would."""
+def _folder(out: Path | None, recipe: Recipe, command: str, section: str, weights: dict[str, Any]) -> dict[str, Any]:
+    """The state of a run's folder. weights: settings by files of weights. Raises UsageError as the run would."""
     out = out or default_folder(recipe, section)
     finished = (out / f"{section}.pt").exists()
     # The data are not compared: they may be on another machine.
-    previous = runs.read_run(out).get("settings", {})
-    settings = {**previous, "command": command, "recipe": recipe_settings(recipe, section)}
+    previous = dict(runs.read_run(out).get("settings", {}))
+    previous.pop("from_weights", None)  # without the option the run has none
+    settings = {**previous, "command": command, "recipe": recipe_settings(recipe, section), **weights}
     started = bool(runs.check_run(out, settings, partial(binding, finished=finished)))
     state = "finished: nothing would be done" if finished else "started: it would be resumed" if started else "new"
     return {"out": str(out), "out_is": state, "free_gb": files.free_bytes(out) / 1e9}

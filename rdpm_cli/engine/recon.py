@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rdpm_cli.data.open import open_source
 from rdpm_cli.data.source import spread
@@ -17,9 +18,10 @@ def eval_recon(
     images: str, tokenizer: Path | None = None, *, seed: int = 0, seeds: int = 4, limit: int | None = None,
     extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
     lpips_alex: Path | None = None, lpips_vgg: Path | None = None, device: str = "auto",
+    reading: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """Scores of reconstructions: means over noise seeds seed..seed+seeds-1 and their spread; rFID of the first seed."""
-    path, source = find_tokenizer(tokenizer), open_source(images)
+    path, source = find_tokenizer(tokenizer), open_source(images, **(reading or {}))
     loaded, content = model.load(path)
     count, size = len(spread(len(source), limit)), loaded.cfg.autoencoder.resolution
     lpips: dict[Net, Path | None] = {"alex": lpips_alex, "vgg": lpips_vgg}

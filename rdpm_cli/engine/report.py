@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from PIL import Image
 
 from rdpm_cli import __version__, files, recipes
@@ -20,6 +19,7 @@ from rdpm_cli.data.pictures import read_png
 from rdpm_cli.engine import look
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.runs import Result
+from rdpm_cli.schema import parse_yaml
 from rdpm_cli.training.log import read_metrics
 
 STAGES = ("judge", "tokenizer", "store", "generator", "samples", "reconstructions", "score")  # in the data's order
@@ -211,7 +211,8 @@ def _name(part: Any) -> str:
 def published_figures(items: Sequence[Item], scores: Sequence[Score]) -> list[dict[str, Any]]:
     """The published figures, each with our scores of the same metric and the reasons why the two cannot be compared."""
     rows: list[dict[str, Any]] = []
-    for figure in yaml.safe_load((recipes.recipe_folder() / "published.yaml").read_text()):
+    path = recipes.recipe_folder() / "published.yaml"
+    for figure in parse_yaml(path.read_text("utf-8"), str(path)):
         ours: list[tuple[float | None, str, list[str]]] = []
         if figure["metric"] == "parameters":
             sized = [i for i in items if i.stage == "generator" and i.facts.get("depth") == figure["depth"]]
@@ -290,7 +291,7 @@ def make_report(runs: list[Path], out: Path | None = None, form: str | None = No
         raise UsageError(f"{target} is a folder or an input", "name another file with --out")
     items = read_items(runs)
     scores = read_scores(items)
-    content = FORMATS[form](title or "RDPM runs and scores", items, scores).encode()
+    content = FORMATS[form](title or "RDPM runs and scores", items, scores).encode(errors="backslashreplace")
     files.write_atomic(target, lambda file: file.write(content))
     values = {"report": str(target), "format": form, "bytes": len(content), "items": len(items), "scores": len(scores)}
-    return Result("report written", values)
+    return Result("" if files.descriptor_of(target) == 1 else "report written", values)

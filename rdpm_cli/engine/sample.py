@@ -18,12 +18,12 @@ from torch import Tensor
 from rdpm_cli import progress
 from rdpm_cli.data import folder, pictures
 from rdpm_cli.data.folder import ImageSet, SampleFiles
+from rdpm_cli.data.labels import parse_classes
 from rdpm_cli.data.open import open_item
 from rdpm_cli.data.pixels import Pixels, cells, center_crop, chw, to_model
-from rdpm_cli.data.source import parse_classes
 from rdpm_cli.distributed import one_thread, pick_device
 from rdpm_cli.engine.watch import decode_prefixes
-from rdpm_cli.errors import UsageError
+from rdpm_cli.errors import UsageError, rdpm_command
 from rdpm_cli.evaluation.judge import ClassJudge
 from rdpm_cli.generator import registry, sampler
 from rdpm_cli.generator.config import SamplingConfig
@@ -87,14 +87,14 @@ def sample(
         image_digests, known = open_edit(edit, tokenizer, seed)
         digests |= image_digests
         recorded["edit"] = {"from_step": edit.from_step, "masked": edit.mask is not None}
-    judge = ClassJudge(reject.judge, loaded.class_names, picked) if reject else None
+    size = tokenizer.cfg.autoencoder.resolution
+    judge = ClassJudge(reject.judge, loaded.class_names, size, picked) if reject else None
     if reject and judge:
         facts = {"keep": 1 / reject.tries, "candidates": reject.tries, "judge": judge.name}
         recorded["reject"] = {**facts, "judge_sha256": judge.sha256}
     record = folder.picture_record(
-        "rdpm-samples", digests, recorded, resolution=tokenizer.cfg.autoencoder.resolution,
-        class_names=loaded.class_names, reference=loaded.provenance.get("reference"),
-        rows=folder.sample_rows(labels, png=True),
+        "rdpm-samples", digests, recorded, resolution=size, class_names=loaded.class_names,
+        reference=loaded.provenance.get("reference"), rows=folder.sample_rows(labels, png=True),
     )  # fmt: skip
     record["checkpoint"] = str(ckpt.resolve())
     with folder.one_at_a_time(out):
@@ -113,7 +113,7 @@ def load(
     """The generator of a checkpoint, the options checked against it, and the label of every sample."""
     loaded = registry.load(ckpt)
     options = SampleOptions(sampling_options(loaded.sampling, preset, sampling), seed)
-    loaded.generator.check(options)
+    loaded.check(options)
     return loaded, options, sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
 
 
@@ -227,7 +227,7 @@ def _result(out: Path, record: dict[str, Any], sampling: SamplingConfig, outputs
     if not finished:
         return Result("shard written; other shards are still missing", values)
     values |= {name: str(out / path) for name, path in paths.items()}
-    return Result("samples written", values, f"rdpm eval fid {out}")
+    return Result("samples written", values, rdpm_command("eval", "fid", out))
 
 
 def open_edit(edit: Edit, tokenizer: Tokenizer, seed: int) -> tuple[dict[str, str], KnownCodes]:

@@ -1,8 +1,9 @@
 """eval: scores of images and of checkpoints; references."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from rdpm_cli.data.open import is_there
 from rdpm_cli.data.pixels import TRANSFORM
 from rdpm_cli.data.source import spread
 from rdpm_cli.distributed import process_group
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
 from rdpm_cli.evaluation.features import Inception, identity, open_extractor
 from rdpm_cli.runs import Result, versions
@@ -22,7 +23,7 @@ def eval_images(
     metric: str, target: str | Callable[[torch.device], ImageSet], ref: str | None = None, *,
     extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
     features: Path | None = None, subset: int | None = None, ci: bool = False, resolution: int | None = None,
-    device: str = "auto",
+    device: str = "auto", reading: Mapping[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """A metric of `score.METRICS`, or all, of images or of samples that `target` draws. features: file to keep them."""
     taken = {"fid": ["--subset", "--ci"], "all": ["--subset", "--ci"], "is": ["--ci"]}.get(metric, [])
@@ -41,8 +42,11 @@ def eval_images(
         opened = open_extractor(extractor, weights, rank_device, download)
         if metric == "sfid" and not opened.spatial_width:
             raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
-        images = score.open_target(target, resolution) if isinstance(target, str) else target(rank_device)
-        reference = None if metric == "is" else score.open_reference(ref, images, opened)
+        if isinstance(target, str):
+            images = score.open_target(target, resolution, opened, reading)
+        else:
+            images = target(rank_device)
+        reference = None if metric == "is" else score.open_reference(ref, images, opened, reading)
         values = score.score(metric, opened, images, reference, subset=subset, ci=ci, file=features)
     if values is None:
         return Result("score")
@@ -55,6 +59,7 @@ def eval_images(
 def eval_reference(
     images: str, out: Path, *, features: int = 10_000, resolution: int | None = None,
     extractor: str | Path | None = None, weights: Path | None = None, download: bool = False, device: str = "auto",
+    reading: Mapping[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """Images, cropped as in training -> an .npz to compare with. features: number of images whose features it holds."""
     if out.suffix != ".npz":
@@ -62,7 +67,7 @@ def eval_reference(
     files.make_folder(out.parent)
     with process_group(device, several=True) as rank_device:
         opened = open_extractor(extractor, weights, rank_device, download)
-        target = score.open_target(images, resolution)
+        target = score.open_target(images, resolution, opened, reading)
         if target.count < 2:
             raise DataError(f"a covariance needs at least 2 images, not {target.count}", "take more images")
         reference = score.measure(opened, target, True, spread(target.count, features))
@@ -74,4 +79,4 @@ def eval_reference(
         "features": len(reference.features_ND), "sha256": reference.sha256, "extractor": identity(opened),
         "bytes": out.stat().st_size,
     }  # fmt: skip
-    return Result("reference written", values, f"rdpm eval fid samples/ --ref {out}")
+    return Result("reference written", values, rdpm_command("eval", "fid", "samples/", "--ref", out))

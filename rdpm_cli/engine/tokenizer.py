@@ -13,22 +13,22 @@ import torch
 from rdpm_cli import checkpoint, files, progress
 from rdpm_cli.codes.store import MANIFEST, TOKENIZER, CodeStore, Manifest, read_names, source_of, store_reference
 from rdpm_cli.codes.write import StoreOptions as StoreOptions
-from rdpm_cli.codes.write import Work, is_finished, make_plan, report_killed_worker, write_store
+from rdpm_cli.codes.write import Work, is_finished, make_plan, write_store
 from rdpm_cli.data import folder, pictures
-from rdpm_cli.data.open import is_builtin, open_source
+from rdpm_cli.data.open import check_output, is_builtin, open_source
 from rdpm_cli.data.pixels import TRANSFORM, Pixels, hwc, to_pixels
 from rdpm_cli.data.source import spread
 from rdpm_cli.distributed import is_first, one_thread, process_group, world
 from rdpm_cli.engine import plan, watch
-from rdpm_cli.engine.train import Training, default_folder, recipe_settings, train_once
-from rdpm_cli.errors import CheckpointError, UsageError
+from rdpm_cli.engine.train import Training, default_folder, is_new, recipe_settings, train_once
+from rdpm_cli.errors import CheckpointError, UsageError, rdpm_command
 from rdpm_cli.evaluation.recon import PairScores, means, pair_scores, reconstructions
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, stop_on_signal, versions
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import TokenizerConfig
-from rdpm_cli.tokenizer.importers import BOOKS, Imported, load_weights
-from rdpm_cli.tokenizer.losses import Perceptual, load_perceptual
+from rdpm_cli.tokenizer.importers import BOOKS, Imported, warm_start
+from rdpm_cli.tokenizer.losses import Perceptual, open_perceptual
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.training import ImageBatches, initialise_codebook, players_of
 from rdpm_cli.training.log import last_metrics
@@ -38,35 +38,29 @@ FINAL = "tokenizer.pt"  # of a run folder
 WARM_START = "from_weights.json"  # of a run folder: which tensors its first process took from the file
 SHOWN = 16  # images in the grid of reconstructions
 
+Reading = dict[str, Any]  # of --follow-links and the like: fields of data.source.Reading
 Reconstructed = tuple[list[int], Pixels | None, Pixels]  # source indices, originals, reconstructions (n, H, W, 3)
 
 
 def train_tokenizer(
     images: str, out: Path | None, recipe: str, overrides: Sequence[str] = (), *, device: str = "auto",
-    from_weights: Path | None = None, track: str | None = None,
+    from_weights: Path | None = None, track: str | None = None, reading: Reading | None = None,
 ) -> Result:  # fmt: skip
     """Images -> RUN/tokenizer.pt; resumes RUN. from_weights: a file whose tensors a new run begins with."""
     resolved = load_recipe(recipe, overrides, "tokenizer")
     cfg = resolved.tokenizer
     assert cfg is not None
     final = (out or default_folder(resolved, "tokenizer")) / FINAL
-    if from_weights and not from_weights.is_file():
-        raise CheckpointError(f"--from-weights: {from_weights} is not a file", "give the file of the weights")
-    source = open_source(images)
-    perceptual = None
-    if cfg.loss.perceptual != "none":
-        path = Path(cfg.loss.perceptual_weights) if cfg.loss.perceptual_weights else None
-        option, without = "loss.perceptual_weights=FILE", "go on without it by loss.perceptual=none"
-        perceptual = load_perceptual("vgg", path, option, without, cfg.autoencoder.resolution)
-    origin: dict[str, Any] = {"data": {"source": source.spec, "digest": source.digest()}}
-    origin["perceptual"] = {"name": perceptual.name, "sha256": perceptual.sha256} if perceptual else None
+    check_output(final.parent, images)
+    source = open_source(images, **(reading or {}))
+    perceptual = open_perceptual(cfg)
+    origin: dict[str, Any] = {"data": source.record()}
+    origin["perceptual"] = perceptual and perceptual.record()
     warm, imported = None, None
     if from_weights:
         origin["from_weights"] = {"sha256": files.sha256_file(from_weights)}
-        if not (final.exists() or checkpoint.states(final.parent / CHECKPOINTS)):
-            torch.manual_seed(resolved.seed)  # what the file does not fill is a function of the seed, as in every run
-            warm = Tokenizer(cfg, cfg.loss.weight)
-            imported = load_weights(warm, from_weights)  # fails, if it does, before the run folder has these settings
+        if is_new(final):  # fails, if it does, before the run folder has these settings
+            warm, imported = warm_start(cfg, resolved.seed, from_weights)
 
     def make(training: Training) -> dict[str, Any]:
         tokenizer = warm or Tokenizer(cfg, cfg.loss.weight)
@@ -84,7 +78,7 @@ def train_tokenizer(
     tokenizer, content = model.load(final)
     losses = last_metrics(final.parent, ["loss", "recon", "quant", "lpips", "gan"])
     values = {"tokenizer": str(final), "digest": content["digest"], **losses, **_counts(tokenizer)}
-    return Result("tokenizer trained", values, f"rdpm tokenize {images} out/codes --tokenizer {final}")
+    return Result("tokenizer trained", values, rdpm_command("tokenize", images, "out/codes", "--tokenizer", final))
 
 
 def _counts(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -137,17 +131,18 @@ def find_tokenizer(path: Path | None) -> Path:
 def tokenize(
     images: str, out: Path, tokenizer: Path | None = None, options: StoreOptions | None = None, *,
     workers: int | None = None, on_bad: str = "stop", max_bad: float = 0.0001, device: str = "auto",
+    reading: Reading | None = None,
 ) -> Result:  # fmt: skip
     """Images -> code store; resumes at the first missing shard. workers: processes. on_bad: stop or skip."""
     path = find_tokenizer(tokenizer)
-    source = open_source(images)
+    check_output(out, images)
+    source = open_source(images, **(reading or {}))
     loaded, content = model.load(path)
     saved = f"finished shards are kept in {out}"
     if workers is None:  # an equal share of the cores that this process may use
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    # A killed worker is reported wherever this process is just then: DataLoader raises from a signal handler.
-    with report_killed_worker(), process_group(device, several=True) as picked, stop_on_signal(world()[1] > 1) as stop:
+    with process_group(device, several=True) as picked, stop_on_signal(world()[1] > 1) as stop:
         store_plan = make_plan(source, loaded, content["digest"], options or StoreOptions(), picked)
         layout = torch.channels_last if store_plan.precision == "bf16" else torch.contiguous_format
         loaded.to(picked).to(memory_format=layout)
@@ -169,33 +164,34 @@ def tokenize(
         "bytes_per_image": round(size / m.images, 1),
         "psnr": round(sum(item["psnr"] for item in m.samples) / len(m.samples), 2),
     }  # fmt: skip
-    return Result("codes written", values, f"rdpm train-gen {out} --recipe NAME")
+    return Result("codes written", values, rdpm_command("train-gen", out, "--recipe", "NAME"))
 
 
 def reconstruct(
     target: str, out: Path, tokenizer: Path | None = None, *, seed: int = 0, limit: int | None = None,
-    device: str = "auto",
+    device: str = "auto", reading: Reading | None = None,
 ) -> Result:  # fmt: skip
     """Images, or a code store, -> PNG files; where the images are known, a side-by-side grid, PSNR and SSIM too."""
     if not is_builtin(target) and (Path(target) / MANIFEST).is_file():
         if seed:
             raise UsageError("--seed is only for images: a code store has its own noise", "leave it out")
         return _decode_store(Path(target), out, tokenizer, limit, device)
-    source = open_source(target)
+    check_output(out, target)
+    source = open_source(target, **(reading or {}))
     loaded, content = model.load(find_tokenizer(tokenizer))
     size, indices = loaded.cfg.autoencoder.resolution, spread(len(source), limit)
     labels = [None if source.labels is None else int(source.labels[i]) for i in indices]
     record = folder.picture_record(
         "rdpm-reconstructions", {"tokenizer": content["digest"]}, {"seed": seed}, resolution=size,
         class_names=source.class_names,
-        reference={"source": source.spec, "digest": source.digest(), "resolution": size, "transform": TRANSFORM},
+        reference={**source.record(), "resolution": size, "transform": TRANSFORM},
         rows=_rows(indices, [source.names[i] for i in indices], labels),
     )  # fmt: skip
     with process_group(device) as rank_device:
         recons = reconstructions(source, loaded.to(rank_device), [seed], rank_device, indices)
         batches = ((batch, originals, by_seed[0][0]) for batch, originals, by_seed in recons)
         values = _write_pictures(out, record, batches, {"n": len(indices), "seed": seed})
-    return Result("images reconstructed", values, f"rdpm eval fid {out}")
+    return Result("images reconstructed", values, rdpm_command("eval", "fid", out))
 
 
 def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | None, device: str) -> Result:
@@ -226,7 +222,7 @@ def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | No
 
     with process_group(device) as rank_device:
         values = _write_pictures(out, record, decode(rank_device), {"n": len(rows)})
-    return Result("codes decoded", values, f"rdpm eval fid {out}")
+    return Result("codes decoded", values, rdpm_command("eval", "fid", out))
 
 
 def _rows(indices: list[int], names: list[str], labels: Sequence[int | None]) -> list[dict[str, Any]]:

@@ -85,6 +85,11 @@ def train_once(
         barrier()
 
 
+def is_new(final: Path) -> bool:
+    """Whether a run has neither its model file, `final`, nor a training state."""
+    return not (final.exists() or checkpoint.states(final.parent / CHECKPOINTS))
+
+
 def default_folder(recipe: Recipe, section: str) -> Path:
     """The run folder without --out. section: tokenizer, generator or judge."""
     return Path("runs") / f"{recipe.name}-{section}"

@@ -6,8 +6,8 @@ from typing import Any
 
 from rdpm_cli import checkpoint, files, progress
 from rdpm_cli.data.folder import ImageSet
-from rdpm_cli.distributed import pick_device
-from rdpm_cli.errors import RecipeError, UsageError
+from rdpm_cli.distributed import process_group
+from rdpm_cli.errors import RecipeError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
 from rdpm_cli.evaluation.features import Extractor, collect, open_extractor
 from rdpm_cli.evaluation.metrics import frechet_distance, statistics
@@ -82,17 +82,19 @@ def differing(options: SamplingConfig, start: SamplingConfig) -> str:
 def tune_sampling(
     ckpt: Path, out: Path | None = None, *, samples: int = 500, budget: int = 24, seed: int = 1, ref: str | None = None,
     extractor: str | Path | None = None, weights: Path | None = None, device: str = "auto",
+    reading: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """Search for the options of the smallest Fréchet distance, and write a checkpoint that has them as its defaults."""
     out = out or ckpt.with_name(f"{ckpt.stem}-tuned.pt")
     if out.exists():
         raise UsageError(f"{out} exists already", "name another file with --out, or remove it")
-    picked = pick_device(device)
-    content, loaded = checkpoint.load(ckpt, registry.KIND), registry.load(ckpt).to(picked)
+    with process_group(device) as picked:
+        content, loaded = checkpoint.load(ckpt, registry.KIND), registry.load(ckpt).to(picked)
+    loaded.check(SampleOptions(loaded.sampling, seed))
     opened, size = open_extractor(extractor, weights, picked), loaded.tokenizer.cfg.autoencoder.resolution
     recorded = {"reference": loaded.provenance.get("reference")}
     drawn = ImageSet(str(ckpt), samples, size, None, loaded.class_names, lambda pieces: iter(()), recorded)
-    reference = score.open_reference(ref, drawn, opened)
+    reference = score.open_reference(ref, drawn, opened, reading)
     facts = {
         "metric": "frechet_distance", "extractor": {"name": opened.name, "sha256": opened.sha256},
         "reference": reference.name, "n": samples, "seed": seed,
@@ -110,8 +112,8 @@ def tune_sampling(
         "tried": dict(sorted(search.tried.items(), key=lambda item: item[1])),
         "best": differing(best, loaded.sampling), "value": search.value, "before": search.tried["as recorded"],
     }  # fmt: skip
-    command = f"rdpm sample --ckpt {out} --seed {seed + 1} --classes all --per-class 50, then rdpm eval fid: the score"
-    return Result("sampling tuned", values, command)
+    command = rdpm_command("sample", "--ckpt", out, "--seed", seed + 1, "--per-class", 50)
+    return Result("sampling tuned", values, f"{command} && rdpm eval fid samples")
 
 
 def _measure(
@@ -128,7 +130,7 @@ def _measure(
         options = SampleOptions(candidate, seed)
         try:
             type(candidate).model_validate(candidate.model_dump())
-            loaded.generator.check(options)
+            loaded.check(options)
         except (ValueError, RecipeError, UsageError):  # fields that do not go together
             return None
         micro_batch = candidate.images_at_once(extractor.device.type)

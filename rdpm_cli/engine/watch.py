@@ -23,7 +23,7 @@ from rdpm_cli.data.pixels import Pixels, chw, hwc, to_model, to_pixels
 from rdpm_cli.data.source import Source
 from rdpm_cli.distributed import is_first, one_thread, world
 from rdpm_cli.errors import UsageError
-from rdpm_cli.evaluation import features, metrics, score
+from rdpm_cli.evaluation import features, judge, metrics, score
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
 from rdpm_cli.generator import sampler
@@ -231,18 +231,26 @@ def proxy_score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig
         with averaged(generator, run):
             samples = sampler.sample(generator, tokenizer, labels, SampleOptions(cfg.sampling), micro_batch)
             sampled = features.collect(extractor, (s.pixels_BHWC for s in samples))
-        accuracy = score.class_accuracy(extractor, labels, names, sampled)
+        accuracy, reason = score.class_accuracy(extractor, labels, names, sampled)
+        if reason:
+            warn(f"no proxy/class_accuracy: {reason}", once=True)
         distance = metrics.frechet_distance(metrics.statistics(sampled.features_ND), statistics_of_target)
         return {"proxy/frechet_distance": distance} | ({} if accuracy is None else {"proxy/class_accuracy": accuracy})
 
     return observe
 
 
-def open_proxy(cfg: ProxyConfig, store: CodeStore, device: torch.device) -> tuple[Extractor, ImageSet]:
-    """Extractor and reference of the proxy score. Raises UsageError, DataError and CheckpointError."""
+def proxy_extractor(cfg: ProxyConfig, device: torch.device) -> Extractor:
+    """The extractor of the proxy score. Raises UsageError, CheckpointError and AbsentWeightsError."""
     if cfg.samples == 1:
         raise UsageError("proxy.samples=1: a covariance needs at least 2 samples", "give more, or 0 for no score")
-    extractor = features.open_extractor(cfg.extractor, Path(cfg.weights) if cfg.weights else None, device)
+    return features.open_extractor(cfg.extractor, Path(cfg.weights) if cfg.weights else None, device)
+
+
+def open_proxy(cfg: ProxyConfig, store: CodeStore, device: torch.device) -> tuple[Extractor, ImageSet]:
+    """Extractor and reference of the proxy score. Raises DataError, and as `proxy_extractor`."""
+    extractor = proxy_extractor(cfg, device)
+    judge.check_size(extractor.resolution, store.manifest.resolution)
     record = store_reference(store.root, store.manifest)
     hint = "go on without the score with proxy.samples=0"
     return extractor, score.open_recorded(record, str(store.root), hint, PROXY_REFERENCES)

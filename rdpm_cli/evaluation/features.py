@@ -4,6 +4,7 @@ The default extractor is Inception; no other one ever takes its place unasked.
 Legend: B batch, N images, D feature width, K classes or logits, P spatial feature width."""
 
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from rdpm_cli.evaluation import judge
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION = checkpoint.Published(FILE, f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}")
 PUBLISHED = "inception-2015-12-05"  # the extractor's name with the published weights: only its scores are FID, IS, KID
+MARK = "Conv2d_1a_3x3.conv.weight"  # a name of its weights
 OPTION = "--weights FILE or --extractor judge.pt, or --download"
 BATCH = 64  # images a forward pass
 PIECE = 256  # images; rank r takes pieces r, r + size, ...
@@ -56,6 +58,7 @@ class Extractor(Protocol):
     accuracy: float | None  # of a judge, on held-out images
     width: int  # D
     spatial_width: int  # P; 0: it has no spatial features
+    resolution: int | None  # of the images it takes, pixels a side; None: any
 
     def __call__(self, pixels_BCHW: Tensor) -> Activations: ...
 
@@ -75,12 +78,14 @@ class Inception:
         self.note = "" if weights.published else f"the weights in {weights.path} are not the published ones"
         self.accuracy: float | None = None
         self.class_names, self.width, self.spatial_width = list[str](), 2048, 2023
+        self.resolution: int | None = None
         hint = checkpoint.weights_hint(INCEPTION, OPTION)
-        # Before torch-fidelity's own load, which would run any pickle.
-        checkpoint.read_weights(weights.path, "Inception", hint)
-        outputs, path = ["2048", "logits_unbiased"], str(weights.path)
+        # torch-fidelity's own load would run any pickle, so it gets the tensors alone.
+        torch.save(checkpoint.read_weights(weights.path, "Inception", MARK, hint), file := io.BytesIO())
+        file.seek(0)
+        outputs = ["2048", "logits_unbiased"]
         try:
-            network = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=path)
+            network = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=file)
         except (RuntimeError, TypeError, ValueError) as error:
             raise checkpoint.misfit(weights.path, "Inception", hint, error) from error
         self.network: nn.Module = network.to(device)
@@ -104,6 +109,7 @@ class JudgeExtractor:
         self.class_names: list[str] = content["class_names"]
         self.accuracy: float | None = float(content["provenance"]["heldout_accuracy"])
         self.width, self.spatial_width = int(content["config"]["features"]), 0
+        self.resolution: int | None = self.judge.resolution
         self.note = f"held-out accuracy of the judge: {self.accuracy:.4f}"
 
     @torch.no_grad()
@@ -163,7 +169,10 @@ def in_order(by_rank: list[list[T]]) -> list[T]:
 
 
 def extract(extractor: Extractor, pixels_BHWC: Pixels, spatial: bool = False) -> Features:
-    """Activations of (B, H, W, 3) uint8 images, BATCH at a time, or fewer where a GPU's memory is too small."""
+    """Activations of (B, H, W, 3) uint8 images, BATCH at a time, or fewer where a GPU's memory is too small.
+
+    Raises DataError for images of another size than the extractor's."""
+    judge.check_size(extractor.resolution, pixels_BHWC.shape[1])
     size = BATCH
     while True:
         try:

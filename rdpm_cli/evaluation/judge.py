@@ -3,7 +3,8 @@
 Legend: B batch, K classes, D feature width."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class Judge(nn.Module):
         for number in range(max(2, math.ceil(math.log2(resolution / 8)))):
             inner, channels = channels, (2 if number < 2 else 4) * width
             layers += [*_convolution(inner, channels, 2), *(Residual(channels) for _ in range(blocks))]
-        # Pooling to 4×4 keeps some idea of place, and takes images of any size.
+        # Pooling to 4×4 keeps some idea of place.
         layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3)]
         self.body = nn.Sequential(*layers, nn.Linear(16 * channels, features), nn.SiLU())
         self.classes = nn.Linear(features, classes)
@@ -161,19 +162,40 @@ def accuracy(judge: Judge, source: Source, device: torch.device) -> float:
     return float(np.mean(np.array(predicted) == np.array(source.need_labels())))
 
 
+def check_size(resolution: int | None, side: int) -> None:
+    """Raise DataError for images of another size than a judge's own, at which its features say little. None: any."""
+    if resolution not in (None, side):
+        message = f"the images are {side}×{side}, and the judge was trained on {resolution}×{resolution}"
+        raise DataError(message, f"train one with `rdpm eval judge IMAGES OUT --resolution {side}`")
+
+
+def class_outputs(known: Sequence[str], names: Sequence[str], classes: Iterable[int]) -> dict[int, int]:
+    """The number that a judge of the classes `known` gives to each of these classes of the list `names`.
+
+    Equal lists agree by number, others by name: two files may number the same classes differently. Raises
+    CheckpointError for a class that the judge does not know, or whose name stands for several classes."""
+    if list(known) == list(names):
+        return {label: label for label in classes}
+    labels, numbers = sorted(set(classes)), {name: number for number, name in enumerate(known)}
+    counts = Counter(known) | Counter(names)
+    for label in labels:
+        if names[label] not in numbers or counts[names[label]] > 1:
+            fault = "is the name of several classes" if names[label] in numbers else "is no class of the judge"
+            hint = "train a judge on images of the same classes with `rdpm eval judge`"
+            raise CheckpointError(f"'{names[label]}' {fault}", hint)
+    return {label: numbers[names[label]] for label in labels}
+
+
 class ClassJudge:
     """log p(class | image), for best-of-n sampling. name and sha256 go into the record of the samples."""
 
-    def __init__(self, path: str | Path, class_names: Sequence[str], device: torch.device) -> None:
-        """class_names: the generator's. Raises CheckpointError for a class that the judge does not know."""
+    def __init__(self, path: str | Path, class_names: Sequence[str], resolution: int, device: torch.device) -> None:
+        """class_names, resolution: the generator's. Raises CheckpointError and DataError for a judge of others."""
         self.judge, content = load(Path(path), device)
+        check_size(self.judge.resolution, resolution)
         self.device, self.name, self.sha256 = device, f"judge {Path(path).name}", content["digest"]
-        known = content["class_names"]
-        if unknown := [name for name in class_names if name not in known]:
-            message = f"{path} does not know class '{unknown[0]}' of this checkpoint"
-            raise CheckpointError(message, "train a judge on images of the same classes with `rdpm eval judge`")
-        # The two files may number the same classes differently, so they meet by name.
-        self.output_of_class = torch.tensor([known.index(name) for name in class_names])
+        known = class_outputs(content["class_names"], class_names, range(len(class_names)))
+        self.output_of_class = torch.tensor([known[label] for label in range(len(class_names))])
 
     @torch.no_grad()
     def __call__(self, pixels_BHWC: Pixels, labels: list[int]) -> NDArray[np.float64]:

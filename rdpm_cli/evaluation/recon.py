@@ -16,7 +16,7 @@ from rdpm_cli.data.pixels import EXACT_PSNR, Pixels, chw, hwc, to_model, to_pixe
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import gather, one_thread, world
 from rdpm_cli.errors import AbsentWeightsError, UsageError
-from rdpm_cli.evaluation import features, metrics
+from rdpm_cli.evaluation import features, judge, metrics
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.score import rank_notes
 from rdpm_cli.tokenizer.losses import BACKBONES, Net, Perceptual, load_perceptual
@@ -94,6 +94,8 @@ def open_networks(
         networks.extractor = features.open_extractor(extractor, weights, device, download) if count > 1 else None
     except AbsentWeightsError as error:
         networks.absent["rfid"] = error.message
+    if networks.extractor:
+        judge.check_size(networks.extractor.resolution, resolution)
     if count < 2:
         networks.absent["rfid"] = f"a Fréchet distance needs at least 2 images, not {count}"
     for net in BACKBONES:

@@ -4,7 +4,8 @@ A reference is images, or an .npz of statistics: `mu, sigma` of the pooled featu
 `mu_s, sigma_s` of the spatial features, and 10,000 images `arr_0` for precision and recall. Ours, of `rdpm eval
 reference`, hold features instead of images, and record which extractor made them."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from rdpm_cli.data import folder
 from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.data.open import is_builtin, is_there, open_source
 from rdpm_cli.data.pictures import npz_array, npz_names
-from rdpm_cli.data.pixels import TRANSFORM, Pixels
+from rdpm_cli.data.pixels import TRANSFORM, Pixels, image_errors
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import gather, world
-from rdpm_cli.errors import DataError
-from rdpm_cli.evaluation import features, metrics
+from rdpm_cli.errors import CheckpointError, DataError, UsageError
+from rdpm_cli.evaluation import features, judge, metrics
 from rdpm_cli.evaluation.features import PUBLISHED, Extractor, Features, Floats, collect_shared, identity
 from rdpm_cli.evaluation.metrics import NO_MOMENTS, Statistics, moments
 
@@ -34,6 +35,7 @@ NAMES = {
 REFERENCE_FEATURES = 10_000  # images of a reference that precision, recall and KID take: ADM's number
 FEWEST = {"fid": 2, "sfid": 2, "is": metrics.SPLITS, "pr": metrics.NEIGHBOURS + 1, "kid": 2}  # images
 ENOUGH = 4  # images a class, of a split of an Inception Score
+SIZES = 8  # of images, that are counted; photographs have thousands
 RECORD = "rdpm_reference"  # the name of our record in the .npz
 AGAIN = "give images, or make a reference by `rdpm eval reference IMAGES REF.npz` with the same extractor"
 
@@ -53,18 +55,65 @@ def open_images(source: Source, resolution: int, limit: int | None = None, witho
     return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, read)
 
 
-def open_target(spec: str, resolution: int | None) -> ImageSet:
-    """A sample folder or .npz of images as it is; a source cropped to `resolution` or its first image's short side."""
+def open_target(
+    spec: str, resolution: int | None, extractor: Extractor, reading: Mapping[str, Any] | None = None
+) -> ImageSet:
+    """A folder of samples or .npz of images as it is; a source cropped to `resolution`, or as `crop_side` says."""
+    if images := _open_pictures(spec):
+        if resolution:
+            message = f"--resolution {resolution}: the images of {spec} are not cropped, they are {images.resolution}"
+            raise UsageError(f"{message}×{images.resolution}", "leave it out")
+        return images
+    source = open_source(spec, **(reading or {}))
+    return open_images(source, resolution or crop_side(source, default=extractor.resolution))
+
+
+def _open_pictures(spec: str) -> ImageSet | None:
+    """A folder of samples or an .npz of images; None for any other source."""
     path = Path(spec)
-    if not is_builtin(spec):
-        if (path / folder.RECORD).is_file():
-            return folder.open_samples(path)
-        if path.suffix == ".npz" and path.is_file():
-            return folder.open_npz(path)
-        if path.is_dir() and folder.is_unfinished(path):
-            raise DataError(f"{spec} is an unfinished folder of pictures", "run the command that makes it again")
-    source = open_source(spec)
-    return open_images(source, resolution or min(source.image(0).size))
+    if is_builtin(spec):
+        return None
+    if (path / folder.RECORD).is_file():
+        return folder.open_samples(path)
+    if path.suffix == ".npz" and path.is_file():
+        return folder.open_npz(path)
+    if path.is_dir() and folder.is_unfinished(path):
+        raise DataError(f"{spec} is an unfinished folder of pictures", "run the command that makes it again")
+    return None
+
+
+def crop_side(*sources: Source, default: int | None = None) -> int:
+    """The side to crop images to where none is given: the default, or their short side. They must be of one size.
+
+    Raises DataError for images of several sizes: one may not belong to the set, such as a grid of samples."""
+    counts, first = _sizes(sources)
+    width, height = min(counts, key=lambda size: counts[size])
+    if len(counts) > 1:
+        listed = ", ".join(f"{number} of {w}×{h}" for (w, h), number in counts.most_common())
+        among = f" among the first {counts.total()} images" if len(counts) > SIZES else ""
+        message = f"{sources[0].spec} holds images of several sizes{among}: {listed}: {first[width, height]}"
+        hint = "take out what does not belong to the set, or give --resolution, to which all are cropped"
+        raise DataError(message, hint)
+    side = default or min(width, height)
+    if (width, height) != (side, side):
+        progress.say(f"{counts.total()} images of {width}×{height} are scaled and cropped to {side}×{side}")
+    return side
+
+
+def _sizes(sources: Sequence[Source]) -> tuple[Counter[tuple[int, int]], dict[tuple[int, int], str]]:
+    """The number of images by (width, height), and the first name of each, up to the image that has one too many."""
+    counts, first = Counter[tuple[int, int]](), dict[tuple[int, int], str]()
+    with progress.Bar("read sizes", sum(map(len, sources)), "images") as bar:
+        for source in sources:
+            for index, name in enumerate(source.names):
+                with image_errors(source.spec, name), source.open(index) as image:
+                    size = image.size
+                first.setdefault(size, name)
+                counts[size] += 1
+                bar.advance(1)
+                if len(counts) > SIZES:
+                    return counts, first
+    return counts, first
 
 
 def open_recorded(record: dict[str, Any] | None, owner: str, hint: str, limit: int | None = None) -> ImageSet:
@@ -72,7 +121,8 @@ def open_recorded(record: dict[str, Any] | None, owner: str, hint: str, limit: i
     if not record:
         raise DataError(f"{owner} records no reference", hint)
     name, transform = record["source"], record["transform"]
-    source = open_source(name) if is_there(name) and transform == TRANSFORM else None
+    known = is_there(name) and transform == TRANSFORM
+    source = open_source(name, **record.get("reading", {})) if known else None
     if source is None or source.digest() != record["digest"]:
         raise DataError(f"{owner} records the reference {name} ({transform}), which is not here or has changed", hint)
     # Images that the store could not read took no part in the training, so they are no part of the reference.
@@ -93,7 +143,9 @@ class Reference:
     images: ImageSet | None = None  # of an ADM file, for features
 
 
-def open_reference(ref: str | None, target: ImageSet, extractor: Extractor) -> ImageSet | Reference:
+def open_reference(
+    ref: str | None, target: ImageSet, extractor: Extractor, reading: Mapping[str, Any] | None = None
+) -> ImageSet | Reference:
     """The images or statistics that the user names, else the images that the target's record names. Of its size."""
     reference: ImageSet | Reference
     if ref is None:
@@ -101,7 +153,7 @@ def open_reference(ref: str | None, target: ImageSet, extractor: Extractor) -> I
     elif ref.endswith(".npz") and Path(ref).is_file() and {"mu", "sigma"} <= set(npz_names(Path(ref))):
         reference = load_statistics(Path(ref), extractor)
     else:
-        reference = open_target(ref, target.resolution)
+        reference = _open_pictures(ref) or open_images(open_source(ref, **(reading or {})), target.resolution)
     if (side := reference.resolution) not in (None, target.resolution):
         message = f"the reference {reference.name} is of images of {side}×{side}, the target of {target.resolution}"
         raise DataError(message, "compare images of one size: `rdpm eval reference --resolution`")
@@ -181,6 +233,7 @@ def score(
 
     reference: None for `is`. subset: the Fréchet distance as a mean over disjoint class-balanced subsets of this size.
     ci: 95% intervals. file: keeps the features of the target. Raises DataError."""
+    judge.check_size(extractor.resolution, target.resolution)
     parts, subsets = METRICS if metric == "all" else (metric,), list[Any]([slice(None)])
     fewest = max(*(FEWEST[part] for part in parts), 2 * metrics.SPLITS if ci else 0)
     for images in (target, reference):
@@ -306,12 +359,15 @@ def _record(
         notes += row.pop("notes", [])
         values |= {main if key == "value" else prefix + key: value for key, value in row.items()}
     values.setdefault("n", target.count)
+    accuracy, reason = class_accuracy(extractor, target.labels, target.class_names, scored)
+    if reason:
+        absent["class_accuracy"] = reason
     return {
         **values,
         "target": {"name": target.name, "count": target.count, "sha256": scored.sha256},
         "reference": reference and {name: getattr(reference, name) for name in ("name", "count", "sha256")},
         "extractor": identity(extractor),
-        "class_accuracy": class_accuracy(extractor, target.labels, target.class_names, scored),
+        "class_accuracy": accuracy,
         "notes": notes,
         **({"not_computed": absent} if absent else {}),
     }
@@ -324,9 +380,13 @@ def rank_notes(count: int, width: int, kind: str = "features") -> list[str]:
 
 def class_accuracy(
     extractor: Extractor, labels: Sequence[int] | None, names: Sequence[str], scored: Features
-) -> float | None:
-    """Share of images that a judge puts into the class they were drawn for, by name; None if that is not known."""
+) -> tuple[float | None, str]:
+    """Share of images that a judge puts into the class they were drawn for; or None, and why its classes do not fit."""
     if not extractor.class_names or labels is None or not names:
-        return None
+        return None, ""
+    try:
+        output_of = judge.class_outputs(extractor.class_names, names, labels)
+    except CheckpointError as error:
+        return None, error.message
     predicted_N = scored.logits_NK.argmax(1)
-    return float(np.mean([extractor.class_names[p] == names[y] for p, y in zip(predicted_N, labels, strict=True)]))
+    return float(np.mean([output_of[y] == p for p, y in zip(predicted_N, labels, strict=True)])), ""

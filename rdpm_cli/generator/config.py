@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rdpm_cli.schema import Section
+from rdpm_cli.schema import FileName, Section
 from rdpm_cli.training.config import TrainConfig
 
 Presets = Mapping[str, Mapping[str, Any]]  # named sets of a family's fields
@@ -60,12 +60,22 @@ class SamplingConfig(Section):
         return self.micro_batch if device_type == "cpu" else self.gpu_micro_batch
 
 
+def guidance_fault(label_drop: float | None, classes: int | None = None) -> str:
+    """Why a generator cannot be guided, by its training and its number of classes; empty if it can. None: unknown."""
+    if classes == 1:
+        return "guidance compares a class with all of them, and there is only one"
+    if label_drop in (0, 1):  # the rate of the null class; the rest are the classes
+        unseen = "the classes" if label_drop else "the null class"
+        return f"guidance compares with the null class, and training with label_drop={label_drop:g} never saw {unseen}"
+    return ""
+
+
 class ProxyConfig(Section):
     """A score of a few samples while a generator trains: for comparing steps of one run, not for reporting."""
 
     samples: int = Field(0, ge=0, description="class-balanced, drawn from fixed seeds every train.eval_every; 0 = off")
-    extractor: str | None = Field(None, description="a judge's file, for its features; default: Inception")
-    weights: str | None = Field(None, description="Inception's weight file; default: looked up, never fetched")
+    extractor: FileName | None = Field(None, description="a judge's file, for its features; default: Inception")
+    weights: FileName | None = Field(None, description="Inception's weight file; default: looked up, never fetched")
 
 
 class GeneratorConfig(Section):
@@ -79,6 +89,12 @@ class GeneratorConfig(Section):
     train: TrainConfig
     sampling: SamplingConfig
     proxy: ProxyConfig = ProxyConfig()
+
+    @model_validator(mode="after")
+    def _default_guidance_is_trained(self) -> Self:
+        if self.sampling.cfg and (fault := guidance_fault(getattr(self.objective, "label_drop", None))):
+            raise ValueError(f"sampling.cfg={self.sampling.cfg:g}: {fault}; give sampling.cfg=0")
+        return self
 
     @property
     def uses_latents(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rdpm_cli import noise
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep, full_precision, one_thread
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.generator.config import NetworkConfig, RDPMConfig, RDPMSampling
 from rdpm_cli.generator.contract import Batch, Condition, Generator, GeneratorBatches, Known, SampleOptions
 from rdpm_cli.generator.drawing import draw, guidance_at, guide, narrow, tau_at, to_device
@@ -44,7 +44,7 @@ class CodeBatches(GeneratorBatches):
 
     def __init__(self, store: CodeStore, cfg: RDPMConfig, quantizer: Quantizer, seed: int) -> None:
         if cfg.objective.noise == "fresh" and not store.manifest.latents:
-            command = f"rdpm tokenize {store.manifest.data.source} NEW_FOLDER --keep latents"
+            command = rdpm_command("tokenize", store.manifest.data.source, "NEW_FOLDER", "--keep", "latents")
             hint = f"run `{command}`, or train with objective.noise=fresh-from-codes or objective.noise=cached"
             raise DataError(f"{store.root} keeps no latents, so fresh noise cannot be drawn", hint)
         super().__init__(store, cfg, quantizer, seed)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from rdpm_cli import checkpoint
+from rdpm_cli.codes.store import TOKENIZER, CodeStore, Manifest
 from rdpm_cli.errors import CheckpointError, UsageError
 from rdpm_cli.generator import config as configs
-from rdpm_cli.generator.contract import Generator, GeneratorBatches
+from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
 from rdpm_cli.generator.rdpm import RDPM, CodeBatches
 from rdpm_cli.generator.resgen import MaskBatches, ResGen
 from rdpm_cli.generator.transformer import Kernel, sdpa
@@ -38,6 +39,28 @@ FAMILIES = {
 def build(cfg: configs.GeneratorConfig, tokenizer: tokenizer_model.Tokenizer, classes: int) -> Generator:
     """A fresh generator of the recipe's family over a tokenizer's codes."""
     return FAMILIES[cfg.family].make(cfg.network, tokenizer.quantizer, classes)
+
+
+@dataclass
+class Codes:
+    """What a training of a generator reads. content: of the tokenizer's file."""
+
+    store: CodeStore
+    tokenizer: tokenizer_model.Tokenizer
+    content: dict[str, Any]
+    batches: GeneratorBatches
+
+
+def open_codes(root: Path, cfg: configs.GeneratorConfig, seed: int) -> Codes:
+    """A store with the copy of its tokenizer, and batches of it. Raises DataError, CheckpointError and UsageError."""
+    manifest = Manifest.load(root)  # before its tokenizer is read: a missing store has the clearer error
+    tokenizer, content = tokenizer_model.load(root / TOKENIZER)
+    store = CodeStore(root, content["digest"], manifest)
+    if cfg.sampling.cfg and (fault := configs.guidance_fault(None, len(manifest.class_names))):
+        raise UsageError(f"sampling.cfg={cfg.sampling.cfg:g} with {root}: {fault}", "give sampling.cfg=0")
+    family = FAMILIES[cfg.family]
+    family.make.check_codes(tokenizer.cfg, str(root))
+    return Codes(store, tokenizer, content, family.batches(store, cfg, tokenizer.quantizer, seed))
 
 
 def find_kernel(cfg: configs.GeneratorConfig, device: str) -> Kernel:
@@ -86,6 +109,14 @@ class LoadedGenerator:
     class_names: list[str]
     digest: str
     provenance: dict[str, Any]
+
+    def check(self, options: SampleOptions) -> None:
+        """Raise UsageError for options that this generator cannot use."""
+        objective = (self.provenance.get("recipe", {}).get("generator") or {}).get("objective", {})
+        fault = configs.guidance_fault(objective.get("label_drop"), self.generator.classes)
+        if options.sampling.cfg and fault:
+            raise UsageError(f"cfg={options.sampling.cfg:g} with this checkpoint: {fault}", "give cfg=0")
+        self.generator.check(options)
 
     def to(self, device: torch.device, compiled: str = "off") -> "LoadedGenerator":
         """Move both networks. compiled: as the sampling option `compile`."""

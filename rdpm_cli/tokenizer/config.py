@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rdpm_cli.schema import Section
+from rdpm_cli.schema import FileName, Section
 from rdpm_cli.training.config import TrainConfig
 
 
@@ -66,7 +66,7 @@ class TokenizerLossConfig(Section):
     weight: bool = Field(True, description="gamma_t = alpha_t in L_quant; false: 1")
     perceptual: Literal["lpips", "none"] = Field("none", description="L_lpips: LPIPS with VGG16, or no such term")
     perceptual_factor: float = Field(1.0, ge=0, description="factor of L_lpips")
-    perceptual_weights: str | None = Field(None, description="VGG16 weight file; default: looked up, never fetched")
+    perceptual_weights: FileName | None = Field(None, description="VGG16 weight file; default: searched, never fetched")
     adversarial: Literal["hinge", "none"] = Field("none", description="L_gan against a PatchGAN discriminator")
     adversarial_factor: float = Field(0.75, ge=0, description="factor of w L_gan")
     adaptive: bool = Field(True, description="w from last-layer gradients, as VQGAN; false: 1")

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdpm_cli import checkpoint
+from rdpm_cli import checkpoint, files
 from rdpm_cli.errors import CheckpointError
-from rdpm_cli.tokenizer.config import TokenizerArchitecture
+from rdpm_cli.tokenizer.config import TokenizerArchitecture, TokenizerConfig
 from rdpm_cli.tokenizer.model import KIND, Tokenizer
 
-KNOWN = "known are state dicts of VAR, taming-transformers' VQGAN and LlamaGen, and rdpm's own tokenizer.pt"
+KNOWN = files.HINTS["weights"]
 BODY = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # every public tokenizer has these names
 BOOKS, COUNTS, SUMS = "quantizer.books", "quantizer.ema_counts", "quantizer.ema_sums"
 PHI, PHI_BIAS = "quantizer.phi.weight", "quantizer.phi.bias"
+# VAR's convolutions after the codebook: `qresi` for all scales, `qresi_ls.N` for some each, or `N`, one for each scale
+RESIDUAL, COARSER = "quantize.quant_resi.", "of coarser scales; bias(q) is the finest scale's convolution"
 SHARE = {"add": 1.0, "blend": 0.5}  # s in bias(q) = s (q + conv(q))
 
 
@@ -28,7 +30,7 @@ class Imported(NamedTuple):
 
     file: str
     layout: str
-    taken: list[str]  # names as in the file
+    taken: list[str]  # names as in the file, without the segments of wrappers
     skipped: dict[str, str]  # every other name of the file, and the reason
     fresh: list[str]  # names here that keep initial values
     notes: list[str]
@@ -39,10 +41,13 @@ class Imported(NamedTuple):
         counts = {"layout": self.layout, "taken": len(self.taken), "left": skipped}
         return {**counts, "fresh": self.fresh, "notes": self.notes}
 
+    def summary(self) -> str:
+        counts = f"{len(self.taken)} tensors taken, {len(self.skipped)} left, {len(self.fresh)} initialised here"
+        return f"{self.file} ({self.layout}): {counts}"
+
     def lines(self) -> Iterator[str]:
         """A summary for the terminal; the record has every name."""
-        counts = f"{len(self.taken)} tensors taken, {len(self.skipped)} left, {len(self.fresh)} initialised here"
-        yield f"warm start from {self.file} ({self.layout}): {counts}"
+        yield f"warm start from {self.summary()}"
         yield from (f"  note: {note}" for note in self.notes)
 
 
@@ -61,6 +66,13 @@ LAYOUTS = (
     Layout("taming-transformers", "encoder.mid.attn_1.q.weight"),
     Layout("LlamaGen", "encoder.conv_blocks.0.res.0.conv1.weight", latents="l2"),
 )
+
+
+def warm_start(cfg: TokenizerConfig, seed: int, path: Path) -> tuple[Tokenizer, Imported]:
+    """A new tokenizer that begins with the weights of a file. What the file does not fill is a function of the seed."""
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(cfg, cfg.loss.weight)
+    return tokenizer, load_weights(tokenizer, path)
 
 
 def load_weights(tokenizer: Tokenizer, path: Path) -> Imported:
@@ -85,44 +97,50 @@ def load_weights(tokenizer: Tokenizer, path: Path) -> Imported:
         # s (q + conv(q)) = s' (q + conv'(q)) holds for conv' = (s/s') (1 + conv) - 1
         ratio, identity = SHARE[layout.bias] / SHARE[bias], nn.init.dirac_(torch.empty_like(filled[PHI]))
         filled[PHI] = ratio * (identity + filled[PHI]) - identity
-        filled[PHI_BIAS] = ratio * filled[PHI_BIAS]
+        if PHI_BIAS in filled:
+            filled[PHI_BIAS] = ratio * filled[PHI_BIAS]
         notes.append(f"quantizer.phi is rewritten: bias(q) under {bias} stays the file's")
+    if PHI in refused:
+        notes.append(f"bias(q): the file's convolution is left out: {refused[PHI]}")
     tokenizer.load_state_dict({**state, **filled})
     taken = [public for name in filled for public in sources.get(name, [])]
     mapped = {public for publics in sources.values() for public in publics}
-    skipped = {name: "nothing here corresponds to it" for name in tensors if name not in mapped}
+    skipped = {
+        name: COARSER if name.startswith(RESIDUAL) else "nothing here corresponds to it"
+        for name in tensors
+        if name not in mapped
+    }
     skipped |= {public: reason for name, reason in refused.items() for public in sources.get(name, [])}
     return Imported(path.name, layout.name, taken, skipped, [name for name in state if name not in filled], notes)
 
 
 def _read(path: Path) -> tuple[Layout, dict[str, Tensor]]:
     """The layout of a file and its tensors by public name. Raises CheckpointError."""
-    content = checkpoint.read_tensors(path, hint=KNOWN)
+    content = checkpoint.read_tensors(path, hint=KNOWN, foreign=True)
     if isinstance(content, dict) and str(content.get("format")) in checkpoint.FORMATS:
         checkpoint.check(content, str(path), KIND)
         cfg = checkpoint.config_of(TokenizerArchitecture, content["config"], str(path))
         auto = cfg.autoencoder
         return Layout("rdpm", "", cfg.quantizer.bias, auto.latent_norm, auto.groups), content["weights"]
-    outer = content if isinstance(content, dict) else {}
-    for inner in (outer.get("ema"), outer.get("model"), outer.get("state_dict"), outer):  # of LlamaGen the best first
-        if isinstance(inner, dict):
-            tensors = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
-            if matching := [layout for layout in LAYOUTS if layout.mark in tensors]:
-                return matching[0], tensors
+    tensors = checkpoint.named_tensors(content, [layout.mark for layout in LAYOUTS])
+    for layout in LAYOUTS:
+        if layout.mark in tensors:
+            return layout, tensors
     raise CheckpointError(f"{path} does not hold weights of a known tokenizer", KNOWN)
 
 
 def _sources(names: Iterable[str]) -> dict[str, list[str]]:
     """Name in Tokenizer -> the public tensors that it joins on the first axis: q, k and v, in this order, to qkv."""
-    numbered = [re.match(r"(?:decoder\.conv_blocks|quantize\.quant_resi\.qresi_ls)\.(\d+)\.", name) for name in names]
+    pattern = r"(?:decoder\.conv_blocks|quantize\.quant_resi(?:\.qresi_ls)?)\.(\d+)\."
+    numbered = [re.match(pattern, name) for name in names]
     last = max((int(match[1]) for match in numbered if match), default=0)
     middle = {"0": "block_1", "1": "attn_1", "2": "block_2"}
     sources: dict[str, list[str]] = {}
     for public in names:
         if public == "quantize.embedding.weight":
             name = BOOKS
-        elif match := re.fullmatch(rf"quantize\.quant_resi\.qresi_ls\.{last}\.(\w+)", public):
-            name = f"quantizer.phi.{match[1]}"  # VAR has a convolution for some scales each; this is the finest scales'
+        elif match := re.fullmatch(rf"{re.escape(RESIDUAL)}(?:qresi|(?:qresi_ls\.)?{last})\.(\w+)", public):
+            name = f"quantizer.phi.{match[1]}"
         elif public.startswith(BODY):
             # LlamaGen numbers its blocks in the order they run: the decoder's last one is `up.0` here
             name = re.sub(r"decoder\.conv_blocks\.(\d+)", lambda match: f"decoder.up.{last - int(match[1])}", public)

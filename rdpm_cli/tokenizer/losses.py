@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rdpm_cli import checkpoint
 from rdpm_cli.distributed import full_precision
 from rdpm_cli.errors import UsageError
+from rdpm_cli.tokenizer.config import TokenizerConfig
 
 Net = Literal["alex", "vgg"]
 
@@ -76,6 +77,10 @@ class Perceptual(nn.Module):
         self.network, self.trunk = network.eval().requires_grad_(False), Trunk(network.get_submodule("net"))
         self.network.add_module("net", self.trunk)
 
+    def record(self) -> dict[str, str]:
+        """The setting of a run that binds it to these weights, wherever they lie."""
+        return {"name": self.name, "sha256": self.sha256}
+
     def train(self, mode: bool = True) -> "Perceptual":
         """Stays in evaluation mode, because the heads contain dropout."""
         return super().train(False)
@@ -86,6 +91,15 @@ class Perceptual(nn.Module):
         with full_precision(x_BCHW):
             distances: Tensor = self.network(x_BCHW.float(), y_BCHW.float())
         return distances.flatten()
+
+
+def open_perceptual(cfg: TokenizerConfig) -> Perceptual | None:
+    """The perceptual network of a recipe; None if it has none. Raises as `load_perceptual`."""
+    if cfg.loss.perceptual == "none":
+        return None
+    path = Path(cfg.loss.perceptual_weights) if cfg.loss.perceptual_weights else None
+    option, without = "loss.perceptual_weights=FILE", "go on without it by loss.perceptual=none"
+    return load_perceptual("vgg", path, option, without, cfg.autoencoder.resolution)
 
 
 def load_perceptual(net: Net, path: Path | None, option: str, without: str, resolution: int) -> Perceptual:
@@ -102,7 +116,7 @@ def load_perceptual(net: Net, path: Path | None, option: str, without: str, reso
     file = checkpoint.find_weights(published, path, f"{option} (or {without})")
     hint = checkpoint.weights_hint(published, f"{option} (or {without})")
     note = "" if file.published else f"LPIPS: the weights in {file.path} are not the published ones"
-    content = checkpoint.read_weights(file.path, net, hint)
+    content = checkpoint.read_weights(file.path, net, "features.0.weight", hint)
     heads = checkpoint.read_tensors(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
     with torch.device("meta"):  # otherwise it would draw 138M initial values from torch's generator
         perceptual = Perceptual(net, file.sha256, note)

@@ -11,7 +11,8 @@ from rdpm_cli.schema import Section, Share
 FREE_ON_RESUME = {"keep", "log_every", "eval_every", "save_every", "workers", "skip_bad"}
 # They change the result, but an unfinished run that diverges must be able to go on. run.json records the change.
 CHANGEABLE_ON_RESUME = {"lr", "clip"}
-OBSERVING = {"codebook_alarm", "proxy"}  # fields outside `train` that only observe the run
+# Fields outside `train` that only observe the run, or say where the data lie: their digests bind it.
+OBSERVING = {"codebook_alarm", "proxy", "source", "heldout"}
 
 
 class TrainConfig(Section):

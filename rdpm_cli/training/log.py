@@ -31,7 +31,7 @@ class MetricsLog:
         """Append one line; its numbers also go to TensorBoard and the tracker. Raises RunError if the disk is full."""
         line, numbers = json.dumps({"step": step, **values}) + "\n", scalars(values)
         with files.report_full_disk(self.path.parent):
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
@@ -54,7 +54,7 @@ def scalars(values: dict[str, Any]) -> dict[str, float]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of RUN/metrics.jsonl, without a half-written last one."""
     rows: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), (folder / METRICS).open() as lines:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), (folder / METRICS).open("rb") as lines:
         for line in lines:
             rows.append(json.loads(line))
     return rows

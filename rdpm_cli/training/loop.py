@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from rdpm_cli import checkpoint, distributed, noise, progress
 from rdpm_cli.distributed import TrainStep, is_first, world
 from rdpm_cli.errors import RunError
-from rdpm_cli.runs import StopRequest, serve_parent
+from rdpm_cli.runs import StopRequest
 from rdpm_cli.training.config import TrainConfig
 from rdpm_cli.training.log import MetricsLog
+from rdpm_cli.workers import in_order
 
 CHECKPOINTS = "checkpoints"  # folder of the training states, in the run folder
 Data = list[tuple[range, Any]]  # of a step: the rows of each micro-batch, and the batch
@@ -131,37 +131,44 @@ def fit(
     seats = [Seat(player, cfg) for player in players]
     run.ema = Ema(players[0].model, cfg.ema) if cfg.ema else None
     _resume(seats, run)
-    # The items of the data set are the numbers of the steps; _micro_batches makes the data of one.
-    loader: DataLoader[Data] = DataLoader(
-        range(run.step, run.steps),  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=cfg.workers,
-        prefetch_factor=4 if cfg.workers else None,
-        collate_fn=functools.partial(_micro_batches, batches, cfg, rows),
-        worker_init_fn=serve_parent,
-    )
     log = MetricsLog(run.folder, run.step, run.tracker) if is_first() else None
     started, first = time.monotonic(), run.step
-    for data in loader:
-        logs = _step(seats, data, batches, run)
-        run.step += 1
-        values = None
-        if logs and (run.step % cfg.log_every == 0 or run.done):
-            rate = (run.step - first) * cfg.batch / (time.monotonic() - started)
-            lr = seats[0].optimizer.param_groups[0]["lr"]
-            values = {**distributed.average_logs(logs), "lr": lr, "images_per_second": rate, "skipped": run.skipped}
-        lines = [observer(run, values) for observer in observers]  # observers may add to `values`, so they come first
-        for line in (values, *lines):
-            if log and line:
-                log.write(run.step, line)
-        stopping = distributed.any_process(bool(run.stop.name), run.device)
-        if run.step % cfg.save_every == 0 or run.done or stopping:
-            _save(seats, run)
-        if stopping and not run.done:
-            run.stop.name = run.stop.name or "a signal to another process"
-            run.stop.leave(f"step {run.step} of {run.steps} is saved in {run.folder / CHECKPOINTS}")
+    work = functools.partial(_micro_batches, batches, cfg, rows)
+    alone = world()[1] == 1  # several processes stop after the same step; one need not wait for the data of the next
+    steps, stopped = range(run.step, run.steps), lambda: alone and bool(run.stop.name)
+    prepared = in_order(work, steps, cfg.workers, "train.workers=0", stopped)
+    with contextlib.closing(prepared):
+        for data in prepared:
+            logs = _step(seats, data, batches, run)
+            run.step += 1
+            values = None
+            if logs and (run.step % cfg.log_every == 0 or run.done):
+                rate = (run.step - first) * cfg.batch / (time.monotonic() - started)
+                lr = seats[0].optimizer.param_groups[0]["lr"]
+                means = distributed.average_logs(logs)
+                values = {**means, "lr": lr, "images_per_second": rate, "skipped": run.skipped}
+            _observe(observers, run, values, log)
+            stopping = distributed.any_process(bool(run.stop.name), run.device)
+            if run.step % cfg.save_every == 0 or run.done or stopping:
+                _save(seats, run)
+            if stopping:
+                break
+        else:
+            if not run.done:  # a signal came while it waited for data
+                _save(seats, run)
     if log:
         log.close()
+    if not run.done:
+        run.stop.name = run.stop.name or "a signal to another process"
+        run.stop.leave(f"step {run.step} of {run.steps} is saved in {run.folder / CHECKPOINTS}")
+
+
+def _observe(observers: Sequence[Observer], run: Run, values: dict[str, float] | None, log: MetricsLog | None) -> None:
+    """Call the observers, and log the values of a step and what they return."""
+    lines = [observer(run, values) for observer in observers]  # they may add to `values`, so they come first
+    for line in (values, *lines):
+        if log and line:
+            log.write(run.step, line)
 
 
 def _micro_batches(batches: Batches, cfg: TrainConfig, rows: range, step: int) -> Data:

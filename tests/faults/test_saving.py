@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from generators import save_generator
 from helpers import CPU, assert_same, newest_state, tiny_config, tiny_players, train
 from injection import Disk, Faults, Kills
 from processes import command_line, exit_code, spawn, tokenizer_command
 from rows import Rows
 
 from rdpm_cli import checkpoint, runs
+from rdpm_cli.cli.app import run
 from rdpm_cli.errors import RunError
 from rdpm_cli.training.config import binding
 
@@ -165,6 +167,25 @@ def test_a_full_disk_is_reported_and_the_run_goes_on_after(
 
 
 # ---- retention -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kilobytes", [4, 9, 14])
+def test_samples_on_a_full_disk_are_one_clear_error_and_the_command_goes_on_after(
+    kilobytes: int, tiny_tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: Rows
+) -> None:
+    """Full while PNG files, the grid or samples.npz are written."""
+    out, generator = tmp_path / "out", save_generator(tmp_path / "generator.pt", tiny_tokenizer_file)
+    command = ["sample", "--ckpt", str(generator), "--out", str(out), "--per-class", "1", "--npz", "--gif", "--quiet"]
+    with rows.count("samples on a full disk, reported in one line and finished afterwards"):
+        with pytest.MonkeyPatch.context() as patch:
+            out.mkdir()
+            Disk(out, kilobytes << 10, patch)
+            assert run(command) == 1
+        assert [line.partition(": ")[0] for line in capsys.readouterr().err.splitlines()] == ["rdpm", "hint"]
+        assert not list(out.rglob(".*.tmp"))
+        assert not (out / "samples.json").exists()
+        assert run(command) == 0
+        assert (out / "samples.npz").is_file()
 
 
 def test_no_checkpoint_goes_before_the_new_one_is_read_back(

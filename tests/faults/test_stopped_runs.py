@@ -26,6 +26,7 @@ from processes import (
     wait_until_gone,
 )
 from rows import Rows
+from torch import Tensor
 
 from rdpm_cli.engine import look
 from rdpm_cli.errors import EXIT_STOPPED
@@ -106,6 +107,34 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path,
         assert exit_code(process, 20) == -number
         assert time.monotonic() - started < 2
         wait_until_gone(workers)
+
+
+def stuck_in_reading(args: list[str]) -> None:
+    """Be `rdpm ARGS`, whose worker never prepares the data of step 3."""
+    from rdpm_cli.tokenizer.training import ImageBatches
+
+    batch_at = ImageBatches.batch_at
+
+    def hang(batches: ImageBatches, step: int, rows: range) -> Tensor:
+        if step == 3:
+            time.sleep(1000)
+        return batch_at(batches, step, rows)
+
+    setattr(ImageBatches, "batch_at", hang)  # noqa: B010
+    command_line(args, {})
+
+
+def test_one_signal_ends_a_training_whose_worker_is_stuck(tmp_path: Path, rows: Rows) -> None:
+    settings = ("train.batch=16", "train.steps=1000", "train.workers=2", "--device", "cpu")
+    process = spawn(stuck_in_reading, tokenizer_command(tmp_path / "run", *settings))
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) == 3, process)
+    assert process.pid is not None
+    with rows.count("a signal ends a training whose data worker is stuck"):
+        workers = children(process.pid)
+        os.kill(process.pid, signal.SIGTERM)
+        assert exit_code(process, 20) == EXIT_STOPPED
+        wait_until_gone(workers)
+        assert newest_state(tmp_path / "run")["step"] == 3
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(digits_codes: Path, tmp_path: Path, rows: Rows) -> None:
