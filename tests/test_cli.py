@@ -129,7 +129,7 @@ FAILURES: list[tuple[str, int, str]] = [
     ("sample --ckpt {generator} --shard 3/2", 2, "3/2"),
     ("sample --ckpt {generator} --mask {text}", 2, "--mask"),
     ("sample --ckpt {generator} --init {text}", 2, "--init"),
-    ("sample --ckpt {generator} --init {text} --from-step 2", 2, "text.pt"),
+    ("sample --ckpt {generator} --init {text} --from-step 2", 3, "text.pt"),
     ("sample --ckpt {generator} --init {images}#36 --from-step 2", 2, "36"),
     ("sample --ckpt {generator} --reject keep=0.5", 2, "--reject"),
     ("sample --ckpt {generator} --reject keep=0.4 --judge {generator}", 2, "--reject"),
