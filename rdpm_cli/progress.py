@@ -1,7 +1,6 @@
 """All output on stderr: a bar on a terminal, plain lines elsewhere, or a JSON document a line."""
 
 import json
-import os
 import sys
 import threading
 import time
@@ -9,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+
+from rdpm_cli import launcher
 
 LINE_EVERY = 10.0  # seconds between plain lines
 clock = time.monotonic
@@ -83,7 +84,7 @@ def _write(kind: str, text: str, **values: Any) -> None:
 def warn(text: str, once: bool = False) -> None:
     """One line that --quiet does not silence. once: a fact that every process finds, maybe more than once."""
     if once:
-        if text in _warned or os.environ.get("RANK", "0") != "0":
+        if text in _warned or not launcher.is_first():
             return
         _warned.add(text)
     _write("warning", text if as_json else f"warning: {text}")

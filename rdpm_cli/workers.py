@@ -5,15 +5,12 @@ memory, sockets and semaphores, which containers often lack, and raises from a s
 
 import io
 import multiprocessing
-import os
 import pickle
 import signal
-import struct
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import wait
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -24,7 +21,6 @@ from rdpm_cli.errors import RdpmError, RunError
 
 POLL_SECONDS = 1.0  # between two looks for a signal while no result comes
 LONGEST_SECONDS = 1800.0  # for one result; other processes wait longer for this one, see distributed.TIMEOUT
-NUMBER = struct.Struct("<q")
 
 
 def in_order(
@@ -68,23 +64,18 @@ class Worker:
         self.option = option
         fork = multiprocessing.get_context("fork")  # a copy of this process, so that `work` may be anything
         try:
-            self.pipe, writing = os.pipe()
-            self.process = fork.Process(target=self._serve, args=(work, items, writing), daemon=True)
-            try:
+            self.pipe, writing = fork.Pipe(duplex=False)
+            with writing:
+                self.process = fork.Process(target=self._serve, args=(work, items, writing), daemon=True)
                 self.process.start()
-            except OSError:
-                os.close(self.pipe)
-                raise
-            finally:
-                os.close(writing)
         except OSError as error:
             hint = f"use fewer workers, or give {option}"
             raise RunError(f"a worker process cannot be started: {error.strerror}", hint) from error
 
-    def _serve(self, work: Callable[[Any], Any], items: Sequence[Any], pipe: int) -> None:
+    def _serve(self, work: Callable[[Any], Any], items: Sequence[Any], writing: Connection) -> None:
         """Be the worker. It prepares an item while the previous one is sent."""
         runs.serve_parent()
-        os.close(self.pipe)
+        self.pipe.close()
         torch.set_num_threads(1)
         sent: Future[None] | None = None
         with ThreadPoolExecutor(1) as sender:
@@ -95,66 +86,37 @@ class Worker:
                     if not isinstance(error, RdpmError):
                         error.add_note(traceback.format_exc())
                     result = error
-                parts = packed(result)
+                packet = packed(result)
                 if sent:
                     sent.result()
-                sent = sender.submit(send, pipe, parts)
+                sent = sender.submit(writing.send_bytes, packet)
 
     def receive(self) -> Any:
         """The next result, or the exception in its place. Raises RunError if the worker has ended."""
         try:
-            parts = [self._read(self._number()) for _ in range(self._number())]
-        except EOFError as error:
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:  # before a message, and inside one
             self.process.join()
             code = self.process.exitcode or 0
             reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
             hint = f"out of memory? run the same command again with fewer workers, or with {self.option}"
             raise RunError(f"worker process {self.process.pid} {reason}", hint) from error
-        return ForkingPickler.loads(parts[0], buffers=parts[1:])  # from a process of this run, never from a file
-
-    def _number(self) -> int:
-        return int(NUMBER.unpack(self._read(NUMBER.size))[0])
-
-    def _read(self, size: int) -> bytearray:
-        content = bytearray(size)
-        rest = memoryview(content)
-        while rest:
-            count = os.readv(self.pipe, [rest])
-            if not count:
-                raise EOFError
-            rest = rest[count:]
-        return content
 
     def end(self) -> None:
         """Kill it, also in the middle of an item, or of a read that hangs."""
         self.process.kill()
         self.process.join()
-        os.close(self.pipe)
+        self.pipe.close()
 
 
 class _ByValue(pickle.Pickler):
-    """Packs tensors as arrays, since torch's own way copies their content several times."""
+    """Packs tensors as arrays, since torch's own way passes them by shared memory and sockets."""
 
     def reducer_override(self, value: Any) -> Any:
         return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
 
 
-def packed(result: Any) -> list[memoryview]:
-    """The parts of a result: its pickle, and the content of its arrays, not copied."""
-    buffers: list[pickle.PickleBuffer] = []
-    _ByValue(whole := io.BytesIO(), protocol=5, buffer_callback=buffers.append).dump(result)
-    return [whole.getbuffer(), *(buffer.raw() for buffer in buffers)]
-
-
-def send(pipe: int, parts: Sequence[memoryview]) -> None:
-    """Write the number of parts, and each with its size before it."""
-    _write(pipe, NUMBER.pack(len(parts)))
-    for part in parts:
-        _write(pipe, NUMBER.pack(len(part)))
-        _write(pipe, part)
-
-
-def _write(pipe: int, content: bytes | memoryview) -> None:
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(pipe, rest) :]
+def packed(result: Any) -> memoryview:
+    """A result as bytes. Connection.send itself would pickle tensors in torch's own way."""
+    _ByValue(whole := io.BytesIO(), protocol=5).dump(result)
+    return whole.getbuffer()

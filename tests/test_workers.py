@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import signal
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +141,11 @@ def test_a_lost_worker_is_an_error_with_exit_code_1(work: Callable[[int], int], 
 
 
 def test_a_worker_that_is_killed_while_it_sends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def send(pipe: int, parts: Any) -> None:
-        os.write(pipe, workers.NUMBER.pack(1) + workers.NUMBER.pack(1000) + b"the beginning")
+    def send(pipe: Connection, content: memoryview) -> None:
+        os.write(pipe.fileno(), struct.pack("!i", 1000) + b"the beginning")  # as multiprocessing frames a message
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(workers, "send", send)
+    monkeypatch.setattr(Connection, "send_bytes", send)
     with pytest.raises(RunError, match="SIGKILL"):
         list(in_order(str, range(4), 1, OPTION))
 

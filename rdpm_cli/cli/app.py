@@ -79,7 +79,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-READING = "follow_links exif unlabelled image_column label_column"  # together the value `reading`
+READING = "follow_links exif image_column label_column"  # of every command that takes IMAGES
 CHECKPOINTS = {  # options that name a file of tensors, and its kind in files.HINTS
     "ckpt": "rdpm-generator", "tokenizer": "rdpm-tokenizer", "extractor": "rdpm-judge", "judge": "rdpm-judge",
     "from_weights": "weights",
@@ -104,7 +104,7 @@ def command(
             values = {key: _local(key, value) for key, value in values.items()}
             for key in (key for key in CHECKPOINTS if values.get(key) not in (None, "inception")):
                 files.check_tensors(Path(values[key]), files.HINTS[CHECKPOINTS[key]])
-            if reading := {name: values.pop(name) for name in READING.split() if name in values}:
+            if reading := {name: values.pop(name) for name in (*READING.split(), "unlabelled") if name in values}:
                 values["reading"] = {name: value for name, value in reading.items() if value}
             result = _answer(function, section, values)
             if launcher.is_first():

@@ -8,7 +8,7 @@ import typer
 
 from rdpm_cli import files
 from rdpm_cli.cli import app as cli
-from rdpm_cli.cli.app import app, command
+from rdpm_cli.cli.app import READING, app, command
 from rdpm_cli.errors import UsageError
 
 evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Scores that record how they were computed.")
@@ -19,7 +19,6 @@ TRAINING = "overrides seed keep gpus track dry_run gpu utilisation print_config 
 JUDGE = "overrides seed resolution print_config gpus device"
 SAMPLING = "cfg cfg_schedule tau top_k top_p skip_steps steps"
 SCORING = "extractor weights download gpus device"
-READING = "follow_links exif image_column label_column"
 
 METRICS = {
     "fid": "Fréchet distance to a reference: Inception by default, never silently another extractor.",

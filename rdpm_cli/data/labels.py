@@ -79,7 +79,7 @@ def arrange(
     warnings = _check_ours(members, source, read, is_samples)
     names, notes, others, not_taken = _sort_out(members, head or read, is_samples)
     if not names:
-        raise DataError(f"{source} holds no images{_counted(not_taken)}", HINT)
+        raise DataError("; ".join(filter(None, [f"{source} holds no images", describe(not_taken)])), HINT)
     if notes[CLASSES]:
         lines = read_classes(read(min(notes[CLASSES], key=len)), source)
     tables = [name for base in METADATA for name in notes[base]]
@@ -128,15 +128,10 @@ def _sort_out(
     return names, notes, folders, not_taken
 
 
-def _counted(not_taken: Mapping[str, int]) -> str:
+def describe(not_taken: Mapping[str, int]) -> str:
+    """`3 files not taken: .heic 2, no suffix 1`; empty for none."""
     total, parts = sum(not_taken.values()), ", ".join(f"{kind} {count}" for kind, count in not_taken.items())
-    return f"; {total} {'file' if total == 1 else 'files'} not taken: {parts}" if total else ""
-
-
-def describe(not_taken: Mapping[str, int]) -> list[str]:
-    """The line on files that were not taken; hidden ones are meant to be left alone."""
-    shown = {kind: count for kind, count in not_taken.items() if kind != "hidden"}
-    return [_counted(shown).removeprefix("; ")] if shown else []
+    return f"{total} {'file' if total == 1 else 'files'} not taken: {parts}" if total else ""
 
 
 def _check_ours(members: Mapping[str, str], source: str, read: Read, is_samples: bool) -> list[str]:
@@ -284,11 +279,10 @@ def by_folder(
 
     lines: the names in `classes.txt`: the folders themselves, whose order they fix, or names for the sorted folders.
     folders: all of them: a class folder without images would shift the labels of later classes."""
-    inner = without_wrapper(paths)
+    inner = _check_splits(paths, source, classes=True)
     tops = [path.partition("/")[0] if "/" in path else "" for path in inner]
     order = sorted(set(tops))
     wrapper = paths[0].removesuffix(inner[0])
-    _check_splits(paths, source, classes=True)
     if order == [""]:
         return None, []
     if "" in order:
@@ -298,7 +292,7 @@ def by_folder(
         raise DataError(f"{source} has two class folders that read as '{twice[0]}'", "move their images into one")
     if lines is None:
         start = f"{fold_path(wrapper)}/".lstrip("/")
-        below = (fold_path(path).removeprefix(start) for path in folders if fold_path(path).startswith(start))
+        below = (path.removeprefix(start) for path in map(fold_path, folders) if path.startswith(start))
         inside = {path.partition("/")[0] for path in below} - {""}
         if empty := sorted({name for name in inside if not is_hidden(name)} - set(folded)):
             hint = f"name the folder that holds the images, or list its classes in {CLASSES}, one a line"
@@ -317,18 +311,20 @@ def by_folder(
     return [label_of[top] for top in tops], lines
 
 
-def _check_splits(paths: Sequence[str], source: str, classes: bool = False) -> None:
-    """Refuse train, val, test and the like as one set. classes: where folders would be classes, also a single one."""
+def _check_splits(paths: Sequence[str], source: str, classes: bool = False) -> Sequence[str]:
+    """Refuse train, val, test and the like as one set. classes: where folders would be classes, also a single one.
+
+    -> the paths below a folder that wraps all of them."""
     inner = without_wrapper(paths)
     tops = {path.partition("/")[0] if "/" in path else "" for path in inner}
     splits = sorted(top for top in tops if SPLIT.fullmatch(top.lower()))
-    if len(splits) < 2 and not (classes and splits):
-        return
-    if len(splits) > 1 or tops <= {*splits, ""} or all(path.count("/") >= 2 for path in inner):
+    alone = classes and splits and (tops <= {*splits, ""} or all(path.count("/") >= 2 for path in inner))
+    if len(splits) > 1 or alone:
         wrapper = paths[0].removesuffix(inner[0])
         best = posixpath.join(source, wrapper, next((top for top in splits if "train" in top.lower()), splits[0]))
         hint = f"give one of them: {shlex.quote(best)}" if os.path.isdir(best) else "name or pack one of them"
         raise DataError(f"{source} holds data splits ({', '.join(splits)}), not one set of classes", hint)
+    return inner
 
 
 def _warn_of_numbers(class_names: Sequence[str], source: str) -> list[str]:

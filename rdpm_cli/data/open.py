@@ -44,11 +44,14 @@ def open_source(spec: str, **reading: Any) -> Source:
     try:
         opened = _open(spec, how)
     except OSError as error:
-        raise DataError(f"{spec} cannot be read: {error.strerror}", "let this user read it") from error
+        hint = "let this user read it, or remove it"
+        raise DataError(f"{error.filename or spec} cannot be read: {error.strerror}", hint) from error
     if how.unlabelled:
         opened.labels, opened.class_names = [0] * len(opened), [UNLABELLED]
-    for line in (*opened.warnings, *(f"{opened.spec}: {line}" for line in describe(opened.not_taken))):
+    for line in opened.warnings:
         progress.warn(line, once=True)
+    if text := describe({kind: count for kind, count in opened.not_taken.items() if kind != "hidden"}):
+        progress.warn(f"{opened.spec}: {text}", once=True)
     return opened
 
 
@@ -126,10 +129,10 @@ def _open_folder(root: Path, how: Reading) -> Source:
 
 
 def _walk(root: Path, follow_links: bool) -> tuple[list[str], list[str]]:
-    """(files, folders) below root, relative to it. Raises DataError for a folder that is a link, or cannot be read."""
+    """(files, folders) below root, relative to it. Raises DataError for a link to a folder, OSError as os.walk."""
 
     def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}", "let this user read it") from error
+        raise error  # os.walk would leave the folder out
 
     files: list[str] = []
     subfolders: list[str] = []
@@ -193,15 +196,10 @@ class FolderSource(Source):
 
         def read(name: str, size: int = -1) -> bytes:
             path = root / name
-            try:
-                if path.exists() and not path.is_file():
-                    return b""  # a pipe or socket, which is no image
-                with path.open("rb") as file:
-                    return file.read(size)
-            except OSError as error:
-                raise DataError(
-                    f"{path} cannot be read: {error.strerror}", "let this user read it, or remove it"
-                ) from error
+            if path.exists() and not path.is_file():
+                return b""  # a pipe or socket, which is no image
+            with path.open("rb") as file:
+                return file.read(size)
 
         self.hold(arrange(
             {name: name for name in sorted(members)}, self.spec, read, head=lambda name: read(name, HEAD),

@@ -61,7 +61,6 @@ def inspect(target: str, reading: dict[str, Any] | None = None) -> Result:
 def _images(source: Source) -> Result:
     """Counts, classes and sizes of images, what was not taken, and the first image as a picture for terminals."""
     counts = np.bincount(source.labels or [], minlength=len(source.class_names)).tolist()
-    order = sorted(range(len(counts)), key=lambda number: counts[number])
     sizes, bad = Counter[str](), []
     looked_at = spread(len(source), LOOKED_AT)
     for index in looked_at:
@@ -70,10 +69,15 @@ def _images(source: Source) -> Result:
                 sizes[f"{image.width}×{image.height}"] += 1
         except ImageError as error:
             bad.append(f"{error.name}: {error.reason}")
-    ends = {"smallest_class": order[:1], "largest_class": order[-1:]}
+    numbers, size_of = range(len(counts)), counts.__getitem__
+    ends = (
+        {"smallest_class": min(numbers, key=size_of), "largest_class": max(numbers[::-1], key=size_of)}
+        if counts
+        else {}
+    )
     values = {
         "kind": "images", **source.record(), "images": len(source), "classes": len(source.class_names),
-        **{end: f"{source.class_names[n]} ({counts[n]})" for end, numbers in ends.items() for n in numbers},
+        **{end: f"{source.class_names[number]} ({counts[number]})" for end, number in ends.items()},
         "class_names": source.class_names, "class_counts": counts, "not_taken": dict(source.not_taken),
         "sizes": dict(sizes.most_common(20)), "sizes_of": len(looked_at), "unreadable": bad,
         "first": source.names[0],

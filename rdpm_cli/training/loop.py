@@ -149,13 +149,12 @@ def fit(
                 values = {**means, "lr": lr, "images_per_second": rate, "skipped": run.skipped}
             _observe(observers, run, values, log)
             stopping = distributed.any_process(bool(run.stop.name), run.device)
-            if run.step % cfg.save_every == 0 or run.done or stopping:
-                _save(seats, run)
-            if stopping:
+            if stopping and not run.done:
                 break
-        else:
-            if not run.done:  # a signal came while it waited for data
+            if run.step % cfg.save_every == 0 or run.done:
                 _save(seats, run)
+    if not run.done:  # a signal came after a step, or while it waited for data
+        _save(seats, run)
     if log:
         log.close()
     if not run.done:
