@@ -80,6 +80,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
 
 
 READING = "follow_links exif image_column label_column"  # of every command that takes IMAGES
+TRAININGS = {"train-tokenizer", "train-gen", "judge", "demo"}
 CHECKPOINTS = {  # options that name a file of tensors, and its kind in files.HINTS
     "ckpt": "rdpm-generator", "tokenizer": "rdpm-tokenizer", "extractor": "rdpm-judge", "judge": "rdpm-judge",
     "from_weights": "weights",
@@ -220,7 +221,7 @@ def main() -> None:
     """Run a command and leave with its exit code. A bug keeps its traceback."""
     open_streams()
     tune_allocator()
-    tune_children()
+    tune_children(trains=not TRAININGS.isdisjoint(sys.argv[1:]))
     if launcher.is_started():
         from rdpm_cli.runs import join_launcher
 
@@ -248,10 +249,11 @@ def tune_allocator() -> None:
             mallopt(name, value)
 
 
-def tune_children() -> None:
+def tune_children(trains: bool = False) -> None:
     """Set variables that OpenMP reads when torch is imported, and that child processes inherit."""
-    # Threads that spin while they wait keep each other from a core that another job uses: docs/speed.md.
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+    # Threads that spin while they wait keep each other from a core that another job uses. Trainings let them spin: on
+    # a quiet machine they lose a quarter of their speed to threads that sleep between short operations (docs/speed.md).
+    if not trains and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # a user's queue.py or tokenize.py in the working folder is not ours
 
