@@ -1,7 +1,8 @@
 """Worker processes that prepare data, for trainings and for stores: work(item) of every item, in order.
 
-Results come through a pipe of each worker, and a worker that is lost ends its pipe. torch's DataLoader takes shared
-memory, sockets and semaphores, which containers often lack, and raises from a signal handler when a worker dies."""
+Each worker has its own pipe, which ends with it. concurrent.futures and torch's DataLoader share one among all, and so
+wait for ever if a worker is killed while it sends, for lack of memory for example. DataLoader also needs shared memory,
+sockets and semaphores, which containers often lack."""
 
 import io
 import multiprocessing

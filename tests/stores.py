@@ -47,7 +47,8 @@ class Making:
         self.tokenizer, content = model.load(tokenizer_file)
         options: dict[str, Any] = {"views": 2, "latents": True, "shard_images": 10, **settings}
         micro_batch = options.pop("micro_batch", None)
-        self.work = Work(**{key: options.pop(key) for key in ("workers", "on_bad", "max_bad") if key in options})
+        work = ("workers", "on_bad", "max_bad", "stopped")
+        self.work = Work(**{key: options.pop(key) for key in work if key in options})
         self.plan = make_plan(source, self.tokenizer, content["digest"], StoreOptions(**options), torch.device("cpu"))
         if micro_batch:  # which only a GPU's store may choose
             self.plan = self.plan.model_copy(update={"micro_batch": micro_batch})

@@ -1,5 +1,7 @@
 """Micro-batches: what a plan fixes, the path of a GPU taken on the CPU."""
 
+import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from stores import Making, MemoryImages
 from torch import Tensor
 
+from rdpm_cli import workers
 from rdpm_cli.codes import write
 from rdpm_cli.codes.write import StoreOptions, make_plan
 from rdpm_cli.errors import DataError, UsageError
@@ -90,11 +93,23 @@ def test_what_workers_prepare_is_what_one_process_prepares(making: Callable[...,
     one = making(bad=[5])
     plan = one.plan.model_copy(update={"device": "cuda"})
     batches = write.micro_batches(plan, 0)
-    single, several = (list(write.encode_all(one.source, one.tokenizer, plan, batches, n)) for n in (1, 2))
+    single, several = (list(write.encode_all(one.source, one.tokenizer, plan, batches, write.Work(n))) for n in (1, 2))
     assert [batch.indices for batch in several] == [[0, 1, 2, 3], [4, 6, 7], [8, 9]]
     for a, b in zip(single, several, strict=True):
         assert np.array_equal(a.arrays["codes"], b.arrays["codes"])
         assert a.bad == b.bad
+
+
+def test_a_request_to_stop_ends_the_wait_for_a_read_that_hangs(
+    making: Callable[..., Making], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = making(workers=2, stopped=lambda: True)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(MemoryImages, "open", lambda *_: time.sleep(60))
+    start = time.monotonic()
+    with contextlib.closing(one.run()) as pieces:
+        assert [next(pieces), next(pieces)] == [0, 0]
+    assert time.monotonic() - start < 20
 
 
 def test_the_other_items_of_a_batch_change_nothing(making: Callable[..., Making]) -> None:

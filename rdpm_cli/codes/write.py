@@ -13,7 +13,7 @@ import io
 import math
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -74,11 +74,13 @@ def make_plan(source: Source, tokenizer: Tokenizer, digest: str, options: StoreO
 class Work:
     """How a store is made; nothing here changes its bytes, except by the items that are left out.
 
-    on_bad: stop at the first unreadable item, or leave it out. max_bad: share that may be left out, rounded up."""
+    on_bad: stop at the first unreadable item, or leave it out. max_bad: share that may be left out, rounded up.
+    stopped: whether a signal has come; asked while a worker keeps this process waiting."""
 
     workers: int = 1
     on_bad: Literal["stop", "skip"] = "stop"
     max_bad: float = 0.0001
+    stopped: Callable[[], bool] = lambda: False
 
 
 class Note(Shard):
@@ -241,12 +243,12 @@ def prepare_and_encode(source: Source, tokenizer: Tokenizer, plan: Plan, batch: 
 
 
 def encode_all(
-    source: Source, tokenizer: Tokenizer, plan: Plan, batches: Sequence[range], workers: int
+    source: Source, tokenizer: Tokenizer, plan: Plan, batches: Sequence[range], jobs: Work
 ) -> Generator[MicroBatch, None, None]:
-    """Every micro-batch, in order. On a CPU the workers do all of it; a GPU encodes what they prepare."""
-    cpu = plan.device == "cpu"
+    """Every micro-batch, in order, unless stopped. A CPU's workers do all of it; a GPU encodes what they prepare."""
+    cpu, workers = plan.device == "cpu", jobs.workers if jobs.workers > 1 else 0
     work = partial(prepare_and_encode, source, tokenizer, plan) if cpu else partial(prepare, source, plan)
-    with contextlib.closing(in_order(work, batches, workers if workers > 1 else 0, "--workers 1")) as results:
+    with contextlib.closing(in_order(work, batches, workers, "--workers 1", jobs.stopped)) as results:
         for batch in results:
             yield batch if cpu else encode(tokenizer, plan, batch)
 
@@ -257,10 +259,8 @@ def _write_shards(
     """Encode and write these shards. One shard is held in memory at a time."""
     queue = [(shard, batch) for shard in shards for batch in micro_batches(plan, shard)]
     encoded: list[MicroBatch] = []
-    with contextlib.closing(
-        encode_all(source, tokenizer, plan, [batch for _, batch in queue], work.workers)
-    ) as results:
-        for (shard, items), result in zip(queue, results, strict=True):
+    with contextlib.closing(encode_all(source, tokenizer, plan, [batch for _, batch in queue], work)) as results:
+        for (shard, items), result in zip(queue, results, strict=False):  # fewer results after a signal
             encoded.append(result)
             bad = [item for batch in encoded for item in batch.bad]
             if bad and work.on_bad == "stop":

@@ -46,6 +46,8 @@ def open_source(spec: str, **reading: Any) -> Source:
     except OSError as error:
         hint = "let this user read it, or remove it"
         raise DataError(f"{error.filename or spec} cannot be read: {error.strerror}", hint) from error
+    if how.image_column and not isinstance(opened, ParquetSource):
+        raise UsageError(f"--image-column is for parquet files, which {spec} is not", "leave it out")
     if how.unlabelled:
         opened.labels, opened.class_names = [0] * len(opened), [UNLABELLED]
     for line in opened.warnings:

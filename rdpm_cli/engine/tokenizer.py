@@ -146,7 +146,7 @@ def tokenize(
         store_plan = make_plan(source, loaded, content["digest"], options or StoreOptions(), picked)
         layout = torch.channels_last if store_plan.precision == "bf16" else torch.contiguous_format
         loaded.to(picked).to(memory_format=layout)
-        work = Work(workers, "skip" if on_bad == "skip" else "stop", max_bad)
+        work = Work(workers, "skip" if on_bad == "skip" else "stop", max_bad, lambda: bool(stop.name))
         pieces = write_store(out, source, loaded, path.read_bytes(), store_plan, work)
         with progress.Bar("tokenize", len(source), "images") as bar, contextlib.closing(pieces):
             bar.resume_at(next(pieces))
