@@ -12,6 +12,8 @@ PURPOSES = {"encode": 1, "sample": 2, "gumbel": 3, "heldout": 4, "eval": 5, "lab
 PURPOSES |= {"mask": 7, "component": 8}  # ResGen: held-out masks; the components of a sample
 # Training: rows of an epoch, small draws of a batch, seeds of the device's generators, draws that all processes share.
 PURPOSES |= {"epoch": 16, "batch": 17, "device": 18, "shared": 19, "torch": 20}
+PURPOSES |= {"shapes": 24}  # the factors of the built-in set
+PURPOSES |= {"gaussian": 25, "subset": 26}  # eval baselines: samples of a class Gaussian; which images are drawn again
 BLOCK = 16  # rows of the global batch that share one training stream
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

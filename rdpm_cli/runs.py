@@ -65,7 +65,10 @@ def check_run(folder: Path, settings: Settings, bind: Callable[[Settings], Setti
     bind: leaves the settings that must not change. Raises UsageError for a folder that holds another run, or no run."""
     record, hint = read_run(folder), "choose another folder for the run"
     if record:
-        if changed := files.differences(bind(record.get("settings", {})), bind(settings)):
+        previous = record.get("settings", {})
+        if (command := previous.get("command")) != settings.get("command"):
+            raise UsageError(f"{folder} is a run of {command}", hint)
+        if changed := files.differences(bind(previous), bind(settings)):
             raise UsageError(f"{folder} was started with other settings: {'; '.join(changed[:6])}", hint)
     elif foreign := [path.name for path in folder.glob("*") if not path.name.startswith(".")]:
         raise UsageError(f"{folder} is not empty ({foreign[0]}, ...) and is not a run folder", hint)

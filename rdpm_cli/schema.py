@@ -22,6 +22,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def added(default: Any, description: str) -> Any:
+    """A field that older recipes and files lack: dumps leave out its default, so that these keep their digests."""
+    return Field(default, description=description, exclude_if=lambda value: value == default)
+
+
 S = TypeVar("S", bound=Section)
 
 

@@ -46,6 +46,7 @@ class Blocks:
         self.accuracy: float | None = None
         self.width, self.spatial_width = 12, SIDE
         self.resolution: int | None = None
+        self.factor_layer: torch.nn.Module | None = None
         self.extracted = 0  # images so far
 
     def __call__(self, pixels_BCHW: Tensor) -> Activations:

@@ -10,14 +10,14 @@ import torch
 from extractors import CPU, Images, make_judge, pixels, save_judge
 from PIL import Image
 
-from rdpm_cli import checkpoint, files
+from rdpm_cli import checkpoint, files, noise
 from rdpm_cli.cli.app import run
 from rdpm_cli.data.open import open_source
 from rdpm_cli.data.pixels import chw, hwc, to_model
 from rdpm_cli.data.source import Source, Subset
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import CheckpointError, DataError
-from rdpm_cli.evaluation import judge
+from rdpm_cli.evaluation import factors, judge
 from rdpm_cli.evaluation.features import collect, open_extractor
 from rdpm_cli.evaluation.judge import ClassJudge, Judge, JudgeBatches, JudgeConfig, JudgeTask
 from rdpm_cli.evaluation.score import class_accuracy, open_images
@@ -108,6 +108,37 @@ def test_the_loss_is_cross_entropy_of_the_true_class(source: Source) -> None:
     p = torch.softmax(logits, 1)[torch.arange(18), batch.labels_B]
     assert loss.item() == pytest.approx(float(-p.log().mean()), rel=1e-5)
     assert float(logs["accuracy"]) == pytest.approx(float((logits.argmax(1) == batch.labels_B).float().mean()))
+
+
+def test_images_with_factors_are_neither_shifted_nor_mirrored() -> None:
+    source = open_source("shapes:heldout")
+    batches = judge_batches(source, flip=True)
+    batch, indices = batches.batch_at(0, range(18)), noise.epoch_rows(0, 0, 18, len(source)).tolist()
+    assert np.array_equal(hwc(batch.pixels_BCHW), np.stack([source.pixels(index, 16) for index in indices]))
+    assert batch.targets_BP is not None
+    assert source.factors is not None
+    assert np.allclose(factors.decode(batch.targets_BP.numpy()), source.factors[indices], atol=1e-5)
+
+
+def test_the_loss_adds_the_squared_error_of_the_factors() -> None:
+    batch = judge_batches(open_source("shapes:heldout")).batch_at(0, range(18))
+    network = Judge(16, 8, 6, 10, factors=True)
+    loss, logs = JudgeTask(network).loss(batch, TrainStep(0, 0, range(18), 18, CPU))
+    features_BD, logits_BK = network(to_model(batch.pixels_BCHW))
+    assert network.factors is not None
+    assert batch.targets_BP is not None
+    error = ((network.factors(features_BD) - batch.targets_BP) ** 2).mean().item()
+    entropy = -torch.log_softmax(logits_BK, 1)[torch.arange(18), batch.labels_B].mean().item()
+    assert logs["factor_mse"].item() == pytest.approx(error, rel=1e-5)
+    assert loss.item() == pytest.approx(entropy + judge.FACTOR_WEIGHT * error, rel=1e-5)
+
+
+def test_a_judge_without_factors_is_what_it_was_before_there_were_any() -> None:
+    network, with_factors = Judge(16, 8, 6, 5), Judge(16, 8, 6, 5, factors=True)
+    assert set(network.config) == {"resolution", "width", "features", "classes", "blocks"}
+    names = set(with_factors.state_dict()) - set(network.state_dict())
+    assert names == {"factors.weight", "factors.bias"}
+    assert Judge(**with_factors.config).factors is not None
 
 
 def test_a_judge_records_its_accuracy_on_held_out_images_and_is_trained_once(

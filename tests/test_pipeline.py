@@ -234,13 +234,14 @@ def test_the_demo_writes_its_result_and_pictures_once(tmp_path: Path, capsys: Ca
         assert len(np.unique(pixels(out / name))) > 10
     result = files.read_json(out / "result.json")
     assert list(result) == [
-        "class_accuracy", "frechet_distance", "frechet_distance_heldout", "frechet_ratio", "frechet_n",
+        "class_accuracy", "frechet_distance", "gaussian", "frechet_distance_heldout", "frechet_ratio", "frechet_n",
         "frechet_subsets", "samples", "reference", "reconstruction_mse", "reconstruction_psnr", "judge_accuracy",
         "generator_parameters", "heldout_accuracy_per_t", "baseline_accuracy_per_t", "seconds", "resumed", "seed",
         "recipe", "versions",
     ]  # fmt: skip
     assert result.items() <= answer.items()
     assert (result["resumed"], result["seed"], result["samples"]) == (False, 2, 800)
+    assert set(result["gaussian"]) == {"class_accuracy", "frechet_distance"}
     assert result["frechet_n"] == 297  # the held-out digits and the samples are compared at equal size
     assert result["reference"]["name"] == "digits:train"
     files.write_json(out / "result.json", {**result, "seconds": -1})

@@ -412,3 +412,28 @@ def test_samples_do_not_depend_on_the_thread_count() -> None:
         torch.set_num_threads(threads)
         codes.append(sample(generator, [1], [1], sampling_options(cfg=1.0)))
     assert all(torch.equal(row, codes[0]) for row in codes)
+
+
+@pytest.mark.parametrize("head", ["linear", "geometric"])
+def test_plain_residual_codes_are_learnt_and_drawn_without_their_noise(head: str) -> None:
+    """One image a class: what comes back is its codes, whatever the noise of the samples is."""
+    quantizer = make_quantizer("rvq", codebooks="per_step", bias="none")
+    generator = make_generator(quantizer, awake=False, head=head, eps_input=False, positions="both")
+    generator.network.train().requires_grad_(True)
+    z = torch.randn(3, 4, 16)
+    codes = quantizer.encode(z, torch.zeros(3, 4, *z.shape[1:]))
+    optimizer = torch.optim.Adam(generator.network.parameters(), 1e-2)
+    losses = []
+    for number in range(200):
+        t = torch.randint(1, 4 + 1, (3, 2))
+        batch = CodeBatch(codes, {"labels": torch.arange(3)}, t, torch.randn(3, 2, *z.shape[1:]))
+        loss, _ = generator.loss(batch, TrainStep(0, number, range(3), 3, torch.device("cpu")))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    generator.network.eval()
+    drawn = [sample(generator, range(3), range(3), sampling_options(seed, draw="argmax")) for seed in (0, 1)]
+    assert torch.equal(*drawn)
+    assert (drawn[0] == codes).float().mean() > 0.95

@@ -131,9 +131,20 @@ def test_published_figures_say_why_ours_cannot_be_compared_and_absent_scores_the
     assert by_metric["psnr"].text == "22"
     rows = report.published_figures([], scores)
     row = next(row for row in rows if row["metric"] == "psnr")
-    assert row["ours"] == 22.0
+    assert (row["value"], row["ours"]) == (29.97, 22.0)
     assert any("digits" in reason for reason in row["reasons"])
     assert all(row["ours"] is None for row in rows if row["kind"] == "method")
+
+
+def test_published_values_are_numbers_as_printed_and_found_once_by_table_row_and_metric() -> None:
+    figures = report.read_published()
+    assert all(isinstance(figure["value"], str) and report.number(figure["value"]) > 0 for figure in figures)
+    places = [(f["table"], f["row"], f["metric"]) for f in figures if "table" in f]
+    assert len(places) == len(set(places))
+    assert {table for table, _, _ in places} == set("12345")
+    assert [report.number(text) for text in ("0.6226", "8,100", "133M", "1.4B")] == [0.6226, 8100, 133e6, 1.4e9]
+    with pytest.raises(ValueError, match="-"):
+        report.number("-")
 
 
 def test_held_out_accuracies_are_shown() -> None:

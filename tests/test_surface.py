@@ -99,6 +99,8 @@ WALK = {
     "eval all": f"samples --ref images {JUDGED}",
     "eval reference": f"images ref.npz --features 8 --resolution 16 {JUDGED}",
     "eval recon": "images --tokenizer runs/tok/tokenizer.pt --limit 4 --seeds 1",
+    "eval baselines": "images --heldout images --resolution 16 --per-class 4 --seeds 1 "
+    f"--tokenizer runs/tok/tokenizer.pt --ref images {JUDGED}",
     "eval report": "runs/gen samples -o report.html",
     "inspect": "runs/gen/generator.pt",
     "verify": "codes",

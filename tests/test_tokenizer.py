@@ -84,6 +84,17 @@ def test_latents_are_layer_normed_fp16_values_in_fp32() -> None:
     assert (plain.latents(images()).var(1, correction=0) - 1).abs().max() > 0.1
 
 
+def test_affine_latents_are_the_normed_ones_scaled_and_shifted_by_what_is_learnt() -> None:
+    normed, affine = make(), make(latent_norm="affine")
+    affine.load_state_dict(normed.state_dict(), strict=False)
+    assert torch.equal(affine.latents(images()), normed.latents(images()))
+    assert affine.norm is not None
+    with torch.no_grad():
+        affine.norm.weight.fill_(2.0)
+        affine.norm.bias.fill_(1.0)
+    torch.testing.assert_close(affine.latents(images()), 2 * normed.latents(images()) + 1, rtol=2e-3, atol=2e-3)
+
+
 def test_codes_are_a_function_of_the_stored_latents_and_their_noise() -> None:
     """The fp16 latents, seed and view in a store give back the codes in it."""
     tokenizer, x = make(), images()

@@ -86,6 +86,19 @@ def pixels() -> Tensor:
     return ramps().batch_at(0, range(32))
 
 
+@pytest.mark.parametrize("weight", [True, False])
+def test_the_mean_over_t_is_the_sum_divided_by_the_sum_of_gamma(weight: bool) -> None:
+    logs = []
+    for reduce in ("sum", "mean"):
+        loss = {"adversarial": "none", "quant_reduce": reduce, "weight": weight}
+        (player,) = tiny_players(tiny_config(loss=loss, train={"batch": 32}))
+        total, terms = player.loss(pixels(), step_of())
+        assert float(total.detach()) == pytest.approx(float(terms["recon"] + 0.25 * terms["quant"]), rel=1e-5)
+        logs.append(terms)
+    gammas = sum(player.model.quantizer.alphas) if weight else T
+    assert float(logs[0]["quant"] / logs[1]["quant"]) == pytest.approx(gammas, rel=1e-5)
+
+
 def test_channels_last_changes_the_layout_and_not_the_loss() -> None:
     (player,) = tiny_players(tiny_config(loss={"adversarial": "none"}, train={"batch": 32, "channels_last": True}))
     player.model.to(memory_format=torch.channels_last)

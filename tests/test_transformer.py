@@ -55,6 +55,11 @@ def test_parameter_counts_are_those_of_table_1(depth: int, millions: int) -> Non
     assert imagenet_parameters(depth=depth, class_latents=True) - paper == 1001 * 256 * 32 + 32 * 64 * depth
 
 
+@pytest.mark.parametrize(("depth", "millions"), [(12, 133.4), (16, 310.8), (20, 601.8)])
+def test_the_exact_width_of_the_mlp_gives_these_parameters(depth: int, millions: float) -> None:
+    assert imagenet_parameters(depth=depth, mlp="exact") / 1e6 == pytest.approx(millions, abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("options", "parameter"),
     [

@@ -29,12 +29,17 @@ app = typer.Typer(name="rdpm", help=HELP, no_args_is_help=True, rich_markup_mode
 command_line: list[str] = []  # of the command that runs, without the program; --gpus starts it again
 Result = Any  # rdpm_cli.runs.Result, which cannot be imported without torch
 
-Images = Annotated[str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, or digits")]
+Images = Annotated[
+    str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, digits, shapes")
+]
+Heldout = Annotated[str | None, typer.Option(metavar="IMAGES", help="images to measure it on")]
 CKPT = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")
 Recipe = Annotated[str, typer.Option(metavar="NAME|FILE", help="shipped recipe, or a YAML file")]
 RunFolder = Annotated[Path | None, typer.Option(metavar="RUN", help="run folder; default runs/<recipe>-...")]
 SEED = typer.Option(min=0, max=2**63 - 1, help="of everything that is drawn at random")
 Seed = Annotated[int, SEED]
+PER_CLASS = typer.Option(min=1, help="samples a class")
+Seeds = Annotated[int, typer.Option(min=1, help="number of seeds to average over, from --seed on")]
 
 # Options of several commands, and sampling options: type, default, declaration.
 SHARED: dict[str, tuple[Any, Any, Any]] = {
@@ -55,7 +60,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "keep": (int, None, typer.Option(metavar="N", min=2, help="checkpoints to keep, as train.keep=N")),
     "limit": (int, None, typer.Option(min=1, help="only N images, evenly spaced")),
     "overrides": (list[str], [], typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides: train.steps=100")),
-    "per_class": (int, 8, typer.Option(min=1, help="samples a class")),
+    "per_class": (int, 8, PER_CLASS),
     "preset": (str, None, typer.Option(help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")),
     "print_config": (bool, False, typer.Option("--print-config", help="print the recipe, as a file for --recipe")),
     "quiet": (bool, False, typer.Option("--quiet", help="no progress, only warnings and errors")),
@@ -157,7 +162,7 @@ def _answer(function: Callable[..., Result], section: str, values: dict[str, Any
 
             cost = plan.plan_tokenizer if section == "tokenizer" else plan.plan_generator
             source, hardware = values.get("images") or values["codes"], plan.Hardware.of(gpu, gpus, utilisation)
-            inputs = {name: values[name] for name in ("from_weights", "reading") if values.get(name)}
+            inputs = {name: values[name] for name in ("from_weights", "heldout", "reading") if values.get(name)}
             return cost(source, values["out"], values["recipe"], values["overrides"], hardware, **inputs)
     if gpus and launcher.LAUNCHER not in os.environ:
         from rdpm_cli.distributed import launch

@@ -95,17 +95,20 @@ def reconstruct(
     return tokenizer.reconstruct(target, out, seed=seed, **shared)
 
 
-@command(app, "train-gen out/codes train.batch=256", TRAINING, section="generator")
+@command(app, "train-gen out/codes train.batch=256", f"{TRAINING} {READING}", section="generator")
 def train_gen(
     codes: Annotated[Path, typer.Argument(metavar="CODES", help="code store written by rdpm tokenize")],
     recipe: cli.Recipe = "imagenet256-d16",
     out: cli.RunFolder = None,
+    heldout: cli.Heldout = None,
     **shared: Any,
 ) -> cli.Result:
-    """Train a generator on CODES. The same command again resumes."""
+    """Train a generator on CODES. The same command again resumes.
+
+    It is measured on the 2% of the images that are held out of CODES, and on 256 or more of --heldout."""
     from rdpm_cli.engine import generator
 
-    return generator.train_gen(codes, out, recipe, **shared)
+    return generator.train_gen(codes, out, recipe, heldout=heldout, **shared)
 
 
 @command(app, "sample --ckpt d16.pt --classes 1,2,3 --cfg 1.5", f"classes per_class {SAMPLING} preset gpus device")
@@ -209,29 +212,54 @@ def reference(
 def recon(
     images: cli.Images,
     seed: cli.Seed = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="noise seeds to average over; rFID uses only the first")] = 4,
+    seeds: cli.Seeds = 4,
     lpips_alex: Annotated[Path | None, typer.Option(metavar="FILE", help="AlexNet weight file, for LPIPS")] = None,
     lpips_vgg: Annotated[Path | None, typer.Option(metavar="FILE", help="VGG16 weight file, for LPIPS")] = None,
     **shared: Any,
 ) -> cli.Result:
     """rFID, PSNR, SSIM, LPIPS, MSE and latent error of reconstructions, with their spread over noise seeds.
 
-    rFID and LPIPS need weights: if they are absent, the score is left out and names the file it needs."""
+    rFID is that of the first seed. It and LPIPS need weights: if they are absent, the score is left out and names the
+    file it needs."""
     from rdpm_cli.engine import recon as engine
 
     return engine.eval_recon(images, seed=seed, seeds=seeds, lpips_alex=lpips_alex, lpips_vgg=lpips_vgg, **shared)
+
+
+@command(
+    evaluation, "eval baselines digits --heldout digits:heldout --extractor runs/judge/judge.pt",
+    f"tokenizer ref resolution {SCORING} {READING}",
+)  # fmt: skip
+def baselines(
+    images: cli.Images,
+    heldout: cli.Heldout = None,
+    per_class: Annotated[int, cli.PER_CLASS] = 80,
+    seed: cli.Seed = 0,
+    seeds: cli.Seeds = 5,
+    **shared: Any,
+) -> cli.Result:
+    """Scores that need no generator: a Gaussian a class on 64 principal components of the pixels, IMAGES drawn again,
+    their reconstructions, and held-out images. Mean and standard deviation over sample seeds.
+
+    Scores by which the Gaussian is as good as a generator do not rank generators. The reference is IMAGES unless --ref
+    names another. Reconstructions need a tokenizer; they are of the held-out images where there are any."""
+    from rdpm_cli.engine import baselines as engine
+
+    sample_seeds = range(seed, seed + seeds)
+    return engine.eval_baselines(images, heldout=heldout, per_class=per_class, seeds=sample_seeds, **shared)
 
 
 @command(evaluation, "eval judge cifar10-train.zip runs/judge width=64", f"{JUDGE} {READING}", section="judge")
 def judge(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="run folder; the judge is OUT/judge.pt")],
-    heldout: Annotated[str | None, typer.Option(metavar="IMAGES", help="default: a tenth of the images")] = None,
+    heldout: cli.Heldout = None,
     recipe: cli.Recipe = "judge",
     **shared: Any,
 ) -> cli.Result:
     """Train a small classifier of IMAGES that scores samples where Inception says little.
 
+    Without --heldout a tenth of the images is held out.
     Its accuracy on held-out images is in its file and next to every score it makes. The same command again resumes."""
     from rdpm_cli.engine import judge as engine
 

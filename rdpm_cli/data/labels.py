@@ -28,7 +28,7 @@ NOTES = {CLASSES, EDM, *METADATA}  # files about the images, in any case
 MOST_CLASSES = 100_000  # unless there are more images: an identity number as label would make a table of that size
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "class_label", "target")  # the first one counts
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?(?:/|\Z))|__MACOSX(?:/|\Z))")  # a part that starts with '.', but '.' and '..'
-HINT = "give a folder or .zip of class folders, a flat folder of images, plain .tar shards, parquet, or `digits`"
+HINT = "give a folder or .zip of class folders, a flat folder of images, .tar shards, parquet, `digits` or `shapes`"
 
 Labels = tuple[list[int] | None, list[str]]  # of the items, None without classes; class names in label order
 Read = Callable[[str], bytes]  # the content of a member

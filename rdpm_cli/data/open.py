@@ -1,4 +1,4 @@
-"""Opening what a user names: a folder, an archive, a pattern of shards or the built-in digits -> a Source."""
+"""Opening what a user names: a folder, an archive, a pattern of shards or a built-in set -> a Source."""
 
 import glob
 import os
@@ -19,6 +19,7 @@ from rdpm_cli.data import labels
 from rdpm_cli.data.archives import HEAD, ParquetSource, TarSource, ZipSource
 from rdpm_cli.data.labels import CLASSES, arrange, describe, is_hidden, read_classes, split_key
 from rdpm_cli.data.pixels import SUFFIXES, image_errors, open_image, to_rgb
+from rdpm_cli.data.shapes import ShapesSource
 from rdpm_cli.data.source import UNLABELLED, Reading, Source
 from rdpm_cli.errors import DataError, UsageError
 
@@ -27,8 +28,8 @@ ARCHIVES = (".zip", *SHARDS)
 
 
 def is_builtin(spec: str) -> bool:
-    """Whether `spec` names the built-in digits. A folder of that name is given as ./digits."""
-    return spec == "digits" or spec.startswith("digits:")
+    """Whether `spec` names a built-in set. A folder of that name is given as ./digits."""
+    return spec.partition(":")[0] in BUILTIN
 
 
 def is_there(spec: str) -> bool:
@@ -49,7 +50,7 @@ def open_source(spec: str, **reading: Any) -> Source:
     if how.image_column and not isinstance(opened, ParquetSource):
         raise UsageError(f"--image-column is for parquet files, which {spec} is not", "leave it out")
     if how.unlabelled:
-        opened.labels, opened.class_names = [0] * len(opened), [UNLABELLED]
+        opened.labels, opened.class_names, opened.factors = [0] * len(opened), [UNLABELLED], None
     for line in opened.warnings:
         progress.warn(line, once=True)
     if text := describe({kind: count for kind, count in opened.not_taken.items() if kind != "hidden"}):
@@ -59,7 +60,8 @@ def open_source(spec: str, **reading: Any) -> Source:
 
 def _open(spec: str, how: Reading) -> Source:
     if is_builtin(spec):
-        return DigitsSource(spec.partition(":")[2] or "train")
+        name, _, part = spec.partition(":")
+        return BUILTIN[name](part or "train")
     path = Path(spec)
     if path.is_dir() and spec:  # '' would be the working folder
         return _open_folder(path, how)
@@ -187,6 +189,9 @@ class DigitsSource(Source):
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.scans[index]).resize((16, 16), Image.Resampling.BICUBIC)
+
+
+BUILTIN = {"digits": DigitsSource, "shapes": ShapesSource}
 
 
 class FolderSource(Source):

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from rdpm_cli import files
@@ -53,6 +55,7 @@ class Source(ABC):
     names: Sequence[str]
     labels: Sequence[int] | None
     class_names: list[str]
+    factors: NDArray[np.float32] | None = None  # (n, F) in [0, 1): what the items were drawn from, where that is known
     reading = Reading()
     not_taken: Mapping[str, int] = {}
     warnings: Sequence[str] = ()
@@ -112,9 +115,13 @@ class Subset(Source):
         self.spec, self.class_names, self.reading = f"{source.spec} ({note})", source.class_names, source.reading
         self.names = [source.names[index] for index in self.indices]
         self.labels = None if source.labels is None else [int(source.labels[index]) for index in self.indices]
+        self.factors = None if source.factors is None else source.factors[self.indices]
 
     def open(self, index: int) -> Image.Image:
         return self.source.open(self.indices[index])
+
+    def pixels(self, index: int, size: int) -> Pixels:
+        return self.source.pixels(self.indices[index], size)
 
 
 def spread(count: int, limit: int | None) -> list[int]:

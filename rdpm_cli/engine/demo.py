@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rdpm_cli import files, progress
+from rdpm_cli.data.open import open_source
 from rdpm_cli.engine.generator import train_gen
 from rdpm_cli.engine.judge import eval_judge
 from rdpm_cli.engine.sample import Outputs, sample
@@ -14,6 +15,8 @@ from rdpm_cli.engine.score import eval_images
 from rdpm_cli.engine.tokenizer import StoreOptions, reconstruct, tokenize, train_tokenizer
 from rdpm_cli.engine.watch import training_curves
 from rdpm_cli.errors import rdpm_command
+from rdpm_cli.evaluation import gaussian
+from rdpm_cli.evaluation.score import open_images
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, versions
 
@@ -47,8 +50,8 @@ def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> Result:
     trained = train_gen(out / "codes", runs / "generator", "digits", changes)
     _copy(runs / "generator" / "generator.pt", out / "generator.pt")
     recon = _draw(out, seed)
-    progress.say("[7/7] eval: the judge looks at samples and at held-out digits")
-    scores = _scores(out, Path(judge.values["judge"]))
+    progress.say("[7/7] eval: the judge looks at samples, at held-out digits and at those of a class Gaussian")
+    scores = _scores(out, Path(judge.values["judge"]), seed)
     training_curves(out / "curves.png", runs / "tokenizer", runs / "generator")
     result = {
         **scores,
@@ -82,12 +85,16 @@ def _copy(source: Path, target: Path) -> None:
         files.write_atomic(target, lambda file: shutil.copyfileobj(content, file))
 
 
-def _scores(out: Path, judge: Path) -> dict[str, Any]:
-    """Class accuracy and Fréchet distance of samples, and the distance of held-out digits at the same N."""
+def _scores(out: Path, judge: Path, seed: int) -> dict[str, Any]:
+    """Class accuracy and Fréchet distance of samples, and of a class Gaussian and held-out digits at the same N."""
     real = eval_images("fid", HELDOUT, TRAIN, extractor=judge).values
     sampled = eval_images("fid", str(out / "samples"), extractor=judge, subset=real["n"]).values
+    fitted = gaussian.fit(open_images(open_source(TRAIN), sampled["resolution"]))
+    drawn = fitted.samples(PER_CLASS, seed)
+    baseline = eval_images("fid", lambda _: drawn, TRAIN, extractor=judge, subset=real["n"]).values
     return {
         "class_accuracy": sampled["class_accuracy"], "frechet_distance": sampled["value"],
+        "gaussian": {"class_accuracy": baseline["class_accuracy"], "frechet_distance": baseline["value"]},
         "frechet_distance_heldout": real["value"], "frechet_ratio": sampled["value"] / real["value"],
         "frechet_n": real["n"], "frechet_subsets": sampled["subsets"], "samples": sampled["target"]["count"],
         "reference": sampled["reference"],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rdpm_cli import progress, recipes
+from rdpm_cli.codes.heldout import open_heldout
 from rdpm_cli.codes.store import store_reference, verify
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.train import Training, default_folder, recipe_settings, train_once
@@ -19,22 +20,26 @@ from rdpm_cli.tokenizer.model import parameters
 from rdpm_cli.training.log import last_metrics
 
 # Values of the log in the result; each group is taken from the last line that has its first name.
+HELDOUT = ("heldout/baseline", "heldout/class_mean", "heldout/linear", "heldout/gap")
 REPORTED = (
-    ("ce", "accuracy"), ("nll",), ("heldout/accuracy", "heldout/baseline"), ("heldout/nll", "heldout/baseline"),
+    ("ce", "accuracy"), ("nll",), ("heldout/accuracy", *HELDOUT), ("heldout/nll", "heldout/baseline"),
+    ("heldout_images/ce", "heldout_images/accuracy", *(name.replace("/", "_images/") for name in HELDOUT)),
+    ("heldout_images/nll", "heldout_images/baseline"),
     ("proxy/frechet_distance", "proxy/class_accuracy"),
 )  # fmt: skip
 
 
 def train_gen(
     codes: Path, out: Path | None, recipe: str, overrides: Sequence[str] = (), *, device: str = "auto",
-    track: str | None = None,
+    track: str | None = None, heldout: str | None = None, reading: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
-    """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once. track: as --track."""
+    """Code store -> RUN/generator.pt. Resumes RUN; a finished run returns at once. track, heldout: as the options."""
     resolved = recipes.load_recipe(recipe, overrides, "generator")
     cfg = resolved.generator
     assert cfg is not None
     opened = registry.open_codes(codes, cfg, resolved.seed)
     store, tokenizer, batches, m = opened.store, opened.tokenizer, opened.batches, opened.store.manifest
+    images = open_heldout(heldout, m, reading) if heldout else None
     kernel = registry.find_kernel(cfg, device)
     if cfg.proxy.samples:
         watch.open_proxy(cfg.proxy, store, torch.device("cpu"))  # fails, if it does, before the run folder is claimed
@@ -50,7 +55,7 @@ def train_gen(
         measured = generator.begin(cfg, store)
         progress.say(f"{parameters(generator.network):,} parameters, {batches.images:,} images × {m.views} views")
         draw = partial(watch.training_curves, training.out / "curves.png", generator_run=training.out)
-        observers = [watch.generator_monitor(generator, tokenizer, cfg, list(m.class_names), batches)]
+        observers = [watch.generator_monitor(generator, tokenizer, cfg, batches, images)]
         if cfg.proxy.samples:
             observers.append(watch.proxy_score(generator, tokenizer, cfg, store))
         flops = plan.generator_flops(cfg, tokenizer.cfg)

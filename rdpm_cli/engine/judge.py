@@ -44,22 +44,24 @@ def eval_judge(
     train_once(final, loaded.seed, settings, device, partial(_train, source, unseen, cfg, size))
     _, content = judge.load(final)
     values = {"judge": str(final), "digest": content["digest"], "resolution": size, "images": len(source)}
-    values |= {name: content["provenance"][name] for name in ("heldout", "heldout_images", "heldout_accuracy")}
+    measured = ("heldout", "heldout_images", "heldout_accuracy", "factor_errors")
+    values |= {name: content["provenance"][name] for name in measured if name in content["provenance"]}
     values |= {f"train_{name}": value for name, value in last_metrics(out, ["loss", "accuracy"]).items()}
     return Result("judge trained", values, rdpm_command("eval", "fid", "samples/", "--extractor", final))
 
 
 def _train(source: Source, unseen: Source, cfg: JudgeConfig, size: int, training: Training) -> dict[str, Any]:
     """Train and measure a judge. -> the content of its file."""
-    network = judge.Judge(size, cfg.width, cfg.features, len(source.class_names), cfg.blocks)
+    has_factors = source.factors is not None
+    network = judge.Judge(size, cfg.width, cfg.features, len(source.class_names), cfg.blocks, has_factors)
     progress.say(f"{len(source):,} images, {len(source.class_names):,} classes, {size}×{size}")
     batches = judge.JudgeBatches(source, cfg, size, training.seed)
     task = judge.JudgeTask(network.to(training.device).train())
     trained = training.fit([task], batches, cfg.train, len(source))
     assert isinstance(trained, judge.Judge)
-    accuracy = judge.accuracy(trained.eval(), unseen, training.device)
+    measured = judge.measure(trained.eval(), unseen, training.device)
     provenance = {
-        "data": source.spec, "heldout": unseen.spec, "heldout_accuracy": accuracy, "heldout_images": len(unseen),
+        "data": source.spec, "heldout": unseen.spec, **measured, "heldout_images": len(unseen),
         "recipe": cfg.model_dump(mode="json"), "digest": source.digest(), **versions(),
     }  # fmt: skip
     return checkpoint.pack(judge.KIND, trained.config, trained, class_names=source.class_names, provenance=provenance)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli import files, noise, runs
+from rdpm_cli.codes.heldout import open_heldout
 from rdpm_cli.codes.store import held_out
 from rdpm_cli.data.open import check_output, is_there, open_source
 from rdpm_cli.distributed import TrainStep, rank_rows
@@ -240,7 +241,10 @@ def timing(cfg: TrainConfig, images: int, flops: dict[str, int], hardware: Hardw
     }  # fmt: skip
 
 
-def plan_generator(codes: Path, out: Path | None, recipe: str, overrides: Sequence[str], hardware: Hardware) -> Result:
+def plan_generator(
+    codes: Path, out: Path | None, recipe: str, overrides: Sequence[str], hardware: Hardware, *,
+    heldout: str | None = None, reading: dict[str, Any] | None = None,
+) -> Result:  # fmt: skip
     """The cost of `train-gen CODES --out OUT`. A store that does not exist is assumed to be ImageNet's.
 
     What the run would refuse is refused here too, except for what another machine may have."""
@@ -262,6 +266,8 @@ def plan_generator(codes: Path, out: Path | None, recipe: str, overrides: Sequen
         opened = registry.open_codes(codes, cfg, loaded.seed)
         architecture, manifest = opened.tokenizer.cfg, opened.store.manifest
         images, classes, assumed = manifest.images, len(manifest.class_names), None
+        if heldout and is_there(heldout):
+            open_heldout(heldout, manifest, reading)
         image_size = manifest.image_bytes()
     trained = images - max(1, int(held_out(np.arange(images)).sum()))
     with fake_tensors():

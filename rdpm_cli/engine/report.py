@@ -42,6 +42,7 @@ PICTURES = {  # in a folder; of several files the last one
     "Partial decodes, t = 1 to T": "previews/steps.png",
 }  # fmt: skip
 HINT = "give runs, code stores, sample folders, a demo's folder, .pt files or what `rdpm eval ... --json` printed"
+UNITS = {"M": 1e6, "B": 1e9}  # of printed parameter counts
 MAX_PICTURES, MAX_PICTURE_SIZE = 24, (1120, 1400)  # on a page; pixels
 
 # metric -> label, +1 if higher is better, -1 if lower is better, 0 if neither
@@ -208,11 +209,24 @@ def _name(part: Any) -> str:
     return str(part.get("name", "")) + (f" ({part['sha256'][:8]})" if part.get("sha256") else "")
 
 
-def published_figures(items: Sequence[Item], scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The published figures, each with our scores of the same metric and the reasons why the two cannot be compared."""
-    rows: list[dict[str, Any]] = []
+def read_published() -> list[dict[str, Any]]:
+    """Every published figure of recipes/published.yaml, with its value as printed."""
     path = recipes.recipe_folder() / "published.yaml"
-    for figure in parse_yaml(path.read_text("utf-8"), str(path)):
+    figures: list[dict[str, Any]] = parse_yaml(path.read_text("utf-8"), str(path))
+    return figures
+
+
+def number(printed: str) -> float:
+    """The number that a source prints: `0.6226`, `8,100`, `133M`, `1.4B`. Raises ValueError."""
+    digits = printed.replace(",", "").rstrip("MB")
+    return float(digits) * UNITS.get(printed[-1:], 1.0)
+
+
+def published_figures(items: Sequence[Item], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """The published figures of a kind, each with our scores of the same metric and the reasons why the two cannot be
+    compared; `value` is a number."""
+    rows: list[dict[str, Any]] = []
+    for figure in ({**printed, "value": number(printed["value"])} for printed in read_published() if "kind" in printed):
         ours: list[tuple[float | None, str, list[str]]] = []
         if figure["metric"] == "parameters":
             sized = [i for i in items if i.stage == "generator" and i.facts.get("depth") == figure["depth"]]

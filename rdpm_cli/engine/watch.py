@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rdpm_cli.codes.heldout import EncodedImages
 from rdpm_cli.codes.store import CodeStore, store_reference
 from rdpm_cli.data import pictures
 from rdpm_cli.data.folder import ImageSet
@@ -38,6 +39,7 @@ from rdpm_cli.training.loop import Observer, Run
 
 DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampling
 PREVIEW = "previews/step-{:07d}.png"
+BASELINES = {"baseline": "model-free baseline", "class_mean": "class mean of z", "linear": "linear in z'_{t-1}"}
 PREVIEWS = 8  # images, or samples a class
 ALARM_LINES = 5  # logged steps of low codebook usage before a warning
 MIN_VARIATION = 0.02  # of an informative latent; healthy small runs had 0.15 to 0.63
@@ -188,18 +190,35 @@ def averaged(generator: Generator, run: Run) -> Iterator[None]:
 
 
 def generator_monitor(
-    generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, class_names: list[str], batches: GeneratorBatches
-) -> Observer:
-    """Held-out measurements with the model-free baseline, norms of z'_t, and a grid of samples from fixed seeds."""
+    generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, batches: GeneratorBatches,
+    images: Source | None = None,
+) -> Observer:  # fmt: skip
+    """Held-out measurements with the baselines, norms of z'_t, and a grid of samples from fixed seeds.
+
+    images: held-out ones, measured beside the store's own held-out rows."""
+    manifest = batches.store.manifest
+    class_names = manifest.class_names
     classes, T = list(range(min(10, len(class_names)))), tokenizer.quantizer.steps
     labels = [c for c in classes for _ in range(PREVIEWS)]
+
+    @cache
+    def fixed(device: torch.device) -> tuple[Any, dict[str, GeneratorBatches]]:
+        """The baselines, and what is measured, by its name in the log."""
+        measured = {"heldout": batches}
+        if images is not None:
+            measured["heldout_images"] = batches.of_images(EncodedImages(images, tokenizer, manifest, device))
+        return generator.fit_baselines(batches.store, batches.rows), measured
 
     def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
         if not due(run, cfg.train):
             return None
         micro_batch = cfg.sampling.images_at_once(run.device.type)
+        values: dict[str, Any] = {}
+        baselines, parts = fixed(run.device)
         with averaged(generator, run):
-            measured = held_out(generator, batches, run.device)
+            for group, part in parts.items():
+                measured = held_out(generator, part, run.device, baselines)
+                values |= {f"{group}/{name}": value for name, value in measured.items()}
             samples = list(sampler.sample(generator, tokenizer, labels, SampleOptions(cfg.sampling), micro_batch))
         images = np.concatenate([s.pixels_BHWC for s in samples])
         sheet = pictures.grid(images, PREVIEWS, [class_names[c] for c in classes])
@@ -208,7 +227,7 @@ def generator_monitor(
         codes_BTS = torch.cat([s.codes_BTS for s in samples]).to(run.device)
         counts = [torch.full((len(codes_BTS),), t, device=run.device) for t in range(1, T + 1)]
         norms = [float(tokenizer.quantizer.prefix(codes_BTS, n).norm(dim=1).mean()) for n in counts]
-        return {f"heldout/{name}": values for name, values in measured.items()} | {"sampled/norm": norms}
+        return {**values, "sampled/norm": norms}
 
     return observe
 
@@ -260,7 +279,7 @@ def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run
     """Draw the curves of one run or both; no file if nothing was logged, for example when every step was skipped.
 
     Of a tokenizer: losses, the critic's logits, usage and dead codes over time, perplexity per t. Of a generator:
-    loss, held-out accuracy per t or nats per dimension with the model-free baseline, proxy score."""
+    loss, held-out accuracy per t or nats per dimension with the baselines, proxy score."""
     panels: dict[str, dict[str, Curve]] = {}
     rows = read_metrics(tokenizer_run) if tokenizer_run else []
     if rows:
@@ -282,8 +301,8 @@ def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run
     for name, title in titles.items():
         for row in rows:
             if name in row:  # the last measurement counts
-                baseline = {"model-free baseline": _per_t(row["heldout/baseline"])}
-                panels[title] = {"model": _per_t(row[name]), **baseline}
+                lines = {line: row[f"heldout/{key}"] for key, line in BASELINES.items() if f"heldout/{key}" in row}
+                panels[title] = {"model": _per_t(row[name]), **{line: _per_t(v) for line, v in lines.items()}}
     panels["proxy score|step"] = _over_time(rows, "proxy/frechet_distance")
     if panels := {title: lines for title, lines in panels.items() if lines}:
         pictures.save_curves(path, panels, log_panels=[title for title in panels if "loss" in title])

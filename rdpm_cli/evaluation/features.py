@@ -59,6 +59,7 @@ class Extractor(Protocol):
     width: int  # D
     spatial_width: int  # P; 0: it has no spatial features
     resolution: int | None  # of the images it takes, pixels a side; None: any
+    factor_layer: nn.Module | None  # features -> factors, of a judge of images with factors
 
     def __call__(self, pixels_BCHW: Tensor) -> Activations: ...
 
@@ -79,6 +80,7 @@ class Inception:
         self.accuracy: float | None = None
         self.class_names, self.width, self.spatial_width = list[str](), 2048, 2023
         self.resolution: int | None = None
+        self.factor_layer: nn.Module | None = None
         hint = checkpoint.weights_hint(INCEPTION, OPTION)
         # torch-fidelity's own load would run any pickle, so it gets the tensors alone.
         torch.save(checkpoint.read_weights(weights.path, "Inception", MARK, hint), file := io.BytesIO())
@@ -110,6 +112,7 @@ class JudgeExtractor:
         self.accuracy: float | None = float(content["provenance"]["heldout_accuracy"])
         self.width, self.spatial_width = int(content["config"]["features"]), 0
         self.resolution: int | None = self.judge.resolution
+        self.factor_layer: nn.Module | None = self.judge.factors
         self.note = f"held-out accuracy of the judge: {self.accuracy:.4f}"
 
     @torch.no_grad()

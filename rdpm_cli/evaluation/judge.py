@@ -22,6 +22,8 @@ from rdpm_cli.data.pixels import Pixels, chw, to_model
 from rdpm_cli.data.source import Source, Subset
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import CheckpointError, DataError, some_of
+from rdpm_cli.evaluation import factors
+from rdpm_cli.evaluation.factors import PREDICTED
 from rdpm_cli.schema import Section
 from rdpm_cli.training.config import TrainConfig
 from rdpm_cli.training.loop import Player
@@ -30,6 +32,7 @@ KIND = "rdpm-judge"
 GROUPS = 8  # of every GroupNorm
 HELD_OUT_PERCENT = 10  # of a source, where no held-out images are named
 BATCH = 64  # images a forward pass
+FACTOR_WEIGHT = 5.0  # of the factors' squared error next to the cross-entropy: both fall, neither waits for the other
 
 
 class JudgeConfig(Section):
@@ -58,21 +61,28 @@ def _convolution(inner: int, outer: int, stride: int = 1) -> list[nn.Module]:
 
 
 class Judge(nn.Module):
-    """Convolutions and halvings down to 8×8 or less (two at least), a feature layer, a class layer."""
+    """Convolutions and halvings down to 8×8 or less (two at least), a feature layer, a class layer, a factor layer."""
 
-    def __init__(self, resolution: int, width: int, features: int, classes: int, blocks: int = 0) -> None:
-        """resolution: of its training images, pixels a side. blocks: residual blocks after each halving."""
+    def __init__(
+        self, resolution: int, width: int, features: int, classes: int, blocks: int = 0, factors: bool = False
+    ) -> None:
+        """resolution: of its training images, pixels a side. blocks: residual blocks after each halving.
+
+        factors: it also learns what the images were drawn from (data/shapes.py)."""
         super().__init__()
         self.resolution, facts = resolution, {"width": width, "features": features, "classes": classes}
-        self.config = {"resolution": resolution, **facts, "blocks": blocks}
+        self.config: dict[str, Any] = {"resolution": resolution, **facts, "blocks": blocks}
         channels, layers = width, _convolution(3, width)
         for number in range(max(2, math.ceil(math.log2(resolution / 8)))):
             inner, channels = channels, (2 if number < 2 else 4) * width
             layers += [*_convolution(inner, channels, 2), *(Residual(channels) for _ in range(blocks))]
-        # Pooling to 4×4 keeps some idea of place.
-        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3)]
+        # Pooling to 4×4 keeps some idea of place. Dropout would be noise in the factors.
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.0 if factors else 0.3)]
         self.body = nn.Sequential(*layers, nn.Linear(16 * channels, features), nn.SiLU())
         self.classes = nn.Linear(features, classes)
+        self.factors = nn.Linear(features, PREDICTED) if factors else None
+        if factors:  # absent otherwise, as in the digests of judges before there were factors
+            self.config["factors"] = True
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """x in [-1, 1] -> penultimate features (B, D), logits (B, K)."""
@@ -90,32 +100,40 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Judge, dict[st
 
 @dataclass
 class LabelledImages:
-    """A batch of uint8 images and their classes."""
+    """A batch of uint8 images, their classes, and where they are known their factors as the judge predicts them."""
 
     pixels_BCHW: Tensor
     labels_B: Tensor
+    targets_BP: Tensor | None = None
 
     def to(self, device: torch.device) -> "LabelledImages":
-        return LabelledImages(self.pixels_BCHW.to(device), self.labels_B.to(device))
+        targets_BP = None if self.targets_BP is None else self.targets_BP.to(device)
+        return LabelledImages(self.pixels_BCHW.to(device), self.labels_B.to(device), targets_BP)
 
 
 class JudgeBatches:
-    """batch_at(step, rows) of real images, each shifted by up to a sixteenth of its side; cfg.flip mirrors half."""
+    """batch_at(step, rows) of real images, each shifted by up to a sixteenth of its side; cfg.flip mirrors half.
+
+    Images with factors stay as they are, since a shift would change their position and a mirror their angle."""
 
     def __init__(self, source: Source, cfg: JudgeConfig, resolution: int, seed: int) -> None:
         self.source, self.cfg, self.resolution, self.seed = source, cfg, resolution, seed
 
     def batch_at(self, step: int, rows: range) -> LabelledImages:
         """rows: this process's rows of the global batch."""
-        size, reach = self.resolution, max(1, self.resolution // 16)  # pixels of the largest shift
+        size, known = self.resolution, self.source.factors
+        reach = max(1, size // 16) if known is None else 0  # pixels of the largest shift
+        flip = self.cfg.flip and known is None
         labels, images, indices = self.source.need_labels(), [], self._indices(step, rows)
-        uniform = noise.block_uniform(self.seed, step, rows, 3 if self.cfg.flip else 2)
+        uniform = noise.block_uniform(self.seed, step, rows, 3 if flip else 2)
         shifts = (uniform[:, :2] * (2 * reach + 1)).astype(int)
         for index, (y, x), numbers in zip(indices, shifts, uniform, strict=True):
             padded = np.pad(self.source.pixels(index, size), ((reach, reach), (reach, reach), (0, 0)), "edge")
             shifted = padded[y : y + size, x : x + size]
-            images.append(shifted[:, ::-1] if self.cfg.flip and numbers[2] < 0.5 else shifted)
-        return LabelledImages(chw(np.stack(images)), torch.tensor([labels[index] for index in indices]))
+            images.append(shifted[:, ::-1] if flip and numbers[2] < 0.5 else shifted)
+        labels_B = torch.tensor([labels[index] for index in indices])
+        targets_BP = None if known is None else torch.from_numpy(factors.encode(known[indices]))
+        return LabelledImages(chw(np.stack(images)), labels_B, targets_BP)
 
     def describe(self, step: int, rows: range) -> str:
         """The names of those images."""
@@ -127,7 +145,7 @@ class JudgeBatches:
 
 
 class JudgeTask(Player):
-    """Cross-entropy on real images. No sample takes part in the training of a judge."""
+    """Cross-entropy, and squared error of the factors, on real images. No sample takes part in a judge's training."""
 
     name = "judge"
 
@@ -136,9 +154,13 @@ class JudgeTask(Player):
 
     def loss(self, batch: LabelledImages, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """-> loss, and accuracy for the log."""
-        _, logits_BK = self.model(to_model(batch.pixels_BCHW))
+        features_BD, logits_BK = self.model(to_model(batch.pixels_BCHW))
         loss = F.cross_entropy(logits_BK, batch.labels_B)
-        return loss, {"accuracy": (logits_BK.argmax(1) == batch.labels_B).float().mean()}
+        logs = {"accuracy": (logits_BK.argmax(1) == batch.labels_B).float().mean()}
+        if batch.targets_BP is not None:
+            logs["factor_mse"] = error = F.mse_loss(self.model.factors(features_BD), batch.targets_BP)
+            loss = loss + FACTOR_WEIGHT * error
+        return loss, logs
 
 
 def split(source: Source) -> tuple[Source, Source]:
@@ -152,14 +174,21 @@ def split(source: Source) -> tuple[Source, Source]:
 
 
 @torch.no_grad()
-def accuracy(judge: Judge, source: Source, device: torch.device) -> float:
-    """Share of a source's images that the judge puts into their class."""
-    predicted = []
+def measure(judge: Judge, source: Source, device: torch.device) -> dict[str, Any]:
+    """heldout_accuracy: share of a source's images that the judge puts into their class; factor_errors where known."""
+    predicted, factors_of = [], []
     for start in range(0, len(source), BATCH):
         indices = range(start, min(start + BATCH, len(source)))
         pixels = np.stack([source.pixels(index, judge.resolution) for index in indices])
-        predicted += judge(to_model(chw(pixels)).to(device))[1].argmax(1).tolist()
-    return float(np.mean(np.array(predicted) == np.array(source.need_labels())))
+        features_BD, logits_BK = judge(to_model(chw(pixels)).to(device))
+        predicted += logits_BK.argmax(1).tolist()
+        if judge.factors is not None:
+            factors_of.append(factors.decode(judge.factors(features_BD).cpu().numpy()))
+    accuracy = float(np.mean(np.array(predicted) == np.array(source.need_labels())))
+    if source.factors is None or not factors_of:
+        return {"heldout_accuracy": accuracy}
+    errors = factors.errors(np.concatenate(factors_of), source.factors)
+    return {"heldout_accuracy": accuracy, "factor_errors": errors}
 
 
 def check_size(resolution: int | None, side: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rdpm_cli import files, progress
@@ -22,7 +23,7 @@ from rdpm_cli.data.pixels import TRANSFORM, Pixels, image_errors
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import gather, world
 from rdpm_cli.errors import CheckpointError, DataError, UsageError
-from rdpm_cli.evaluation import features, judge, metrics
+from rdpm_cli.evaluation import factors, features, judge, metrics
 from rdpm_cli.evaluation.features import PUBLISHED, Extractor, Features, Floats, collect_shared, identity
 from rdpm_cli.evaluation.metrics import NO_MOMENTS, Statistics, moments
 
@@ -227,14 +228,16 @@ def load_statistics(path: Path, extractor: Extractor) -> Reference:
 
 def score(
     metric: str, extractor: Extractor, target: ImageSet, reference: ImageSet | Reference | None, *,
-    subset: int | None = None, ci: bool = False, file: Path | None = None,
+    subset: int | None = None, ci: bool = False, file: Path | None = None, without: Collection[str] = (),
 ) -> dict[str, Any] | None:  # fmt: skip
     """The record of a metric of METRICS, or of `all`. Every process calls it; the first one gets the record.
 
     reference: None for `is`. subset: the Fréchet distance as a mean over disjoint class-balanced subsets of this size.
-    ci: 95% intervals. file: keeps the features of the target. Raises DataError."""
+    ci: 95% intervals. file: keeps the features of the target. without: metrics that `all` leaves out. Raises
+    DataError."""
     judge.check_size(extractor.resolution, target.resolution)
-    parts, subsets = METRICS if metric == "all" else (metric,), list[Any]([slice(None)])
+    parts = [part for part in METRICS if part not in without] if metric == "all" else [metric]
+    subsets = list[Any]([slice(None)])
     fewest = max(*(FEWEST[part] for part in parts), 2 * metrics.SPLITS if ci else 0)
     for images in (target, reference):
         if isinstance(images, ImageSet) and images.count < fewest:
@@ -247,7 +250,7 @@ def score(
     absent = _absent(extractor, reference)
     if set(parts) <= set(absent):
         raise DataError(absent[parts[0]], "give images as --ref, or a file that has them")
-    compared = _measured(extractor, reference, parts)
+    compared = measured(extractor, reference, parts)
     scored = collect_shared(extractor, target, "sfid" in parts, file)
     if scored is None:
         return None
@@ -275,14 +278,15 @@ def _absent(extractor: Extractor, reference: ImageSet | Reference | None) -> dic
     return absent if extractor.spatial_width else {**absent, "sfid": f"{extractor.name} has no spatial features"}
 
 
-def _measured(extractor: Extractor, reference: ImageSet | Reference | None, parts: Sequence[str]) -> Reference | None:
+def measured(extractor: Extractor, reference: ImageSet | Reference | None, parts: Sequence[str]) -> Reference | None:
     """The reference with all that the parts need. Measured here: None in all processes but the first."""
     images = reference.images if isinstance(reference, Reference) else reference
     rows = spread(images.count, REFERENCE_FEATURES) if images and not {"pr", "kid"}.isdisjoint(parts) else []
     if isinstance(reference, ImageSet):
         return measure(extractor, reference, "sfid" in parts, rows)
-    if reference and images and rows and (shared := collect_shared(extractor, images)):
-        reference.features_ND = shared.features_ND[rows]
+    if reference and images and rows:
+        shared = collect_shared(extractor, images)
+        reference.features_ND, reference.images = shared and shared.features_ND[rows], None  # measured once
     return reference
 
 
@@ -359,6 +363,7 @@ def _record(
         notes += row.pop("notes", [])
         values |= {main if key == "value" else prefix + key: value for key, value in row.items()}
     values.setdefault("n", target.count)
+    values |= factor_scores(extractor, target, scored)
     accuracy, reason = class_accuracy(extractor, target.labels, target.class_names, scored)
     if reason:
         absent["class_accuracy"] = reason
@@ -373,6 +378,19 @@ def _record(
     }
 
 
+@torch.no_grad()
+def factor_scores(extractor: Extractor, target: ImageSet, scored: Features) -> dict[str, Any]:
+    """factor_coverage and validity, by a judge of images with factors; nothing by any other extractor."""
+    if extractor.factor_layer is None:
+        return {}
+    predicted_NP = extractor.factor_layer(torch.from_numpy(scored.features_ND).to(extractor.device))
+    factors_NF = factors.decode(predicted_NP.cpu().numpy())
+    outputs, _ = class_outputs(extractor, target.labels, target.class_names)
+    kinds = scored.logits_NK.argmax(1) if outputs is None else outputs
+    psnr = factors.validity(target.read(features.pieces(target.count)), kinds, factors_NF)
+    return {"factor_coverage": factors.coverage(factors_NF), "validity": psnr}
+
+
 def rank_notes(count: int, width: int, kind: str = "features") -> list[str]:
     """A note for a Fréchet distance of fewer images than features."""
     return [f"fewer images than the {width} {kind}: the covariance has no full rank"] if count <= width else []
@@ -382,11 +400,18 @@ def class_accuracy(
     extractor: Extractor, labels: Sequence[int] | None, names: Sequence[str], scored: Features
 ) -> tuple[float | None, str]:
     """Share of images that a judge puts into the class they were drawn for; or None, and why its classes do not fit."""
+    outputs, reason = class_outputs(extractor, labels, names)
+    return None if outputs is None else float(np.mean(scored.logits_NK.argmax(1) == outputs)), reason
+
+
+def class_outputs(
+    extractor: Extractor, labels: Sequence[int] | None, names: Sequence[str]
+) -> tuple[NDArray[np.int64] | None, str]:
+    """The judge's number of the class that each image was drawn for; or None, and why its classes do not fit."""
     if not extractor.class_names or labels is None or not names:
         return None, ""
     try:
         output_of = judge.class_outputs(extractor.class_names, names, labels)
     except CheckpointError as error:
         return None, error.message
-    predicted_N = scored.logits_NK.argmax(1)
-    return float(np.mean([output_of[y] == p for p, y in zip(predicted_N, labels, strict=True)])), ""
+    return np.array([output_of[label] for label in labels]), ""

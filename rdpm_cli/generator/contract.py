@@ -2,6 +2,7 @@
 
 Legend: B samples or images, T steps, S positions of the flattened grid, M tokens of the condition, D width."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rdpm_cli import noise
+from rdpm_cli.codes.heldout import PURPOSE, EncodedImages
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import some_of
@@ -19,7 +21,7 @@ from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.training.loop import Player
 
-EVALUATED_ROWS, EVALUATED_AT_ONCE = 256, 32  # held-out rows measured at most
+EVALUATED_ROWS, EVALUATED_AT_ONCE = 256, 32  # held-out rows of a store measured at most
 
 
 class Condition(NamedTuple):
@@ -81,8 +83,14 @@ class Generator(Protocol):
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and logs of one of the family's batches."""
 
-    def held_out(self, batch: Any) -> dict[str, Tensor]:
-        """Measurements of a held-out batch, sums and counts (2, n); `baseline` is the model-free one."""
+    def fit_baselines(self, store: CodeStore, rows: noise.Ints) -> Any:
+        """What predicts the codes without a network, fitted on these rows, for `held_out`. None: nothing."""
+        return None
+
+    def held_out(self, batch: Any, baselines: Any = None) -> dict[str, Tensor]:
+        """Measurements of a held-out batch, sums and counts (2, n); `baseline` is the model-free one.
+
+        baselines: of `fit_baselines`, to be measured too."""
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this family or its tokenizer cannot use."""
@@ -115,6 +123,7 @@ class GeneratorBatches(ABC):
         self.store, self.objective, self.batch, self.seed = store, cfg.objective, cfg.train.batch, seed
         self.rows, self.held_out = store.split()
         self.images = len(self.rows) // store.manifest.views  # the unit of an epoch
+        self.purpose, self.evaluated_rows = "encode", EVALUATED_ROWS  # of the codes' noise; held-out rows at most
 
     @staticmethod
     @abstractmethod
@@ -128,6 +137,13 @@ class GeneratorBatches(ABC):
     @abstractmethod
     def held_out_batches(self) -> Iterator[Any]:
         """Batches of images and draws that training never saw, for `Generator.held_out`."""
+
+    def of_images(self, images: EncodedImages) -> Self:
+        """The same family's held-out batches, of all these images."""
+        batches = copy.copy(self)
+        batches.store, batches.held_out = images, np.arange(len(images))
+        batches.purpose, batches.evaluated_rows = PURPOSE, len(images)
+        return batches
 
     def rows_at(self, step: int, rows: range) -> noise.Ints:
         return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows))[rows.start : rows.stop]]
@@ -149,7 +165,8 @@ class GeneratorBatches(ABC):
         return codes_BTS, {"labels": torch.from_numpy(labels)}
 
     def held_out_rows(self) -> Iterator[noise.Ints]:
-        measured = self.held_out[:: max(1, len(self.held_out) // EVALUATED_ROWS)][:EVALUATED_ROWS]
+        most = self.evaluated_rows
+        measured = self.held_out[:: max(1, len(self.held_out) // most)][:most]
         for start in range(0, len(measured), EVALUATED_AT_ONCE):
             yield measured[start : start + EVALUATED_AT_ONCE]
 
@@ -167,11 +184,18 @@ class GeneratorTask(Player):
         return self.generator.loss(batch, step)
 
 
-def held_out(generator: Generator, batches: GeneratorBatches, device: torch.device) -> dict[str, list[float | None]]:
-    """Means of the family's measurements on held-out codes under held-out draws; None where nothing was counted."""
+def held_out(
+    generator: Generator, batches: GeneratorBatches, device: torch.device, baselines: Any = None
+) -> dict[str, Any]:
+    """Means of the family's measurements on held-out codes under held-out draws; None where nothing was counted.
+
+    baselines: of `Generator.fit_baselines`. gap: mean over t of the accuracy over that of the linear one."""
     totals: dict[str, Tensor] = {}
     for batch in batches.held_out_batches():
-        for name, pair in generator.held_out(batch.to(device)).items():
+        for name, pair in generator.held_out(batch.to(device), baselines).items():
             totals[name] = totals[name] + pair if name in totals else pair
+    means: dict[str, Any]
     pairs = {name: zip(*total.tolist(), strict=True) for name, total in totals.items()}
-    return {name: [value / count if count else None for value, count in pair] for name, pair in pairs.items()}
+    means = {name: [value / count if count else None for value, count in pair] for name, pair in pairs.items()}
+    gap = {"gap": float(np.mean(means["accuracy"]) - np.mean(means["linear"]))} if "linear" in means else {}
+    return {**means, **gap}

@@ -16,6 +16,7 @@ from rdpm_cli import noise
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep, full_precision, one_thread
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
+from rdpm_cli.generator.baselines import Linear, fit
 from rdpm_cli.generator.config import NetworkConfig, RDPMConfig, RDPMSampling
 from rdpm_cli.generator.contract import Batch, Condition, Generator, GeneratorBatches, Known, SampleOptions
 from rdpm_cli.generator.drawing import draw, guidance_at, guide, narrow, tau_at, to_device
@@ -81,7 +82,7 @@ class CodeBatches(GeneratorBatches):
         m, (B, J) = self.store.manifest, t_BJ.shape
         shape = (m.channels, math.prod(m.grid))
         addresses = *self.addresses(store_rows.repeat(J)), t_BJ.flatten().tolist()
-        return torch.from_numpy(noise.normal_rows("encode", m.seed, *addresses, shape).reshape(B, J, *shape))
+        return torch.from_numpy(noise.normal_rows(self.purpose, m.seed, *addresses, shape).reshape(B, J, *shape))
 
     def held_out_batches(self) -> Iterator[CodeBatch]:
         for store_rows in self.held_out_rows():
@@ -95,7 +96,8 @@ class RDPMNetwork(nn.Module):
     def __init__(self, cfg: NetworkConfig, quantizer: Quantizer, classes: int) -> None:
         super().__init__()
         channels, alphas = quantizer.books.shape[-1], quantizer.alphas
-        self.input = nn.Linear(2 * channels, cfg.hidden)
+        self.eps_input = cfg.eps_input
+        self.input = nn.Linear((2 if cfg.eps_input else 1) * channels, cfg.hidden)
         self.trunk = Transformer(cfg, quantizer.grid, channels, classes)
         self.head = zero_linear(cfg.hidden, quantizer.cfg.codes)
         self.latent_head = zero_linear(cfg.hidden, channels) if cfg.head == "geometric" else None
@@ -107,7 +109,8 @@ class RDPMNetwork(nn.Module):
     def forward(self, eps_RCS: Tensor, previous_RCS: Tensor, t_R: Tensor, condition: Condition) -> Tensor:
         """The hidden state that the heads see, (R, S, D)."""
         # The residual stream stays fp32 under autocast.
-        x_RSD = self.input(torch.cat([eps_RCS, previous_RCS], 1).transpose(1, 2)).float()
+        x_RCS = torch.cat([eps_RCS, previous_RCS], 1) if self.eps_input else previous_RCS
+        x_RSD = self.input(x_RCS.transpose(1, 2)).float()
         return self.trunk(x_RSD, t_R, condition)
 
 
@@ -122,9 +125,7 @@ class RDPM(Generator):
 
     @staticmethod
     def check_codes(tokenizer: TokenizerArchitecture, origin: str) -> None:
-        if tokenizer.schedule.kind == "rvq":
-            hint = "train ResGen on it, e.g. --recipe resgen-digits, or tokenize by a noisy tokenizer"
-            raise UsageError(f"{origin} holds codes of schedule rvq, but RDPM predicts those of noisy steps", hint)
+        """All codes can be learnt. Those of schedule rvq do not depend on the noise: see network.eps_input."""
 
     def predict(self, eps: Tensor, previous: Tensor, t_R: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Logits over C_t (R, S, K), and zhat (R, S, C) fp32 with the geometric head."""
@@ -196,9 +197,14 @@ class RDPM(Generator):
         accuracy = (logits.detach().argmax(-1) == target_RS).float().mean()
         return torch.stack([ce, accuracy] if zhat is None else [ce, accuracy, F.mse_loss(zhat, goals[0])])
 
+    def fit_baselines(self, store: CodeStore, rows: noise.Ints) -> list[Linear]:
+        return fit(store, rows, self.quantizer)
+
     @torch.no_grad()
-    def held_out(self, batch: CodeBatch) -> dict[str, Tensor]:
-        """Per t: cross-entropy, accuracy, the model-free guess's accuracy, mean norm of z'_t."""
+    def held_out(self, batch: CodeBatch, baselines: list[Linear] | None = None) -> dict[str, Tensor]:
+        """Per t: cross-entropy, accuracy, the model-free guess's accuracy, mean norm of z'_t; class_mean and linear.
+
+        These two are the guess's accuracy with z as the baselines predict it, where the guess has 0."""
         assert batch.eps_BJCS is not None
         quantizer, codes, means = self.quantizer, batch.codes_BTS, []
         ones_B, condition = torch.ones_like(batch.t_BJ[:, 0]), self.condition(batch.columns)
@@ -207,12 +213,15 @@ class RDPM(Generator):
             target_BS = codes[:, t - 1]
             logits = self.predict(eps, previous, ones_B * t, condition)[0].float()
             ce = F.cross_entropy(logits.flatten(0, 1), target_BS.flatten())
-            hits = (guess == target_BS for guess in (logits.argmax(-1), quantizer.guess(previous, eps, t)))
+            guesses = [logits.argmax(-1), quantizer.guess(previous, eps, t)]
+            for latents in (baselines[0], baselines[t - 1]) if baselines else ():  # the first one is the class mean
+                z = latents.predict(previous, batch.columns["labels"])
+                guesses.append(quantizer.guess(previous - z, eps, t))
             norm = quantizer.prefix(codes, ones_B * t).norm(dim=1).mean()
-            means.append(torch.stack([ce, *(hit.float().mean() for hit in hits), norm]))
-        sums_4T = torch.stack(means, 1) * len(codes)
-        pairs = torch.stack([sums_4T, torch.full_like(sums_4T, len(codes))], 1)
-        return dict(zip(("ce", "accuracy", "baseline", "norm"), pairs, strict=True))
+            means.append(torch.stack([ce, norm, *((guess == target_BS).float().mean() for guess in guesses)]))
+        sums_MT = torch.stack(means, 1) * len(codes)
+        pairs = torch.stack([sums_MT, torch.full_like(sums_MT, len(codes))], 1)
+        return dict(zip(("ce", "norm", "accuracy", "baseline", "class_mean", "linear"), pairs, strict=False))
 
     def check(self, options: SampleOptions) -> None:
         T, skip, first = self.quantizer.steps, options.sampling.skip_steps, options.sampling.cfg_first

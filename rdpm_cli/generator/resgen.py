@@ -276,7 +276,7 @@ class ResGen(Generator):
         return ce.view(target_BLD.shape), logits.argmax(-1) == target_BLD
 
     @torch.no_grad()
-    def held_out(self, batch: MaskBatch) -> dict[str, Tensor]:
+    def held_out(self, batch: MaskBatch, baselines: None = None) -> dict[str, Tensor]:
         """By the number k = 1..D of masked depths: exact NLL and the baseline's, nats a dimension; direct: a token."""
         k_BL, D = batch.masked_BLD.sum(-1), self.quantizer.steps
         if self.direct:

@@ -78,9 +78,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """W3 (silu(W1 x) · W2 x)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        hidden = max(1, round(8 * width / 3 / 64)) * 64  # with D = 64·depth it gives Table 1's parameter counts
         self.w12 = nn.Linear(width, 2 * hidden, bias=False)
         self.w3 = nn.Linear(hidden, width, bias=False)
 
@@ -92,12 +91,13 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """AdaLN-Zero: shift, scale and gate of both branches from the condition, starting as the identity."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, mlp: int) -> None:
+        """mlp: hidden width of SwiGLU."""
         super().__init__()
         self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = SwiGLU(width)
+        self.mlp = SwiGLU(width, mlp)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x_BND: Tensor, cond_BD: Tensor, turns: Turns, mask: Tensor | None) -> Tensor:
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         self.class_latents = nn.Embedding(classes + 1, self.length * channels) if cfg.class_latents else None
         self.class_latents_in = nn.Linear(channels, D, bias=False) if cfg.class_latents else None
         self.class_tokens = nn.Embedding(classes + 1, cfg.class_tokens * D) if cfg.class_tokens else None
-        self.blocks = nn.ModuleList(Block(D, heads, cfg.qk_norm) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(D, heads, cfg.qk_norm, cfg.mlp_width) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(D, 2 * D)
         if cfg.positions in ("rope", "both"):

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rdpm_cli.schema import FileName, Section
+from rdpm_cli.schema import FileName, Section, added
 from rdpm_cli.training.config import TrainConfig
 
 
@@ -22,7 +22,9 @@ class AutoencoderConfig(Section):
     channels: int = Field(32, gt=0, description="C, channels of the latent z")
     features: int | None = Field(None, gt=0, description="channels outside quant_conv and post_quant_conv; default C")
     quant_kernel: Literal[1, 3] = Field(3, description="kernel of quant_conv and post_quant_conv (VAR 3, VQGAN 1)")
-    latent_norm: Literal["layernorm", "none"] = Field("layernorm", description="z = LN(E(x)) over channels, no affine")
+    latent_norm: Literal["layernorm", "affine", "none"] = Field(
+        "layernorm", description="z = LN(E(x)) over channels, of the noise's scale; with a learnt affine; z = E(x)"
+    )
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -64,6 +66,7 @@ class TokenizerLossConfig(Section):
 
     quant: float = Field(0.25, ge=0, description="factor of L_quant, Eq. 4")
     weight: bool = Field(True, description="gamma_t = alpha_t in L_quant; false: 1")
+    quant_reduce: Literal["sum", "mean"] = added("sum", "L_quant over t: the sum, or the sum / sum of gamma_t")
     perceptual: Literal["lpips", "none"] = Field("none", description="L_lpips: LPIPS with VGG16, or no such term")
     perceptual_factor: float = Field(1.0, ge=0, description="factor of L_lpips")
     perceptual_weights: FileName | None = Field(None, description="VGG16 weight file; default: searched, never fetched")

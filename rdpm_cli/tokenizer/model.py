@@ -31,6 +31,7 @@ class Tokenizer(nn.Module):
         self.quant_conv = nn.Conv2d(outer, inner, kernel, padding=kernel // 2)
         self.post_quant_conv = nn.Conv2d(inner, outer, kernel, padding=kernel // 2)
         self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, inner, self.grid, weight)
+        self.norm = nn.LayerNorm(inner) if auto.latent_norm == "affine" else None
 
     def noise(self, purpose: str, seed: int, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """The addressed noise eps_1..eps_T of images, (B, T, C, S), on the CPU."""
@@ -42,6 +43,8 @@ class Tokenizer(nn.Module):
         z_BCS = self.quant_conv(self.encoder(x_BCHW)).float().flatten(2)
         if self.cfg.autoencoder.latent_norm == "layernorm":  # without affine: z then has the scale of the noise
             z_BCS = F.layer_norm(z_BCS.mT, self.latent_shape[:1]).mT
+        elif self.norm is not None:
+            z_BCS = self.norm(z_BCS.mT).mT
         # codes depend only on the z that a store can keep
         return z_BCS + (z_BCS.detach().half().float() - z_BCS.detach())
 

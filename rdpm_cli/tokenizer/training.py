@@ -71,7 +71,9 @@ class TokenizerTask(Player):
         recon, chain = self.model(x, step.normal(self.model.cfg.quantizer.steps, *self.model.latent_shape))
         recon = recon.float()
         perceived = F.mse_loss(recon, x)
-        logs = {"recon": perceived.detach(), "quant": chain.loss.detach(), "latent_spread": chain.spread}
+        gammas = sum(self.model.quantizer.gammas) if cfg.quant_reduce == "mean" else 1.0
+        quant = chain.loss / gammas
+        logs = {"recon": perceived.detach(), "quant": quant.detach(), "latent_spread": chain.spread}
         if self.perceptual is not None:
             lpips = self.perceptual(x, recon).mean()
             perceived, logs["lpips"] = perceived + cfg.perceptual_factor * lpips, lpips.detach()
@@ -80,7 +82,7 @@ class TokenizerTask(Player):
             perceived = self._add_adversary(perceived, recon, self.critic, step, logs)
         self.passes.append((chain.codes_BTS, chain.vectors_TBSC))
         logs |= {f"latent_error/t{t:02d}": error for t, error in enumerate(chain.error_T, 1)}
-        return perceived + cfg.quant * chain.loss, logs
+        return perceived + cfg.quant * quant, logs
 
     def _add_adversary(
         self, perceived: Tensor, recon: Tensor, critic: PatchDiscriminator, step: TrainStep, logs: dict[str, Tensor]
