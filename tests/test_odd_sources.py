@@ -105,6 +105,13 @@ CASES = {
     "Kaggle's splits": Case(images("train/a/1.png", "val/2.png", "test/3.png"), error="test, train, val"),
     "mnist_png's splits": Case(images("x/training/0/1.png", "x/testing/0/2.png"), error="testing, training"),
     "splits beside another folder": Case(images("train/a/1.png", "val/a/1.png", "figures/1.png"), error="train, val"),
+    "splits with the set's name": Case(
+        images("seg_train/seg_train/a/1.png", "seg_test/seg_test/a/2.png"), error="seg_test, seg_train"
+    ),
+    "classes that end like splits": Case(
+        images("bullet_train/1.png", "steam_train/2.png"),
+        {"bullet_train/1.png": "bullet_train", "steam_train/2.png": "steam_train"},
+    ),
     "a split without classes": Case(images("train/1.png", "train/2.png"), error="train"),
     "a single split of classes": Case(images("train/a/1.png", "train/b/1.png"), {f"train/{c}/1.png": c for c in "ab"}),
     "a class named test": Case(images("a/1.png", "test/2.png"), {"a/1.png": "a", "test/2.png": "test"}),
@@ -116,6 +123,9 @@ CASES = {
     "a table in a folder": Case(
         images("x/1.png", "x/2.png") | {"x/metadata.csv": "file_name,label\n./2.png,a\nx/../1.png,b\n"},
         {"x/1.png": "b", "x/2.png": "a"},
+    ),
+    "a table of other folders": Case(
+        images("1.png", "2.png") | {"metadata.csv": "file_name,label\n../1.png,a\n2.png,b\n"}, error="1.png"
     ),
     "a table without labels": Case(
         images("a/1.png", "b/2.png") | {"metadata.csv": "file_name,text\na/1.png,hello\n"},

@@ -21,7 +21,8 @@ from rdpm_cli.data.source import Items
 from rdpm_cli.errors import DataError, UsageError, some_of
 
 SPLIT = re.compile(
-    r"(train|training|val|valid|validation|test|testing|dev|eval)([-_. ]?(\d\w*|images|imgs|set|data|split))?"
+    r"(?P<set>\w+[-_. ])?(?P<split>train|training|val|valid|validation|test|testing|dev|eval)"
+    r"([-_. ]?(\d\w*|images|imgs|set|data|split))?"
 )
 CLASSES, EDM, METADATA, SAMPLES = "classes.txt", "dataset.json", ("metadata.csv", "metadata.jsonl"), "samples.json"
 NOTES = {CLASSES, EDM, *METADATA}  # files about the images, in any case
@@ -194,7 +195,10 @@ def _metadata(
                 continue
             labeled = True
             for row in rows:
-                name, label = fold_path(posixpath.join(posixpath.dirname(path), row["file_name"])), row.get(chosen)
+                path_in = posixpath.join(posixpath.dirname(path), row["file_name"].replace("\\", "/"))
+                if posixpath.normpath(path_in).startswith(("/", "../")):
+                    raise ValueError(f"'{row['file_name']}' is no path inside {source}")
+                name, label = fold_path(path_in), row.get(chosen)
                 if str(recorded.setdefault(name, label)) != str(label):
                     raise ValueError(f"'{name}' has two labels, {recorded[name]!r:.80} and {label!r:.80}")
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
@@ -317,7 +321,10 @@ def _check_splits(paths: Sequence[str], source: str, classes: bool = False) -> S
     -> the paths below a folder that wraps all of them."""
     inner = without_wrapper(paths)
     tops = {path.partition("/")[0] if "/" in path else "" for path in inner}
-    splits = sorted(top for top in tops if SPLIT.fullmatch(top.lower()))
+    matches = {top: match for top in tops if (match := SPLIT.fullmatch(top.lower()))}
+    # seg_train and seg_test are splits of one set; bullet_train and steam_train are classes, and so is a lone one.
+    words = Counter(prefix for prefix, _ in {(match["set"], match["split"]) for match in matches.values()})
+    splits = sorted(top for top, match in matches.items() if not match["set"] or words[match["set"]] > 1)
     alone = classes and splits and (tops <= {*splits, ""} or all(path.count("/") >= 2 for path in inner))
     if len(splits) > 1 or alone:
         wrapper = paths[0].removesuffix(inner[0])
