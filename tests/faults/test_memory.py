@@ -28,6 +28,7 @@ class Small:
     name, sha256, note, width, spatial_width, device = "small", "0" * 64, "", 4, 0, torch.device("cpu")
     accuracy: float | None = None
     resolution: int | None = None
+    factor_layer: torch.nn.Module | None = None
 
     def __init__(self, room: int) -> None:
         self.room, self.sizes, self.class_names = room, list[int](), list[str]()
