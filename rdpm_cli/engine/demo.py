@@ -23,7 +23,7 @@ from rdpm_cli.runs import Result, versions
 TRAIN, HELDOUT = "digits:train", "digits:heldout"
 PER_CLASS = 80
 PICTURES = ("samples.png", "reconstructions.png", "steps.gif", "curves.png")
-ESTIMATE = "about 4 minutes on 2 CPU cores"
+ESTIMATE = "4 to 6 minutes on 2 CPU cores"
 
 
 def run(out: Path, seed: int, overrides: Sequence[str] = ()) -> Result:
