@@ -15,7 +15,9 @@ from stores import latent_store
 
 from rdpm_cli.cli.app import run
 from rdpm_cli.codes import heldout
-from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.codes.store import CodeStore, Manifest
+from rdpm_cli.data.open import open_source
+from rdpm_cli.errors import DataError
 from rdpm_cli.generator import baselines
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
@@ -103,6 +105,20 @@ def test_held_out_images_that_cannot_be_measured_are_refused(
         assert run([*generator_command(digits_codes, tmp_path / "run"), "--heldout", spec, *more]) == 3
         assert spec in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_class_has_the_stores_number_and_one_that_stands_for_two_is_refused(
+    digits_codes: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heldout, "LEAST", 36)
+    manifest, (a, b, c) = Manifest.load(digits_codes), open_source(str(image_folder)).class_names
+    labels = open_source(str(image_folder)).need_labels()
+    other = manifest.model_copy(update={"class_names": (c, "more", a, b)})
+    images = heldout.open_heldout(str(image_folder), other)
+    assert images.labels == [{0: 2, 1: 3, 2: 0}[label] for label in labels]
+    twice = manifest.model_copy(update={"class_names": (a, a, b, c)})
+    with pytest.raises(DataError, match=a):
+        heldout.open_heldout(str(image_folder), twice)
 
 
 def test_held_out_images_only_observe_and_may_be_named_when_a_run_resumes(

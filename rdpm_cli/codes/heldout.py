@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from rdpm_cli.codes.store import CodeStore, Ints, Manifest
+from rdpm_cli.data.labels import match_classes
 from rdpm_cli.data.open import open_source
 from rdpm_cli.data.pixels import chw, to_model
 from rdpm_cli.data.source import Source, spread
@@ -19,13 +20,15 @@ PURPOSE = "heldout"  # of their noise
 
 
 def open_heldout(spec: str, manifest: Manifest, reading: Mapping[str, Any] | None = None) -> Source:
-    """Images of classes that the store has, by name. Raises DataError for others, and for too few."""
+    """Images of classes that the store has, with its numbers of them. Raises DataError for others, and for too few."""
     source = open_source(spec, **(reading or {}))
     if len(source) < LEAST:
         raise DataError(f"--heldout {spec} holds {len(source)} images, fewer than {LEAST}", "give more, or none")
-    names = {source.class_names[label] for label in set(source.need_labels())}
-    if absent := sorted(names - set(manifest.class_names)):
-        raise DataError(f"--heldout {spec} has the class {absent[0]}, which the store lacks", "give its classes")
+    labels = source.need_labels()
+    numbers, fault = match_classes(manifest.class_names, source.class_names, labels, "the store")
+    if fault:
+        raise DataError(f"--heldout {spec}: {fault}", "give images of its classes")
+    source.labels, source.class_names = [numbers[label] for label in labels], list(manifest.class_names)
     return source
 
 
@@ -33,11 +36,12 @@ class EncodedImages(CodeStore):
     """Codes in memory, one view an image, held out as a whole. index: in the source, which addresses the noise."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, manifest: Manifest, device: torch.device) -> None:
+        """source: of `open_heldout`."""
         numbers, size = spread(len(source), MOST), manifest.resolution
         labels = source.need_labels()
-        classes = [manifest.class_names.index(source.class_names[labels[number]]) for number in numbers]
         self.manifest = manifest.model_copy(update={"views": 1, "flip": False, "latents": False, "seed": 0})
-        self.index, self.columns = np.array(numbers), {"labels": np.array(classes, dtype=np.int32)}
+        self.index = np.array(numbers)
+        self.columns = {"labels": np.array([labels[number] for number in numbers], dtype=np.int32)}
         codes = []
         for start in range(0, len(numbers), AT_ONCE):
             part = numbers[start : start + AT_ONCE]

@@ -260,7 +260,10 @@ def _write_shards(
     queue = [(shard, batch) for shard in shards for batch in micro_batches(plan, shard)]
     encoded: list[MicroBatch] = []
     with contextlib.closing(encode_all(source, tokenizer, plan, [batch for _, batch in queue], work)) as results:
-        for (shard, items), result in zip(queue, results, strict=False):  # fewer results after a signal
+        for shard, items in queue:
+            if (result := next(results, None)) is None:  # a signal came while a worker kept this process waiting
+                assert work.stopped()
+                return
             encoded.append(result)
             bad = [item for batch in encoded for item in batch.bad]
             if bad and work.on_bad == "stop":

@@ -12,7 +12,7 @@ import shlex
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rdpm_cli import runs
@@ -348,6 +348,23 @@ def without_wrapper(names: Sequence[str]) -> Sequence[str]:
     while all(name.count("/") >= 2 for name in names) and len({name.partition("/")[0] for name in names}) == 1:
         names = [name.partition("/")[2] for name in names]
     return names
+
+
+def match_classes(
+    known: Sequence[str], names: Sequence[str], classes: Iterable[int], owner: str
+) -> tuple[dict[int, int], str]:
+    """The numbers that the list `known`, of this owner, gives to classes of the list `names`; and why it cannot, or ''.
+
+    Equal lists agree by number, others by name: two files may number the same classes differently."""
+    if list(known) == list(names):
+        return {label: label for label in classes}, ""
+    labels, numbers = sorted(set(classes)), {name: number for number, name in enumerate(known)}
+    counts = Counter(known) | Counter(names)
+    for label in labels:
+        if names[label] not in numbers or counts[names[label]] > 1:
+            fault = "is the name of several classes" if names[label] in numbers else f"is no class of {owner}"
+            return {}, f"'{names[label]}' {fault}"
+    return {label: numbers[names[label]] for label in labels}, ""
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:

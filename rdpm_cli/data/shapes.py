@@ -96,6 +96,7 @@ class ShapesSource(Source):
             raise UsageError(f"shapes has no part '{part}'", "parts: shapes:train, shapes:heldout")
         count, seed = PARTS[part]
         self.spec, self.class_names = f"shapes:{part}", list(KINDS)
+        # Twice, since --unlabelled replaces labels and factors, and the pictures stay.
         self.kinds = self.labels = [index * len(KINDS) // count for index in range(count)]
         self.names = [f"{part}/{KINDS[kind]}/{index:05d}" for index, kind in enumerate(self.kinds)]
         self.rows = self.factors = noise.stream("shapes", seed).random((count, len(FACTORS)), dtype=np.float32)

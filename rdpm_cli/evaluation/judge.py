@@ -3,7 +3,6 @@
 Legend: B batch, K classes, D feature width."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from rdpm_cli import checkpoint, noise
 from rdpm_cli.codes.store import held_out
+from rdpm_cli.data.labels import match_classes
 from rdpm_cli.data.pixels import Pixels, chw, to_model
 from rdpm_cli.data.source import Source, Subset
 from rdpm_cli.distributed import TrainStep
@@ -201,18 +201,11 @@ def check_size(resolution: int | None, side: int) -> None:
 def class_outputs(known: Sequence[str], names: Sequence[str], classes: Iterable[int]) -> dict[int, int]:
     """The number that a judge of the classes `known` gives to each of these classes of the list `names`.
 
-    Equal lists agree by number, others by name: two files may number the same classes differently. Raises
-    CheckpointError for a class that the judge does not know, or whose name stands for several classes."""
-    if list(known) == list(names):
-        return {label: label for label in classes}
-    labels, numbers = sorted(set(classes)), {name: number for number, name in enumerate(known)}
-    counts = Counter(known) | Counter(names)
-    for label in labels:
-        if names[label] not in numbers or counts[names[label]] > 1:
-            fault = "is the name of several classes" if names[label] in numbers else "is no class of the judge"
-            hint = "train a judge on images of the same classes with `rdpm eval judge`"
-            raise CheckpointError(f"'{names[label]}' {fault}", hint)
-    return {label: numbers[names[label]] for label in labels}
+    Raises CheckpointError for a class that the judge does not know, or whose name stands for several classes."""
+    outputs, fault = match_classes(known, names, classes, "the judge")
+    if fault:
+        raise CheckpointError(fault, "train a judge on images of the same classes with `rdpm eval judge`")
+    return outputs
 
 
 class ClassJudge:

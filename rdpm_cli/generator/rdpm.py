@@ -221,7 +221,8 @@ class RDPM(Generator):
             means.append(torch.stack([ce, norm, *((guess == target_BS).float().mean() for guess in guesses)]))
         sums_MT = torch.stack(means, 1) * len(codes)
         pairs = torch.stack([sums_MT, torch.full_like(sums_MT, len(codes))], 1)
-        return dict(zip(("ce", "norm", "accuracy", "baseline", "class_mean", "linear"), pairs, strict=False))
+        names = ["ce", "norm", "accuracy", "baseline", *(["class_mean", "linear"] if baselines else [])]
+        return dict(zip(names, pairs, strict=True))
 
     def check(self, options: SampleOptions) -> None:
         T, skip, first = self.quantizer.steps, options.sampling.skip_steps, options.sampling.cfg_first
