@@ -96,6 +96,26 @@ def test_the_class_mean_beats_the_guess_where_classes_differ(
     assert hits[1] > 0.8
 
 
+@pytest.mark.parametrize("kind", ["sin", "rvq"])
+def test_its_samples_are_the_nearest_codes_of_the_predicted_latents_under_the_noise(kind: str, tmp_path: Path) -> None:
+    quantizer = make_quantizer(kind, grid=(2, 2), bias="none")
+    store = latent_store(tmp_path / "store", quantizer, CHANNELS)  # of two views
+    fits = baselines.fit(store, store.split()[0], quantizer)
+    labels = torch.tensor([0, 1, 2, 0])
+    eps = torch.randn(4, STEPS, CHANNELS, 4, generator=torch.Generator().manual_seed(3))
+    codes = baselines.sample(fits, quantizer, labels, eps).numpy()
+    book = quantizer.books[0].numpy()  # (K, C)
+    previous = np.zeros((4, CHANNELS, 4), np.float32)
+    for t, alpha in enumerate(quantizer.alphas):
+        slopes, offsets = fits[t].slopes_GFF[0].numpy(), fits[t].offsets_KGF[:, 0].numpy()
+        z = (previous.reshape(4, -1) @ slopes + offsets[labels]).reshape(previous.shape)
+        v = alpha * (z - previous) + np.sqrt(1 - alpha**2) * eps[:, t].numpy()
+        distances = np.square(v[:, None] - book[None, :, :, None]).sum(2)  # (B, K, S)
+        assert np.array_equal(codes[:, t], distances.argmin(1))
+        previous = previous + book[codes[:, t]].transpose(0, 2, 1)
+    assert np.array_equal(codes[0], codes[3]) == (kind == "rvq")  # of one class
+
+
 @pytest.mark.parametrize("images", ["{folder}", "digits:heldout"])  # too few; other classes
 def test_held_out_images_that_cannot_be_measured_are_refused(
     digits_codes: Path, image_folder: Path, tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]

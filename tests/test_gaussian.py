@@ -6,18 +6,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from extractors import Blocks, Images, answer, assert_close, image_set, pixels, save_judge
 from numpy.typing import NDArray
 from processes import ranks
 
 from rdpm_cli.cli.app import run
+from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.data.open import open_source
+from rdpm_cli.data.pixels import hwc, to_pixels
 from rdpm_cli.distributed import one_thread
 from rdpm_cli.engine import baselines
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import gaussian, metrics
 from rdpm_cli.evaluation.features import collect, image_digests
 from rdpm_cli.evaluation.recon import reconstructions
+from rdpm_cli.generator import baselines as linear
+from rdpm_cli.generator.sampler import balanced_labels
 from rdpm_cli.tokenizer import model
 
 Capture = pytest.CaptureFixture[str]
@@ -120,6 +125,28 @@ def test_the_rows_are_those_of_the_images(
     assert {"class_accuracy", "precision", "recall", "classifier_score"} <= row.keys()
 
 
+def test_the_linear_row_has_decoded_samples_of_the_codes_baseline(
+    image_folder: Path, digits_codes: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    extractor = Blocks("judge", "abc")
+    monkeypatch.setattr(baselines, "open_extractor", lambda *_: extractor)
+    args = ["--codes", digits_codes, "--resolution", 16, "--per-class", 8]  # 24 samples: two batches
+    values = answer(capsys, "baselines", image_folder, *args, "--seed", 3, "--seeds", 2)
+    assert list(values["rows"]) == ["gaussian", "linear", "training", "reconstructions"]
+    store, tokenizer = CodeStore(digits_codes), model.load(digits_codes / "tokenizer.pt")[0]
+    assert values["tokenizer"] == store.manifest.tokenizer
+    assert values["images"]["linear"] == {"source": str(digits_codes), "digest": store.manifest.digest()}
+    fits, labels = linear.fit(store, store.split()[0], tokenizer.quantizer), balanced_labels(range(3), 8, 4)
+    eps = tokenizer.noise("sample", 4, range(24), [0] * 24)
+    samples = hwc(to_pixels(tokenizer.decode(linear.sample(fits, tokenizer.quantizer, torch.tensor(labels), eps))))
+    source = open_source(str(image_folder))
+    images = np.stack([source.pixels(index, 16) for index in range(36)])
+    target, reference = (metrics.statistics(collect(extractor, [side]).features_ND) for side in (samples, images))
+    row = values["rows"]["linear"]
+    assert row["n"] == 24
+    assert row["frechet_distance"]["values"][1] == pytest.approx(metrics.frechet_distance(target, reference), rel=1e-4)
+
+
 def test_training_images_that_are_all_drawn_are_their_reference(
     image_folder: Path, judge_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -151,22 +178,26 @@ def test_the_table_has_a_column_a_row(
         ("{images} --resolution 8 --tokenizer {tokenizer}", 2, "16×16"),
         ("no-such", 2, "no-such"),
         ("{images} --heldout no-such", 2, "no-such"),
+        ("{images} --resolution 16 --codes {codes} --tokenizer {tokenizer}", 2, "--tokenizer"),
+        ("{images} --resolution 8 --codes {codes}", 2, "16×16"),
+        ("{images} --resolution 16 --codes no-such", 3, "no-such"),
         ("{images} --resolution 16 --per-class 3", 3, "9"),  # the Inception Score has 10 splits
         ("{images}", 3, "sizes"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
-    args: str, code: int, token: str, image_folder: Path, tiny_tokenizer_file: Path, judge_path: Path, capsys: Capture
+    args: str, code: int, token: str, image_folder: Path, tiny_tokenizer_file: Path, digits_codes: Path,
+    judge_path: Path, capsys: Capture,
 ) -> None:  # fmt: skip
-    words = args.format(images=image_folder, tokenizer=tiny_tokenizer_file).split()
+    words = args.format(images=image_folder, tokenizer=tiny_tokenizer_file, codes=digits_codes).split()
     assert run(["eval", "baselines", *words, "--extractor", str(judge_path), "--device", "cpu"]) == code
     assert token in capsys.readouterr().err
 
 
 def test_two_processes_score_as_one(
-    image_folder: Path, tiny_tokenizer_file: Path, judge_path: Path, tmp_path: Path, capsys: Capture
+    image_folder: Path, digits_codes: Path, judge_path: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    args = ["baselines", image_folder, "--tokenizer", tiny_tokenizer_file, "--resolution", 16]
+    args = ["baselines", image_folder, "--codes", digits_codes, "--resolution", 16]
     args += ["--extractor", judge_path, "--per-class", 4, "--seeds", 1]
     shared = ["--device", "cpu", "--quiet", "--json"]
     both = ranks(["eval", *map(str, args), *shared], tmp_path / "both.json")

@@ -136,6 +136,24 @@ def test_values_are_those_of_independent_computations(
     assert {"rdpm", "torch", "lpips", "torch-fidelity", "torchmetrics"} <= set(values["versions"])
 
 
+def test_continuous_scores_are_those_of_z_itself(
+    image_folder: Path, tiny_tokenizer_file: Path, judge_path: Path
+) -> None:
+    values = eval_recon(str(image_folder), tiny_tokenizer_file, seeds=1, extractor=judge_path, device="cpu").values
+    source, tokenizer = open_source(str(image_folder)), model.load(tiny_tokenizer_file)[0]
+    originals = np.stack([source.pixels(index, 16) for index in range(len(source))])
+    x = to_model(chw(originals))
+    of_z = hwc(to_pixels(tokenizer.decode_latents(tokenizer.latents(x))))
+    mse = (to_model(chw(of_z)) - x).square().mean((1, 2, 3))
+    assert values["continuous"]["mse"] == pytest.approx(float(mse.mean()), rel=1e-4)
+    assert values["continuous"]["psnr"] == pytest.approx(float((-10 * (mse / 4).log10()).mean()), rel=1e-4)
+    extractor = open_extractor(judge_path, None, CPU)
+    real, recons = (metrics.statistics(collect(extractor, [side]).features_ND) for side in (originals, of_z))
+    distance = metrics.frechet_distance(recons, real)
+    assert values["continuous"]["frechet_distance"] == pytest.approx(distance, rel=1e-3)
+    assert values["continuous"].keys() == {"mse", "psnr", "ssim", "frechet_distance"}
+
+
 def test_only_the_published_inceptions_distance_is_called_rfid(
     image_folder: Path, tiny_tokenizer_file: Path, random_inception: Path, judge_path: Path
 ) -> None:

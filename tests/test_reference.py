@@ -124,8 +124,7 @@ def adm_file(path: Path, images: Images) -> Path:
 
 
 def scored(metric: str, target: ImageSet, compared: ImageSet | Reference) -> dict[str, Any]:
-    values = score(metric, Blocks(), target, compared)
-    assert values is not None
+    (values,) = score(metric, Blocks(), [target], compared)
     return values
 
 
@@ -186,7 +185,7 @@ def test_a_reference_that_has_nothing_for_the_score_is_refused_before_the_pass(t
     extractor = Blocks()
     for metric in ("sfid", "pr", "kid"):
         with pytest.raises(DataError, match=r"ref\.npz"):
-            score(metric, extractor, image_set(pixels(40)), load_statistics(tmp_path / "ref.npz", extractor))
+            score(metric, extractor, [image_set(pixels(40))], load_statistics(tmp_path / "ref.npz", extractor))
     assert extractor.extracted == 0
 
 

@@ -11,8 +11,8 @@ from extractors import pixels, save_judge
 from PIL import Image
 
 from rdpm_cli import files
+from rdpm_cli.engine import baselines, recon, report, sample, score
 from rdpm_cli.engine import generator as generator_engine
-from rdpm_cli.engine import recon, report, sample, score
 from rdpm_cli.engine import tokenizer as tokenizer_engine
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.runs import Result
@@ -121,6 +121,27 @@ def test_the_best_is_marked_among_comparable_scores_only() -> None:
     alike = [{"metric": "fid", "value": v, "n": 100, "extractor": {"name": "inception"}} for v in (3.0, 2.0)]
     assert [score.best for score in scores_of(*alike)] == [False, True]
     assert not any(score.best for score in scores_of(alike[0], {**alike[1], "n": 200}))
+
+
+def test_each_row_of_eval_baselines_is_a_target_with_scores(chain: Path, tmp_path: Path) -> None:
+    options: Any = {"extractor": chain / "judge.pt", "device": "cpu", "per_class": 5}
+    values = baselines.eval_baselines(
+        str(chain / "images"), chain / "tok/tokenizer.pt", seeds=range(2), **options
+    ).values
+    files.write_json(tmp_path / "baselines.json", values)
+    scores = report.read_scores(report.read_items([tmp_path / "baselines.json"]))
+    names = {f"{name}: {row['images']}" for name, row in values["rows"].items()}
+    assert {score.target for score in scores} == names
+    row = values["rows"]["gaussian"]
+    score = next(s for s in scores if s.target == f"gaussian: {row['images']}" and s.metric == "frechet_distance")
+    expected = (row["frechet_distance"]["mean"], row["frechet_distance"]["std"], 10)
+    assert (score.value, score.spread, score.n) == expected
+    assert score.extractor.startswith("judge judge.pt")
+
+
+def test_a_score_over_seeds_has_its_spread_and_validity_a_label() -> None:
+    several = {"metric": "fid", "value": 3.0, "spread_over_seeds": {"value": 0.5, "validity": 0.1}, "validity": 20.0}
+    assert [(score.metric, score.spread) for score in scores_of(several)] == [("fid", 0.5), ("validity", 0.1)]
 
 
 def test_published_figures_say_why_ours_cannot_be_compared_and_absent_scores_their_reason() -> None:

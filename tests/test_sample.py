@@ -178,13 +178,14 @@ def test_passes_are_counted_as_they_are_made(
 def test_images_to_score_are_those_of_the_folder_and_take_options_over_the_presets(
     generator: Path, whole: Path
 ) -> None:
-    images = Drawn(generator, per_class=PER_CLASS).images(CPU)
+    (images,) = Drawn(generator, per_class=PER_CLASS).sets(CPU)
     pieces = [range(3, 8), range(11, 12), range(15, 21)]
     with np.load(whole / "samples.npz") as arrays:
         assert images.labels == arrays["arr_1"].tolist()
         for piece, pixels in zip(pieces, images.read(pieces), strict=True):
             np.testing.assert_array_equal(pixels, arrays["arr_0"][piece.start : piece.stop])
-    options = Drawn(generator, "0,2", 3, 4, ("cfg=2.5", "draw=gumbel"), "cfg").images(CPU).record["options"]
+    (images,) = Drawn(generator, "0,2", 3, range(4, 5), ("cfg=2.5", "draw=gumbel"), "cfg").sets(CPU)
+    options = images.record["options"]
     assert {"cfg": 2.5, "cfg_schedule": "constant", "draw": "gumbel", "classes": "0,2"}.items() <= options.items()
 
 

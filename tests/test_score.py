@@ -23,7 +23,7 @@ from rdpm_cli.data.pixels import chw
 from rdpm_cli.engine.sample import Outputs, sample
 from rdpm_cli.engine.score import eval_images
 from rdpm_cli.errors import DataError
-from rdpm_cli.evaluation import metrics, score
+from rdpm_cli.evaluation import features, metrics, score
 from rdpm_cli.evaluation.features import INCEPTION, collect, open_extractor
 
 
@@ -41,8 +41,7 @@ def generator_path(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file
 
 def scored(metric: str, target: Images, reference: Images | None, **options: Any) -> dict[str, Any]:
     compared = None if reference is None else image_set(reference)
-    values = score.score(metric, Blocks(), image_set(target), compared, **options)
-    assert values is not None
+    (values,) = score.score(metric, Blocks(), [image_set(target)], compared, **options)
     return values
 
 
@@ -89,16 +88,14 @@ def test_precision_and_recall_take_ten_thousand_of_a_large_reference(monkeypatch
 def test_only_the_published_inception_gives_a_fid() -> None:
     extractor = Blocks("inception-v3 layout, weights 0123")
     extractor.note = "a note"
-    values = score.score("fid", extractor, image_set(pixels(40)), image_set(pixels(40, 1)))
-    assert values is not None
+    (values,) = score.score("fid", extractor, [image_set(pixels(40))], image_set(pixels(40, 1)))
     assert (values["metric"], values["extractor"]["name"]) == ("frechet_distance", extractor.name)
     assert values["notes"] == ["a note"]
 
 
 def test_the_subset_score_is_the_mean_over_balanced_subsets() -> None:
     labels = [0, 1] * 20
-    values = score.score("fid", Blocks(), image_set(pixels(40, 1), labels), image_set(pixels(60, 2)), subset=16)
-    assert values is not None
+    (values,) = score.score("fid", Blocks(), [image_set(pixels(40, 1), labels)], image_set(pixels(60, 2)), subset=16)
     a, b = (collect(Blocks(), [side]).features_ND for side in (pixels(40, 1), pixels(60, 2)))
     reference = metrics.statistics(b)
     subsets = metrics.balanced_subsets(np.array(labels), 16)
@@ -134,8 +131,7 @@ def test_class_accuracy_compares_numbers_of_one_list_and_names_of_others(
 
 def test_a_judge_that_does_not_know_a_class_is_named_in_the_record() -> None:
     target = image_set(pixels(40, 1), [0, 1] * 20, ["x", "y"])
-    values = score.score("fid", Blocks("judge", "abc"), target, image_set(pixels(40, 2)))
-    assert values is not None
+    (values,) = score.score("fid", Blocks("judge", "abc"), [target], image_set(pixels(40, 2)))
     assert values["class_accuracy"] is None
     assert "'x'" in values["not_computed"]["class_accuracy"]
 
@@ -151,9 +147,8 @@ def test_a_judge_has_no_sfid_and_the_record_says_so(judge_path: Path) -> None:
     extractor = open_extractor(judge_path, None, CPU)
     target, reference = image_set(pixels(40, 1)), image_set(pixels(60, 2))
     with pytest.raises(DataError):
-        score.score("sfid", extractor, target, reference)
-    values = score.score("all", extractor, target, reference)
-    assert values is not None
+        score.score("sfid", extractor, [target], reference)
+    (values,) = score.score("all", extractor, [target], reference)
     assert values["spatial_frechet_distance"] is None
     assert set(values["not_computed"]) == {"spatial_frechet_distance"}
     assert values["extractor"]["heldout_accuracy"] == 0.25
@@ -164,9 +159,7 @@ def test_a_judge_has_no_sfid_and_the_record_says_so(judge_path: Path) -> None:
 
 def test_images_in_class_order_have_no_score_by_splits() -> None:
     labels = [0, 1, 2] * 10
-    in_order, mixed = (score.score("is", Blocks(), image_set(pixels(30), y), None) for y in (sorted(labels), labels))
-    assert in_order is not None
-    assert mixed is not None
+    in_order, mixed = score.score("is", Blocks(), [image_set(pixels(30), y) for y in (sorted(labels), labels)], None)
     assert (in_order["value"], in_order["order_free"]) == (None, mixed["order_free"])
     assert "order_free" in in_order["not_computed"]["value"]
     assert mixed["value"] > 1
@@ -185,12 +178,12 @@ def test_too_few_images_are_refused_before_the_pass(
 ) -> None:
     extractor, (target, reference) = Blocks(), (image_set(pixels(count)) for count in counts)
     with pytest.raises(DataError) as refused:
-        score.score(metric, extractor, target, reference, **options)
+        score.score(metric, extractor, [target], reference, **options)
     assert refused.value.exit_code == 3
     assert extractor.extracted == 0
     labelled = image_set(pixels(30), [0, 1, 2] * 10)
     with pytest.raises(DataError, match="60"):
-        score.score("fid", extractor, labelled, image_set(pixels(60)), subset=60)
+        score.score("fid", extractor, [labelled], image_set(pixels(60)), subset=60)
 
 
 MISFITS = {
@@ -201,6 +194,8 @@ MISFITS = {
     "kid digits --ref digits --ci": "--ci", "fid digits --ref digits --ci --subset 4": "--ci",
     "is digits --ref digits": "--ref", "sfid digits --ref digits": "judge", "reference digits ref": ".npz",
     "fid digits --ref digits --preset raw": "--preset", "fid digits --ref digits --per-class 9": "--per-class",
+    "fid digits --ref digits --seeds 2": "--seeds", "fid --ckpt {ckpt} --seeds 2 --ci": "--ci",
+    "fid --ckpt {ckpt} --seeds 2 --subset 4": "--subset", "fid --ckpt {ckpt} --seeds 2 --features x": "--features",
     "fid {npz} --ref digits --resolution 16": "--resolution", "reference {npz} ref.npz --resolution 16": "--resolution",
 }  # fmt: skip
 
@@ -333,6 +328,43 @@ def test_a_checkpoint_scores_like_its_samples_and_writes_nothing(
     assert by_files["checkpoint"] == digest
 
 
+def test_scores_of_several_seeds_are_the_means_over_one_seed_each(
+    generator_path: Path, judge_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["all", "--ckpt", generator_path, "--per-class", 6, "--ref", "digits:heldout", "--extractor", judge_path]
+    singles = [answer(capsys, *args, "--seed", seed) for seed in (3, 4)]
+    extracted: list[int] = []
+    shared_pieces = features.shared_pieces
+
+    def counted(extractor: Any, images: Any, spatial: bool) -> Any:
+        extracted.append(images.count)
+        return shared_pieces(extractor, images, spatial)
+
+    monkeypatch.setattr(features, "shared_pieces", counted)
+    both = answer(capsys, *args, "--seed", 3, "--seeds", 2)
+    assert extracted == [297, 18, 18]  # the reference once
+    scores = {"frechet_distance", "classifier_score", "classifier_score_order_free", "precision", "recall"}
+    scores |= {"kernel_distance", "class_accuracy"}
+    assert both["spread_over_seeds"].keys() == scores
+    for name in scores:
+        each = [values[name] for values in singles]
+        assert (both[name], both["spread_over_seeds"][name]) == pytest.approx((np.mean(each), np.std(each))), name
+    assert both["seeds"] == [3, 4]
+    of_one_set = {"classifier_score_spread_over_splits", "kernel_distance_spread_over_subsets"}
+    of_one_set |= {"frechet_distance_spread_over_subsets"}
+    assert singles[0].keys() - both.keys() == of_one_set
+    assert singles[0]["options"].keys() - both["options"].keys() == {"seed"}
+    assert both["target"] == {"name": str(generator_path), "count": 18}
+
+
+def test_factor_coverage_is_averaged_by_factor() -> None:
+    target = {"name": "x", "count": 2, "sha256": ""}
+    records = [{"factor_coverage": {"x": a, "y": b}, "target": target} for a, b in ((0.1, 0.5), (0.3, 0.5))]
+    values = score.average(records, [0, 1])
+    assert values["factor_coverage"] == pytest.approx({"x": 0.2, "y": 0.5})
+    assert values["spread_over_seeds"] == pytest.approx({"factor_coverage.x": 0.1, "factor_coverage.y": 0})
+
+
 def arrays(path: Path) -> dict[str, NDArray[Any]]:
     return dict(np.load(path)) if path.exists() else {}
 
@@ -344,7 +376,7 @@ def arrays(path: Path) -> dict[str, NDArray[Any]]:
         pytest.param("pr {a} --ref {b}", marks=pytest.mark.slow),
         pytest.param("is {a} --features {made}", marks=pytest.mark.slow),
         pytest.param("reference {a} {made}", marks=pytest.mark.slow),
-        pytest.param("all --ckpt {ckpt} --per-class 8 --ref {b}", marks=pytest.mark.slow),
+        pytest.param("all --ckpt {ckpt} --per-class 8 --seeds 2 --ref {b}", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_score_as_one(

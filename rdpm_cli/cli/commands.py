@@ -165,22 +165,30 @@ def evaluate(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="TARGET|[KEY=VALUE]...", help="to score")] = None,
     ckpt: Annotated[Path | None, cli.CKPT] = None,
     seed: Annotated[int | None, cli.SEED] = None,
+    seeds: cli.Seeds = 1,
     features: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="save activations, or reuse")] = None,
     subset: Annotated[int | None, typer.Option(min=2, help="fid: mean over balanced subsets of N images")] = None,
     ci: Annotated[bool, typer.Option("--ci", help="fid, is: 95% intervals, by leaving images out")] = False,
     **shared: Any,
 ) -> cli.Result:
     """With --ckpt instead of TARGET the samples are drawn without files in between, as --classes, --per-class, --seed,
-    --preset and any sampling option as KEY=VALUE say."""
+    --preset and any sampling option as KEY=VALUE say. With --seeds each score is its mean over the samples of several
+    seeds, next to its standard deviation; details of one set, such as its spread over splits, are left out."""
     from rdpm_cli.engine import score
 
     classes, per_class, preset = (shared.pop(name) for name in ("classes", "per_class", "preset"))
-    drawing = {"--classes": classes != "all", "--per-class": per_class != 8, "--seed": seed, "--preset": preset}
+    drawing = {
+        "--classes": classes != "all", "--per-class": per_class != 8, "--seed": seed, "--seeds": seeds > 1,
+        "--preset": preset,
+    }  # fmt: skip
     words = [*(arguments or []), *(name for name, value in drawing.items() if value)]
+    if seeds > 1 and (features or subset or ci):
+        raise UsageError("--features, --subset and --ci are for samples of one seed", "leave --seeds out")
     if ckpt is not None:
         from rdpm_cli.engine import sample
 
-        target: Any = sample.Drawn(ckpt, classes, per_class, seed or 0, tuple(arguments or []), preset).images
+        sample_seeds = range(seed or 0, (seed or 0) + seeds)
+        target: Any = sample.Drawn(ckpt, classes, per_class, sample_seeds, tuple(arguments or []), preset).sets
     elif arguments and len(words) == 1:
         target = arguments[0]
     else:  # ignoring some of them would score other samples than those asked for
@@ -219,8 +227,8 @@ def recon(
 ) -> cli.Result:
     """rFID, PSNR, SSIM, LPIPS, MSE and latent error of reconstructions, with their spread over noise seeds.
 
-    rFID is that of the first seed. It and LPIPS need weights: if they are absent, the score is left out and names the
-    file it needs."""
+    `continuous` are those of z itself, not quantised. rFID is that of the first seed. It and LPIPS need weights: if
+    they are absent, the score is left out and names the file it needs."""
     from rdpm_cli.engine import recon as engine
 
     return engine.eval_recon(images, seed=seed, seeds=seeds, lpips_alex=lpips_alex, lpips_vgg=lpips_vgg, **shared)
@@ -233,6 +241,7 @@ def recon(
 def baselines(
     images: cli.Images,
     heldout: cli.Heldout = None,
+    codes: Annotated[Path | None, typer.Option(metavar="CODES", help="code store, for the linear baseline")] = None,
     per_class: Annotated[int, cli.PER_CLASS] = 80,
     seed: cli.Seed = 0,
     seeds: cli.Seeds = 5,
@@ -242,11 +251,14 @@ def baselines(
     their reconstructions, and held-out images. Mean and standard deviation over sample seeds.
 
     Scores by which the Gaussian is as good as a generator do not rank generators. The reference is IMAGES unless --ref
-    names another. Reconstructions need a tokenizer; they are of the held-out images where there are any."""
+    names another. Reconstructions need a tokenizer; they are of the held-out images where there are any. With --codes
+    the tokenizer is the store's, and `linear` has samples of train-gen's linear baseline, a floor for generators."""
     from rdpm_cli.engine import baselines as engine
 
     sample_seeds = range(seed, seed + seeds)
-    return engine.eval_baselines(images, heldout=heldout, per_class=per_class, seeds=sample_seeds, **shared)
+    return engine.eval_baselines(
+        images, heldout=heldout, codes=codes, per_class=per_class, seeds=sample_seeds, **shared
+    )  # fmt: skip
 
 
 @command(evaluation, "eval judge cifar10-train.zip runs/judge width=64", f"{JUDGE} {READING}", section="judge")

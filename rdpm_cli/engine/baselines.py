@@ -1,4 +1,6 @@
-"""eval baselines: scores of images that need no generator, to read a generator's scores by."""
+"""eval baselines: scores of images that need no generator, to read a generator's scores by.
+
+Legend: B samples, T steps, C channels, S positions of the flattened grid."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -6,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rdpm_cli import noise
+from rdpm_cli.codes.store import TOKENIZER, CodeStore
 from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.data.open import open_source
-from rdpm_cli.data.pixels import Pixels
+from rdpm_cli.data.pixels import Pixels, hwc, to_pixels
 from rdpm_cli.data.source import Source, Subset
-from rdpm_cli.distributed import process_group
+from rdpm_cli.distributed import one_thread, process_group
 from rdpm_cli.engine.tokenizer import find_tokenizer
 from rdpm_cli.errors import CheckpointError, UsageError
 from rdpm_cli.evaluation import gaussian, score
 from rdpm_cli.evaluation.features import identity, open_extractor
 from rdpm_cli.evaluation.gaussian import ClassGaussian
-from rdpm_cli.evaluation.recon import reconstructions
+from rdpm_cli.evaluation.recon import BATCH, reconstructions
+from rdpm_cli.generator.baselines import fit, sample
+from rdpm_cli.generator.sampler import balanced_labels
 from rdpm_cli.runs import Result, versions
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -30,14 +36,17 @@ Record = dict[str, Any]
 
 
 def eval_baselines(
-    images: str, tokenizer: Path | None = None, *, seeds: range, heldout: str | None = None, per_class: int = 80,
-    ref: str | None = None, resolution: int | None = None, extractor: str | Path | None = None,
+    images: str, tokenizer: Path | None = None, *, seeds: range, heldout: str | None = None, codes: Path | None = None,
+    per_class: int = 80, ref: str | None = None, resolution: int | None = None, extractor: str | Path | None = None,
     weights: Path | None = None, download: bool = False, device: str = "auto", reading: Mapping[str, Any] | None = None,
 ) -> Result:  # fmt: skip
-    """Every score but KID of a class Gaussian and of real images: its mean, spread and values over sample seeds."""
+    """Every score but KID of simple models and of real images: its mean, spread and values over sample seeds."""
+    if tokenizer and codes:
+        raise UsageError("--tokenizer does not go with --codes, whose store has its own", "leave it out")
     named = {"training": images} if heldout is None else {"training": images, "heldout": heldout}
     sources = {name: open_source(spec, **(reading or {})) for name, spec in named.items()}
-    loaded, digest, absent = _open_tokenizer(tokenizer)
+    loaded, digest, absent = _open_tokenizer(codes / TOKENIZER if codes else tokenizer)
+    store = codes and CodeStore(codes, digest)
     with process_group(device, several=True) as rank_device:
         opened = open_extractor(extractor, weights, rank_device, download)
         side = resolution or score.crop_side(*sources.values(), default=opened.resolution)
@@ -46,18 +55,21 @@ def eval_baselines(
             raise UsageError(message, f"give --resolution {of_tokenizer}")
         training = score.open_images(sources["training"], side)
         compared = training if ref is None else score.open_reference(ref, training, opened, reading)
-        reference, fitted = score.measured(opened, compared, score.METRICS), gaussian.fit(training)
-        records: dict[str, list[Record]] = {}
-        for seed in seeds:
-            for name, drawn in _rows(fitted, sources, loaded and loaded.to(rank_device), per_class, seed).items():
-                if record := score.score("all", opened, drawn, reference, without=SLOW):
-                    records.setdefault(name, []).append(record)
-    if not records:
+        reference = score.measured(opened, compared, score.METRICS)
+        models: dict[str, ClassGaussian | LinearBaseline] = {"gaussian": gaussian.fit(training)}
+        if loaded and store:
+            models["linear"] = LinearBaseline(store, loaded.to(rank_device))
+        rows = [_rows(models, sources, loaded and loaded.to(rank_device), per_class, seed) for seed in seeds]
+        records = {
+            name: score.score("all", opened, [row[name] for row in rows], reference, without=SLOW) for name in rows[0]
+        }
+    if not records["gaussian"]:
         return Result("baselines")
+    origins = {name: source.record() for name, source in sources.items()}
     values = {
         "rows": {name: _summary(row) for name, row in records.items()},
         "seeds": list(seeds), "per_class": per_class, "resolution": side, "tokenizer": digest,
-        "images": {name: source.record() for name, source in sources.items()},
+        "images": origins | ({"linear": {"source": str(codes), "digest": store.manifest.digest()}} if store else {}),
         "reference": records["gaussian"][0]["reference"], "extractor": identity(opened),
         "notes": list(dict.fromkeys(note for row in records.values() for record in row for note in record["notes"])),
         "not_computed": absent, "versions": versions(),
@@ -75,17 +87,46 @@ def _open_tokenizer(path: Path | None) -> tuple[Tokenizer | None, str | None, di
     return tokenizer, content["digest"], {}
 
 
+class LinearBaseline:
+    """The linear baseline that the log of train-gen has, as a generator of the store's codes."""
+
+    def __init__(self, store: CodeStore, tokenizer: Tokenizer) -> None:
+        self.store, self.tokenizer = store, tokenizer
+        self.fits = fit(store, store.split()[0], tokenizer.quantizer)  # on the rows that train-gen trains on
+
+    def samples(self, per_class: int, seed: int) -> ImageSet:
+        """per_class samples of every class in random order, drawn when they are read, under the noise of `sample`."""
+        tokenizer, names = self.tokenizer, list(self.store.manifest.class_names)
+        labels = balanced_labels(range(len(names)), per_class, seed)
+
+        def draw(indices: range) -> Pixels:
+            eps_BTCS = tokenizer.noise("sample", seed, indices, [0] * len(indices)).to(tokenizer.quantizer.books.device)
+            labels_B = torch.tensor(labels[indices.start : indices.stop])
+            with one_thread():
+                codes_BTS = sample(self.fits, tokenizer.quantizer, labels_B, eps_BTCS)
+                return hwc(to_pixels(tokenizer.decode(codes_BTS)))
+
+        def read(pieces: Iterable[range]) -> Iterator[Pixels]:
+            for piece in pieces:
+                yield np.concatenate([draw(piece[start : start + BATCH]) for start in range(0, len(piece), BATCH)])
+
+        name, side = f"linear baseline of {self.store.root}", self.store.manifest.resolution
+        return ImageSet(name, len(labels), side, labels, names, read)
+
+
 def _rows(
-    fitted: ClassGaussian, sources: Sources, tokenizer: Tokenizer | None, per_class: int, seed: int
-) -> dict[str, ImageSet]:
+    models: Mapping[str, ClassGaussian | LinearBaseline], sources: Sources, tokenizer: Tokenizer | None,
+    per_class: int, seed: int,
+) -> dict[str, ImageSet]:  # fmt: skip
     """The images of every row for one seed. Reconstructions are of held-out images where there are any."""
     subsets = {name: class_subset(source, per_class, seed) for name, source in sources.items()}
-    rows = {"gaussian": fitted.samples(per_class, seed)}
-    rows["training"] = score.open_images(subsets["training"], fitted.side)
+    rows = {name: model.samples(per_class, seed) for name, model in models.items()}
+    side = rows["gaussian"].resolution
+    rows["training"] = score.open_images(subsets["training"], side)
     if tokenizer:
         rows["reconstructions"] = _reconstructed(subsets.get("heldout", subsets["training"]), tokenizer, seed)
     if "heldout" in subsets:
-        rows["heldout"] = score.open_images(subsets["heldout"], fitted.side)
+        rows["heldout"] = score.open_images(subsets["heldout"], side)
     return rows
 
 
@@ -113,15 +154,9 @@ def _reconstructed(subset: Subset, tokenizer: Tokenizer, seed: int) -> ImageSet:
 
 def _summary(records: Sequence[Record]) -> Record:
     """n, and every score of the records that is a number: mean, standard deviation and values, one a seed."""
-    columns: dict[str, list[float]] = {}
-    for record in records:
-        coverage = {f"factor_coverage.{name}": value for name, value in record.get("factor_coverage", {}).items()}
-        for name, value in {**record, **coverage}.items():
-            if isinstance(value, float) and "_spread_over_" not in name:
-                columns.setdefault(name, []).append(value)
     scores = {
         name: {"mean": float(np.mean(values)), "std": float(np.std(values)), "values": values}
-        for name, values in columns.items()
+        for name, values in score.columns_of(records).items()
     }
     return {"n": records[0]["target"]["count"], "images": records[0]["target"]["name"], **scores}
 

@@ -91,7 +91,7 @@ def _scores(out: Path, judge: Path, seed: int) -> dict[str, Any]:
     sampled = eval_images("fid", str(out / "samples"), extractor=judge, subset=real["n"]).values
     fitted = gaussian.fit(open_images(open_source(TRAIN), sampled["resolution"]))
     drawn = fitted.samples(PER_CLASS, seed)
-    baseline = eval_images("fid", lambda _: drawn, TRAIN, extractor=judge, subset=real["n"]).values
+    baseline = eval_images("fid", lambda _: [drawn], TRAIN, extractor=judge, subset=real["n"]).values
     return {
         "class_accuracy": sampled["class_accuracy"], "frechet_distance": sampled["value"],
         "gaussian": {"class_accuracy": baseline["class_accuracy"], "frechet_distance": baseline["value"]},

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,10 @@ METRICS = {
     "frechet_distance": ("Fréchet distance", -1), "spatial_frechet_distance": ("spatial Fréchet distance", -1),
     "frechet_distance_heldout": ("Fréchet distance of held-out images", 0), "kernel_distance": ("kernel distance", -1),
     "inception_score": ("IS", 1), "classifier_score": ("classifier score", 1), "precision": ("precision", 1),
-    "recall": ("recall", 1), "class_accuracy": ("class accuracy", 1), "psnr": ("PSNR, dB", 1), "ssim": ("SSIM", 1),
-    "lpips_alex": ("LPIPS (alex)", -1), "lpips_vgg": ("LPIPS (vgg)", -1), "mse": ("MSE", -1),
-    "latent_mse": ("latent error", -1), "parameters": ("parameters", 0),
+    "recall": ("recall", 1), "class_accuracy": ("class accuracy", 1), "validity": ("validity, dB", 1),
+    "psnr": ("PSNR, dB", 1), "ssim": ("SSIM", 1), "lpips_alex": ("LPIPS (alex)", -1),
+    "lpips_vgg": ("LPIPS (vgg)", -1), "mse": ("MSE", -1), "latent_mse": ("latent error", -1),
+    "parameters": ("parameters", 0),
 }  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def _read(path: Path) -> Item:
     """An item by its content, as `rdpm inspect` describes it. Raises DataError."""
     if path.suffix == ".json":
         record = files.read_json(path)
-        if not isinstance(record, dict) or not any(name in record for name in (*METRICS, "value")):
+        if not isinstance(record, dict) or not any(name in record for name in (*METRICS, "value", "rows")):
             raise DataError(f"{path} holds no scores", HINT)
         roles = {"generator": "checkpoint", "tokenizer": "tokenizer"}
         made_from = {role: record[key] for role, key in roles.items() if record.get(key)}
@@ -181,20 +182,28 @@ def read_scores(items: Sequence[Item]) -> list[Score]:
 
 
 def _scores_of(item: Item) -> Iterator[Score]:
-    """A record of one metric has `value`, one of several has the metrics as keys and `METRIC_...` for what follows."""
+    """A record of one metric has `value`, one of several has the metrics as keys and `METRIC_...` for what follows.
+
+    That of `eval baselines` has `rows`, each of which is read as a record of several."""
     record, single = item.record, "value" in item.record
+    for row_name, row in record.get("rows", {}).items():
+        columns = {metric: row[metric] for metric in METRICS if metric in row}
+        scores: dict[str, Any] = {metric: column["mean"] for metric, column in columns.items()}
+        scores["spread_over_seeds"] = {metric: column["std"] for metric, column in columns.items()}
+        of_row = {**record, **scores, "rows": {}, "n": row["n"], "target": f"{row_name}: {row['images']}"}
+        yield from _scores_of(replace(item, record=of_row))
     named = {name: record[name] for name in METRICS if name in record}
     if single:
         named = {record["metric"]: record["value"], **{k: v for k, v in named.items() if v is not None}}
     for metric, value in named.items():
         main = single and metric == record["metric"]
-        prefix = "" if main else f"{metric}_"
+        key, prefix = ("value", "") if main else (metric, f"{metric}_")
         spreads = [record.get(f"{prefix}spread_over_{kind}") for kind in ("subsets", "splits")]
-        reason = (record.get("not_computed") or {}).get("value" if main else metric, "")
+        reason = (record.get("not_computed") or {}).get(key, "")
         yield Score(
             item.name, _name(record.get("target")) or item.name, metric, value,
             n=record.get(f"{prefix}n") or record.get("n"),
-            spread=spreads[0] or spreads[1] or (record.get("spread_over_seeds") or {}).get(metric),
+            spread=spreads[0] or spreads[1] or (record.get("spread_over_seeds") or {}).get(key),
             interval=record.get(f"{prefix}ci95"),
             extractor=_name(record.get("extractor")), reference=_name(record.get("reference")),
             options={"checkpoint": record.get("checkpoint"), **(record.get("options") or {})},

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def sample(
     if not (outputs.png or outputs.npz):
         raise UsageError("--no-png without --npz keeps no sample", "add --npz")
     share, picked = share_of(shard), pick_device(device)
-    loaded, options, labels = load(ckpt, classes, per_class, seed, sampling or {}, preset)
+    loaded, options, picked_classes = load(ckpt, classes, seed, sampling or {}, preset)
+    labels = sampler.balanced_labels(picked_classes, per_class, seed)
     tokenizer, micro_batch = loaded.tokenizer, options.sampling.images_at_once(picked.type)
     digests, recorded, known = {"checkpoint": loaded.digest}, {**options.sampling.model_dump(), "seed": seed}, None
     if edit:
@@ -108,13 +109,13 @@ def sample(
 
 
 def load(
-    ckpt: Path, classes: str, per_class: int, seed: int, sampling: Mapping[str, Any], preset: str | None
+    ckpt: Path, classes: str, seed: int, sampling: Mapping[str, Any], preset: str | None
 ) -> tuple[LoadedGenerator, SampleOptions, list[int]]:
-    """The generator of a checkpoint, the options checked against it, and the label of every sample."""
+    """The generator of a checkpoint, the options checked against it, and the labels of `classes`."""
     loaded = registry.load(ckpt)
     options = SampleOptions(sampling_options(loaded.sampling, preset, sampling), seed)
     loaded.check(options)
-    return loaded, options, sampler.balanced_labels(parse_classes(classes, loaded.class_names), per_class, seed)
+    return loaded, options, parse_classes(classes, loaded.class_names)
 
 
 def share_of(shard: str) -> Share:
@@ -331,32 +332,38 @@ def sampling_options(recorded: SamplingConfig, preset: str | None, requested: Ma
 
 @dataclass(frozen=True)
 class Drawn:
-    """The samples of a checkpoint, to be scored. overrides: `key=value` sampling options, over the preset's."""
+    """A set of samples of a checkpoint for each seed, to be scored.
+
+    overrides: `key=value` sampling options, over the preset's."""
 
     ckpt: Path
     classes: str = "all"
     per_class: int = 8
-    seed: int = 0
+    seeds: range = range(1)
     overrides: tuple[str, ...] = ()
     preset: str | None = None
 
-    def images(self, device: torch.device) -> ImageSet:
-        """The samples, drawn as they are read; each process draws only those that it reads."""
+    def sets(self, device: torch.device) -> list[ImageSet]:
+        """The samples of each seed, drawn as they are read; each process draws only those that it reads."""
         requested = key_values(self.overrides, "write it as cfg=1.5; with --ckpt there is no TARGET")
-        loaded, options, labels = load(self.ckpt, self.classes, self.per_class, self.seed, requested, self.preset)
-        micro_batch = options.sampling.images_at_once(device.type)
+        loaded, options, classes = load(self.ckpt, self.classes, self.seeds[0], requested, self.preset)
+        micro_batch, size = options.sampling.images_at_once(device.type), loaded.tokenizer.cfg.autoencoder.resolution
 
-        def read(pieces: Iterable[range]) -> Iterator[Pixels]:
-            loaded.to(device, options.sampling.compile)
-            job = sampler.Job(loaded.generator, loaded.tokenizer, options, micro_batch)
-            for piece in pieces:
-                yield job.draw(piece, labels[piece.start : piece.stop]).pixels_BHWC
+        def images(seed: int) -> ImageSet:
+            labels = sampler.balanced_labels(classes, self.per_class, seed)
 
-        drawn = {"seed": self.seed, "classes": self.classes, "per_class": self.per_class, "checkpoint": loaded.digest}
-        record = {
-            "reference": loaded.provenance.get("reference"),
-            "options": {**options.sampling.model_dump(), **drawn},
-            "made_from": {"checkpoint": loaded.digest},
-        }
-        size = loaded.tokenizer.cfg.autoencoder.resolution
-        return ImageSet(str(self.ckpt), len(labels), size, labels, loaded.class_names, read, record)
+            def read(pieces: Iterable[range]) -> Iterator[Pixels]:
+                loaded.to(device, options.sampling.compile)
+                job = sampler.Job(loaded.generator, loaded.tokenizer, replace(options, seed=seed), micro_batch)
+                for piece in pieces:
+                    yield job.draw(piece, labels[piece.start : piece.stop]).pixels_BHWC
+
+            drawn = {"seed": seed, "classes": self.classes, "per_class": self.per_class, "checkpoint": loaded.digest}
+            record = {
+                "reference": loaded.provenance.get("reference"),
+                "options": {**options.sampling.model_dump(), **drawn},
+                "made_from": {"checkpoint": loaded.digest},
+            }
+            return ImageSet(str(self.ckpt), len(labels), size, labels, loaded.class_names, read, record)
+
+        return [images(seed) for seed in self.seeds]

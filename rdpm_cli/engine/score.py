@@ -1,6 +1,6 @@
 """eval: scores of images and of checkpoints; references."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from rdpm_cli.runs import Result, versions
 
 
 def eval_images(
-    metric: str, target: str | Callable[[torch.device], ImageSet], ref: str | None = None, *,
+    metric: str, target: str | Callable[[torch.device], Sequence[ImageSet]], ref: str | None = None, *,
     extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
     features: Path | None = None, subset: int | None = None, ci: bool = False, resolution: int | None = None,
     device: str = "auto", reading: Mapping[str, Any] | None = None,
 ) -> Result:  # fmt: skip
-    """A metric of `score.METRICS`, or all, of images or of samples that `target` draws. features: file to keep them."""
+    """A metric of `score.METRICS`, or all, of images or of samples that `target` draws. features: file to keep them.
+
+    Of samples of several seeds the result has the means and standard deviations."""
     taken = {"fid": ["--subset", "--ci"], "all": ["--subset", "--ci"], "is": ["--ci"]}.get(metric, [])
     named = " and ".join(["--subset"] * bool(subset) + ["--ci"] * ci)
     if named and named not in taken:
@@ -43,13 +45,17 @@ def eval_images(
         if metric == "sfid" and not opened.spatial_width:
             raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
         if isinstance(target, str):
-            images = score.open_target(target, resolution, opened, reading)
+            sets: Sequence[ImageSet] = [score.open_target(target, resolution, opened, reading)]
         else:
-            images = target(rank_device)
+            sets = target(rank_device)
+        images = sets[0]
         reference = None if metric == "is" else score.open_reference(ref, images, opened, reading)
-        values = score.score(metric, opened, images, reference, subset=subset, ci=ci, file=features)
-    if values is None:
+        records = score.score(metric, opened, sets, reference, subset=subset, ci=ci, file=features)
+    if not records:
         return Result("score")
+    values = records[0]
+    if len(sets) > 1:
+        values = score.average(records, [drawn.record["options"].pop("seed") for drawn in sets])
     libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(opened, Inception) else {}
     values |= {"options": images.record.get("options"), "versions": {**versions(), **libraries}}
     values |= {"checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution}

@@ -28,10 +28,12 @@ PairScores = dict[str, metrics.Array]  # name -> one value an image
 
 
 def reconstructions(
-    source: Source, tokenizer: Tokenizer, seeds: Sequence[int], device: torch.device, indices: list[int],
+    source: Source, tokenizer: Tokenizer, seeds: Sequence[int | None], device: torch.device, indices: list[int],
     rank: int = 0, size: int = 1,
 ) -> Iterator[tuple[list[int], Pixels, list[tuple[Pixels, Tensor]]]]:  # fmt: skip
-    """(indices, originals, [(reconstructions, mean of (z' - z)² of each) of each seed]) under the `eval` noise."""
+    """(indices, originals, [(reconstructions, mean of (z' - z)² of each) of each seed]) under the `eval` noise.
+
+    Seed None: of z itself, without quantisation."""
     for start in range(rank * BATCH, len(indices), size * BATCH):
         batch = indices[start : start + BATCH]
         padded = batch + [batch[-1]] * (BATCH - len(batch))
@@ -40,10 +42,12 @@ def reconstructions(
         with one_thread(), torch.no_grad():  # z does not depend on the seed
             z_BCS = tokenizer.latents(to_model(chw(originals)).to(device))
             for seed in seeds:
-                eps_BTCS = tokenizer.noise("eval", seed, padded, [0] * BATCH).to(device)
-                quantised_BCS = tokenizer.quantizer.decode(tokenizer.quantizer.encode(z_BCS, eps_BTCS))
-                pixels = hwc(to_pixels(tokenizer.decode_latents(quantised_BCS)))
-                mse_B = (quantised_BCS - z_BCS).square().flatten(1).mean(1)
+                decoded_BCS = z_BCS
+                if seed is not None:
+                    eps_BTCS = tokenizer.noise("eval", seed, padded, [0] * BATCH).to(device)
+                    decoded_BCS = tokenizer.quantizer.decode(tokenizer.quantizer.encode(z_BCS, eps_BTCS))
+                pixels = hwc(to_pixels(tokenizer.decode_latents(decoded_BCS)))
+                mse_B = (decoded_BCS - z_BCS).square().flatten(1).mean(1)
                 recons.append((pixels[: len(batch)], mse_B[: len(batch)]))
         yield batch, originals[: len(batch)], recons
 
@@ -113,15 +117,17 @@ def open_networks(
 def score(
     source: Source, tokenizer: Tokenizer, networks: Networks, seeds: range, device: torch.device, limit: int | None
 ) -> dict[str, Any] | None:
-    """Means over images and seeds, their spread over seeds, the Fréchet distance of the first seed; in process 0."""
+    """Means over images and seeds, their spread over seeds, the Fréchet distance of the first seed; in process 0.
+
+    continuous: the scores of z itself."""
     (rank, size), extractor = world(), networks.extractor
     indices, batches = spread(len(source), limit), []
     with progress.Bar("reconstruct", len(indices), "images") as bar:
-        for part, originals, recons in reconstructions(source, tokenizer, seeds, device, indices, rank, size):
+        for part, originals, recons in reconstructions(source, tokenizer, [*seeds, None], device, indices, rank, size):
             scores = [pair_scores(originals, pixels, networks.perceptual) for pixels, _ in recons]
-            for each, (_, mse_B) in zip(scores, recons, strict=True):
+            for each, (_, mse_B) in zip(scores[:-1], recons[:-1], strict=True):
                 each["latent_mse"] = mse_B.double().cpu().numpy()
-            sides = (originals, recons[0][0])  # of the first seed
+            sides = (originals, recons[0][0], recons[-1][0])  # of the first seed, and of z
             sides_ND = [features.extract(extractor, side).features_ND for side in sides] if extractor else []
             batches.append((features.image_digests(originals), sides_ND, scores))
             bar.advance(min(len(part) * size, len(indices) - bar.done))
@@ -130,17 +136,17 @@ def score(
 
 
 def _record(source: Source, networks: Networks, seeds: range, batches: list[tuple[Any, Any, Any]]) -> dict[str, Any]:
-    """batches: digests of the originals, features of both sides, scores of each seed."""
+    """batches: digests of the originals, features of them and their reconstructions, scores of each seed and of z."""
     digests, features_of, scores_of = zip(*batches, strict=True)
     extractor, count = networks.extractor, sum(map(len, digests))
-    by_seed = [means(scores) for scores in zip(*scores_of, strict=True)]
+    *by_seed, continuous = (means(scores) for scores in zip(*scores_of, strict=True))
     values = {"n": count, "seed": seeds[0], "seeds": list(seeds), **dict[str, Any].fromkeys(networks.absent)}
     notes = [network.note for network in networks.perceptual.values() if network.note]
     if extractor:
-        original, recon = (metrics.statistics(np.concatenate(side)) for side in zip(*features_of, strict=True))
+        original, recon, of_z = (metrics.statistics(np.concatenate(side)) for side in zip(*features_of, strict=True))
         # Only the published Inception's distance of reconstructions may be called rFID.
         name = "rfid" if extractor.name == features.PUBLISHED else "frechet_distance"
-        values[name] = metrics.frechet_distance(recon, original)
+        values[name], continuous[name] = (metrics.frechet_distance(side, original) for side in (recon, of_z))
         notes += [extractor.note] if extractor.note else []
         notes += rank_notes(recon.count, len(recon.mean_D))
         notes += [f"{name} is of seed {seeds[0]} only"] if len(seeds) > 1 else []
@@ -149,6 +155,7 @@ def _record(source: Source, networks: Networks, seeds: range, batches: list[tupl
     return {
         **values, **{name: float(np.mean(column)) for name, column in columns.items()}, "not_computed": networks.absent,
         "spread_over_seeds": {k: float(np.std(v)) for k, v in columns.items()} if len(seeds) > 1 else None,
+        "continuous": continuous,
         "reference": {"name": source.spec, "count": count, "sha256": digest},
         "extractor": extractor and features.identity(extractor),
         "lpips": {net: {"name": one.name, "sha256": one.sha256} for net, one in networks.perceptual.items()},

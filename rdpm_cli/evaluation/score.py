@@ -6,7 +6,7 @@ reference`, hold features instead of images, and record which extractor made the
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,44 +227,69 @@ def load_statistics(path: Path, extractor: Extractor) -> Reference:
 
 
 def score(
-    metric: str, extractor: Extractor, target: ImageSet, reference: ImageSet | Reference | None, *,
+    metric: str, extractor: Extractor, targets: Sequence[ImageSet], reference: ImageSet | Reference | None, *,
     subset: int | None = None, ci: bool = False, file: Path | None = None, without: Collection[str] = (),
-) -> dict[str, Any] | None:  # fmt: skip
-    """The record of a metric of METRICS, or of `all`. Every process calls it; the first one gets the record.
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The record of each target by a metric of METRICS, or `all`. Every process calls it; the first one gets them.
 
     reference: None for `is`. subset: the Fréchet distance as a mean over disjoint class-balanced subsets of this size.
     ci: 95% intervals. file: keeps the features of the target. without: metrics that `all` leaves out. Raises
     DataError."""
-    judge.check_size(extractor.resolution, target.resolution)
     parts = [part for part in METRICS if part not in without] if metric == "all" else [metric]
-    subsets = list[Any]([slice(None)])
     fewest = max(*(FEWEST[part] for part in parts), 2 * metrics.SPLITS if ci else 0)
-    for images in (target, reference):
+    for target in targets:
+        judge.check_size(extractor.resolution, target.resolution)
+    for images in (*targets, reference):
         if isinstance(images, ImageSet) and images.count < fewest:
             raise DataError(f"`eval {metric}` needs at least {fewest} images, not {images.count}", "take more images")
-    if subset is not None:
-        subsets = [] if target.labels is None else metrics.balanced_subsets(np.array(target.labels), subset)
-        if not subsets:
-            message = f"{target.name}: {target.count} images hold no class-balanced subset of {subset}"
-            raise DataError(message, "sample more, or leave --subset out")
+    subsets = [_subsets(target, subset) for target in targets]
     absent = _absent(extractor, reference)
     if set(parts) <= set(absent):
         raise DataError(absent[parts[0]], "give images as --ref, or a file that has them")
     compared = measured(extractor, reference, parts)
-    scored = collect_shared(extractor, target, "sfid" in parts, file)
-    if scored is None:
-        return None
-    rows = dict[str, Row]()
-    for part in parts:
-        new: list[Row] = [{"value": None, "not_computed": absent.get(part)} for _ in range(2 if part == "pr" else 1)]
-        if part == "is":
-            new = [_inception_row(scored.logits_NK, target.labels, ci)]
-        elif part not in absent:
-            assert compared is not None
-            new = _compared_rows(part, extractor, scored, compared, subsets, ci)
-        names = ("precision", "recall") if part == "pr" else [NAMES[part][extractor.name != PUBLISHED]]
-        rows |= zip(names, new, strict=True)
-    return _record(metric, rows, extractor, target, scored, compared)
+    records = []
+    for target, subsets_of_target in zip(targets, subsets, strict=True):
+        if extractor.factor_layer is not None:  # validity reads the images again
+            target = _kept(target)
+        scored = collect_shared(extractor, target, "sfid" in parts, file)
+        if scored is None:
+            continue
+        rows = dict[str, Row]()
+        for part in parts:
+            names = ("precision", "recall") if part == "pr" else [NAMES[part][extractor.name != PUBLISHED]]
+            new: list[Row] = [{"value": None, "not_computed": absent.get(part)} for _ in names]
+            if part == "is":
+                new = [_inception_row(scored.logits_NK, target.labels, ci)]
+            elif part not in absent:
+                assert compared is not None
+                new = _compared_rows(part, extractor, scored, compared, subsets_of_target, ci)
+            rows |= zip(names, new, strict=True)
+        records.append(_record(metric, rows, extractor, target, scored, compared))
+    return records
+
+
+def _kept(images: ImageSet) -> ImageSet:
+    """Images whose pixels stay in memory once they are read: reading them may mean drawing them."""
+    kept: dict[range, Pixels] = {}
+
+    def read(pieces: Iterable[range]) -> Iterator[Pixels]:
+        for piece in pieces:
+            if piece not in kept:
+                (kept[piece],) = images.read([piece])
+            yield kept[piece]
+
+    return replace(images, read=read)
+
+
+def _subsets(target: ImageSet, size: int | None) -> list[Any]:
+    """The rows of class-balanced subsets of this size, or all rows. Raises DataError where there is no such subset."""
+    if size is None:
+        return [slice(None)]
+    subsets = [] if target.labels is None else metrics.balanced_subsets(np.array(target.labels), size)
+    if not subsets:
+        message = f"{target.name}: {target.count} images hold no class-balanced subset of {size}"
+        raise DataError(message, "sample more, or leave --subset out")
+    return subsets
 
 
 def _absent(extractor: Extractor, reference: ImageSet | Reference | None) -> dict[str, str]:
@@ -376,6 +401,32 @@ def _record(
         "notes": notes,
         **({"not_computed": absent} if absent else {}),
     }
+
+
+def columns_of(records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Every score of these records, one value a record; those of `factor_coverage` as `factor_coverage.NAME`."""
+    columns: dict[str, list[float]] = {}
+    for record in records:
+        coverage = {f"factor_coverage.{name}": value for name, value in record.get("factor_coverage", {}).items()}
+        for name, value in {**record, **coverage}.items():
+            if isinstance(value, float) and "spread_over_" not in name:
+                columns.setdefault(name, []).append(value)
+    return columns
+
+
+def average(records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """The record of samples of several seeds: means over the seeds, and `spread_over_seeds`, their standard deviations.
+
+    The spreads within one set and the sha256 of its images are left out; all else is the same for every seed."""
+    columns, first = columns_of(records), records[0]
+    means = {name: float(np.mean(values)) for name, values in columns.items()}
+    coverage = {name: means.pop(f"factor_coverage.{name}") for name in first.get("factor_coverage", {})}
+    return {
+        **{name: value for name, value in first.items() if "spread_over_" not in name}, **means,
+        **({"factor_coverage": coverage} if coverage else {}), "seeds": list(seeds),
+        "spread_over_seeds": {name: float(np.std(values)) for name, values in columns.items()},
+        "target": {name: first["target"][name] for name in ("name", "count")},
+    }  # fmt: skip
 
 
 @torch.no_grad()

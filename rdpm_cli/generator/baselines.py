@@ -2,6 +2,7 @@
 
 Legend: N rows, S positions, C channels, G groups of F features, K classes, T steps."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,20 @@ def fit(store: CodeStore, rows: noise.Ints, quantizer: Quantizer) -> list[Linear
             moments.add(prefix(codes_BTS, t - 1), z_GBF.double(), labels_B)
         fits.append(moments.solve())
     return fits
+
+
+@torch.no_grad()
+def sample(fits: Sequence[Linear], quantizer: Quantizer, labels_B: Tensor, eps_BTCS: Tensor) -> Tensor:
+    """Codes of the regressions as a generator: C_t = Q(alpha_t (z - z'_{t-1}) + beta_t eps_t), z predicted at each t.
+
+    (B, T, S) int64."""
+    previous_BCS, codes = torch.zeros_like(eps_BTCS[:, 0]), []
+    for t, linear in enumerate(fits, 1):
+        z_BCS = linear.predict(previous_BCS, labels_B)
+        codes_BS = quantizer.guess(previous_BCS - z_BCS, eps_BTCS[:, t - 1], t)
+        previous_BCS = previous_BCS + quantizer.bias(quantizer.look_up(codes_BS, t))
+        codes.append(codes_BS)
+    return torch.stack(codes, 1)
 
 
 class Moments:

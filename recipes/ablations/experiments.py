@@ -1,0 +1,319 @@
+"""The papers' experiments: what each is run on, and the cells of each table. `run.py` runs them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+Words = tuple[str, ...]
+
+# The paper's tokenizer (section 4.2, Table 2 row 9) and its generator: every option beyond the paper off.
+TOKENIZER: Words = (
+    "schedule.kind=pow", "schedule.base=0.75", "quantizer.steps=10", "quantizer.bias=add", "loss.weight=true",
+)  # fmt: skip
+GENERATOR: Words = (
+    "network.positions=rope", "network.class_latents=false", "network.head=linear", "objective.t_weights=uniform",
+    "objective.perturb=0",
+)  # fmt: skip
+# L_quant with the total of TOKENIZER's, 0.25 · sum of gamma_t, whatever the schedule, T and weight.
+EQUAL: Words = ("loss.quant_reduce=mean", f"loss.quant={0.25 * sum(0.75 ** (10 - t) for t in range(1, 11)):.4f}")
+FRECHET = "fid/frechet_distance"  # the first for Inception, the second for any other extractor
+RVQ_DEPTH = 8
+EXPOSURES = 20  # of each image at each t, of `views`
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What an experiment is run on. seconds: training time of a `timed` cell, None for the recipe's own length."""
+
+    tokenizer: str
+    generator: str
+    plus: str
+    resgen: str
+    seeds: Words
+    tokenize: Words
+    judge: Words | None  # options of `eval judge`; None: Inception scores the samples
+    seconds: float | None
+    single: Words  # the one quantiser with as many bits an image as TOKENIZER
+    sizes: Sequence[tuple[str, str, Words]]  # of Table 5: name, recipe, overrides
+    strengths: Mapping[str, Words]  # of Table 3's generators
+    images: str = ""  # built in
+    heldout: str = ""
+    per_class: int = 80
+    table2: Words = ()  # overrides of all tokenizers there
+    tokenizers: Words = ()  # of those that generators learn from
+    generators: Words = ()
+    subset: int | None = None  # images of `views`; None: all
+
+
+def sized(depth: int, channels: int) -> Words:
+    """A network of the paper's form, with as many heads as layers, of so many channels instead of 64."""
+    return (f"network.depth={depth}", f"network.width={channels * depth}", f"network.heads={depth}")
+
+
+SCALES = {
+    "digits": Scale(
+        "digits", "digits", "digits", "resgen-digits", ("0", "1", "2"), ("--views", "8"), ("--recipe", "digits"), 20,
+        ("autoencoder.multipliers=[1]", "quantizer.codes=32"),
+        [(f"d{d}", "digits", sized(d, 24)) for d in (2, 3, 4)],
+        {"weak": (*GENERATOR, "train.steps=1500"), "strong": ()}, "digits:train", "digits:heldout",
+        table2=("train.steps=300", "autoencoder.channels=32", "autoencoder.width=16", "train.batch=32"),
+        tokenizers=("train.steps=200", "train.eval_every=0"), generators=("train.steps=1500",), subset=500,
+    ),
+    "shapes": Scale(
+        "shapes", "shapes", "shapes-plus", "resgen-shapes", ("0", "1", "2"), ("--views", "2"),
+        ("--recipe", "shapes"), 180, ("autoencoder.multipliers=[1]", "quantizer.codes=32"),
+        [(f"d{d}", "shapes", sized(d, 32)) for d in (2, 3, 4)],
+        {"weak": ("train.steps=140",), "middle": ("train.steps=420",), "strong": ()}, "shapes:train", "shapes:heldout",
+        subset=500,
+    ),
+    "cifar10": Scale(
+        "cifar10-smoke", "cifar10-smoke", "cifar10-smoke", "resgen-cifar10", ("0",), ("--views", "2", "--flip"),
+        ("train.epochs=6",), 180, ("autoencoder.multipliers=[1]", "quantizer.codes=49"),
+        [(f"d{d}", "cifar10-smoke", sized(d, 32)) for d in (2, 4, 6)],
+        {"weak": ("train.steps=300",), "strong": ("train.steps=3000",)}, table2=("train.steps=2000",),
+        tokenizers=("train.steps=2000",), generators=("train.steps=3000",), subset=5000,
+    ),
+    "imagenet256": Scale(
+        "imagenet256-tokenizer", "imagenet256-d12", "imagenet256-d12-plus", "imagenet256-resgen-rvq8", ("0",),
+        ("--keep", "latents"), None, None, ("autoencoder.multipliers=[1,1,4]", "quantizer.codes=181"),
+        [(f"d{d}", f"imagenet256-d{d}", ()) for d in (12, 16, 20)],
+        {"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()}, per_class=50,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table: the words behind each command of a chain. A cell without `generator` ends at reconstructions.
+
+    tokenizer, generator: recipe and overrides. tokenize: options. sampling: KEY=VALUE and --preset of `rdpm sample`.
+    images: so many training images, evenly spaced. timed: trained for the scale's seconds, not for the recipe's steps.
+    """
+
+    name: str
+    tokenizer: Words
+    tokenize: Words = ()
+    generator: Words = ()
+    sampling: Words = ()
+    images: int | None = None
+    timed: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """An experiment. A column `a/b` is a, or b where a is absent; columns that no row has are left out.
+
+    published: the paper's table whose rows are appended. curves: a plot over lambda instead of one point a row."""
+
+    title: str
+    columns: Words
+    cells: Callable[[Scale], list[Cell]]
+    published: str = ""
+    curves: bool = False
+
+
+def tokenizer_cell(scale: Scale, name: str, *changes: str) -> Cell:
+    return Cell(name, ("--recipe", scale.tokenizer, *scale.table2, *TOKENIZER, *changes))
+
+
+def generator_cell(scale: Scale, name: str, tokenizer: Words = (), generator: Words = (), **fields: Any) -> Cell:
+    """A cell of the scale's generator on a tokenizer that differs from TOKENIZER by these words."""
+    trained = ("--recipe", scale.tokenizer, *scale.tokenizers, *TOKENIZER, *tokenizer)
+    recipe = ("--recipe", fields.pop("recipe", scale.generator), *scale.generators, *generator)
+    return Cell(name, trained, fields.pop("tokenize", scale.tokenize), recipe, **fields)
+
+
+def resgen_cell(scale: Scale, name: str, *changes: str, depth: int = RVQ_DEPTH, **fields: Any) -> Cell:
+    trained = ("--recipe", scale.resgen, *scale.tokenizers, f"quantizer.steps={depth}")
+    return Cell(name, trained, ("--keep", "latents"), ("--recipe", scale.resgen, *changes), **fields)
+
+
+def table2(scale: Scale) -> list[Cell]:
+    """The paper's rows; then, at an equal total of L_quant, some of them again and other quantisers of equal bits."""
+    unweighted, unbiased = "loss.weight=false", "quantizer.bias=none"
+    steps = {1: 6, 2: 8, 3: 10, 4: 12, 5: 14, 6: 20}
+    rows: dict[str, Words] = {f"row {row}": (unweighted, unbiased, f"quantizer.steps={T}") for row, T in steps.items()}
+    rows |= {"row 7": (unbiased,), "row 8": (unweighted,), "row 9": ()}
+    equal = {f"{name}, equal total": (*rows[name], *EQUAL) for name in ("row 1", "row 3", "row 6", "row 8")}
+    plain = ("schedule.kind=rvq", unbiased, "quantizer.codebooks=per_step")
+    controls: dict[str, Words] = {
+        "rvq": ("schedule.kind=rvq",),
+        "rvq, equal total": ("schedule.kind=rvq", *EQUAL),
+        "rvq, a codebook a step, no bias": (*plain, *EQUAL),
+        "one VQ of f = 1": (*plain, "quantizer.steps=1", *scale.single, *EQUAL),
+        "linear, equal total": ("schedule.kind=linear", *EQUAL),
+        "sin, equal total": ("schedule.kind=sin", *EQUAL),
+    }
+    return [tokenizer_cell(scale, name, *words) for name, words in (rows | equal | controls).items()]
+
+
+def noise(scale: Scale) -> list[Cell]:
+    """Whether the noise buys generation: one network on noisy and on plain codes of equal bits and total of L_quant."""
+    cells = [generator_cell(scale, kind, (f"schedule.kind={kind}", *EQUAL)) for kind in ("pow", "linear", "sin")]
+    rvq, blind = ("schedule.kind=rvq", *EQUAL), ("network.eps_input=false",)
+    return [*cells, generator_cell(scale, "rvq", rvq, blind), generator_cell(scale, "rvq, eps an input", rvq)]
+
+
+def table3(scale: Scale) -> list[Cell]:
+    """Guidance, its schedule and the draw, at generators trained for different lengths."""
+    cells = []
+    for strength, words in scale.strengths.items():
+        for draw, schedule in product(("argmax", "gumbel"), ("constant", "linear")):
+            for cfg in ("0", "0.25", "0.5", "1", "2", "4"):
+                sampling = (f"draw={draw}", f"cfg_schedule={schedule}", f"cfg={cfg}")
+                name = f"{strength}, {draw}, {schedule}, {cfg}"
+                cells.append(generator_cell(scale, name, generator=words, sampling=sampling))
+    return cells
+
+
+def epochs(scale: Scale) -> Words:
+    """Table 4 and Figure 5 are of 100 epochs, which only the paper's size has."""
+    return ("train.epochs=100",) if scale is SCALES["imagenet256"] else ()
+
+
+def table4(scale: Scale) -> list[Cell]:
+    """Noise schedules, each with a tokenizer, a store and a generator of its own."""
+    kinds = ("sin", "linear", "pow")
+    return [generator_cell(scale, kind, (f"schedule.kind={kind}",), epochs(scale)) for kind in kinds]
+
+
+def table4_early(scale: Scale) -> list[Cell]:
+    """The use of pow's early steps: T = 5, and sampling without the first 2, 4 or 6 of 10."""
+    skips = [
+        generator_cell(scale, f"pow, without {k} steps", generator=epochs(scale), sampling=(f"skip_steps={k}",))
+        for k in (0, 2, 4, 6)
+    ]
+    return [*skips, generator_cell(scale, "pow, T = 5", ("quantizer.steps=5",), epochs(scale))]
+
+
+def figure5(scale: Scale) -> list[Cell]:
+    """The base of the pow schedule, alpha_t = base^(T - t)."""
+    bases = ("0.5", "0.65", "0.75", "0.85", "0.95")
+    return [generator_cell(scale, f"base {base}", (f"schedule.base={base}",), epochs(scale)) for base in bases]
+
+
+def table5(scale: Scale) -> list[Cell]:
+    """The paper's three sizes, and ResGen. At the small scales as many heads as layers, of fewer channels than 64."""
+    sizes = [generator_cell(scale, name, generator=words, recipe=recipe) for name, recipe, words in scale.sizes]
+    return [*sizes, resgen_cell(scale, "resgen", *scale.generators)]
+
+
+def views(scale: Scale) -> list[Cell]:
+    """Cached noise of 1, 2 and 8 views an image against fresh noise, at equal exposures of each image and t."""
+    paper = scale is SCALES["imagenet256"]
+    t_an_image = 1 if paper else 2
+    length = ("train.steps=null", f"train.epochs={EXPOSURES * 10 // t_an_image}")
+    stores = {f"{count} views": (("--views", str(count)), "cached") for count in (1, 2, 8)}
+    stores |= {"fresh": (("--keep", "latents"), "fresh")}
+    return [
+        generator_cell(
+            scale, name, generator=(*length, f"objective.steps_per_image={t_an_image}", f"objective.noise={kind}"),
+            tokenize=tokenize, images=scale.subset,
+        )
+        for name, (tokenize, kind) in stores.items()
+    ]  # fmt: skip
+
+
+def bits(scale: Scale) -> list[Cell]:
+    """Steps and codes, one at a time, at an equal total of L_quant."""
+    K = 4096 if scale is SCALES["imagenet256"] else 256
+    sizes = {f"T = {T}": (T, K) for T in (6, 8, 10, 12)} | {f"K = {codes}": (10, codes) for codes in (256, 1024, 4096)}
+    return [
+        generator_cell(scale, name, (f"quantizer.steps={T}", f"quantizer.codes={codes}", *EQUAL))
+        for name, (T, codes) in sizes.items()
+    ]
+
+
+def paper_vs_plus(scale: Scale) -> list[Cell]:
+    """The options beyond the paper at equal time: all of them, each removed, each alone."""
+    parts: dict[str, str] = {
+        "positions": "network.positions=both", "latents": "network.class_latents=true",
+        "geometric": "network.head=geometric", "t-weights": "objective.t_weights=alpha",
+        "perturb": "objective.perturb=0.3",
+    }  # fmt: skip
+
+    def cell(name: str, names: Iterable[str]) -> Cell:
+        return generator_cell(
+            scale, name, generator=(*GENERATOR, *(parts[n] for n in names)), recipe=scale.plus, timed=True
+        )
+
+    removed = [cell(f"plus-without-{n}", [m for m in parts if m != n]) for n in parts]
+    return [cell("paper", []), cell("plus", parts), *removed, *(cell(f"paper-with-{n}", [n]) for n in parts)]
+
+
+def resgen_families(scale: Scale) -> list[Cell]:
+    """RDPM, the paper's and with the options beyond it, and ResGen at several depths, at equal time."""
+    paper = generator_cell(scale, "rdpm-paper", generator=GENERATOR, timed=True)
+    plus = generator_cell(scale, "rdpm-plus", recipe=scale.plus, timed=True)
+    return [paper, plus, *(resgen_cell(scale, f"resgen-depth-{d}", depth=d, timed=True) for d in (4, 8, 16))]
+
+
+def resgen_steps(scale: Scale) -> list[Cell]:
+    """ResGen at several depths, sampled in 2 to 32 passes."""
+    return [
+        resgen_cell(scale, f"depth-{d}-in-{steps}", depth=d, timed=True, sampling=(f"steps={steps}",))
+        for d in (4, 8, 16)
+        for steps in (2, 4, 8, 16, 32)
+    ]
+
+
+# top_p = 1 for ResGen's own choices, so that the whole distribution shows.
+WHOLE = ("sampling.top_p=1",)
+
+
+def resgen_switches(scale: Scale) -> list[Cell]:
+    """ResGen's own choices at equal steps: random depths, direct tokens, the number of components."""
+    changes = {"default": (), "random-depths": ("objective.order=random",), "direct-tokens": ("network.target=direct",)}
+    changes |= {f"components-{n}": (f"network.mixtures={n}",) for n in ("1", "16", "256", "1024")}
+    return [resgen_cell(scale, name, *WHOLE, *words) for name, words in changes.items()]
+
+
+def resgen_nucleus(scale: Scale) -> list[Cell]:
+    """Sampling from the smallest set of components of probability top_p, for two orders of the depths."""
+    orders = {"default": WHOLE, "random-depths": (*WHOLE, "objective.order=random")}
+    shares = ("1", "0.9", "0.8", "0.7", "0.5")
+    pairs = [(order, share) for order in orders for share in shares]
+    return [resgen_cell(scale, f"{o}-top-p-{p}", *orders[o], sampling=(f"top_p={p}",)) for o, p in pairs]
+
+
+def resgen_schedules(scale: Scale) -> list[Cell]:
+    """Masking schedules: each trained with, and each sampled with."""
+    schedules = ("square", "cosine", "circle", "exp", "linear")
+    pairs = [(trained, sampled) for trained in schedules for sampled in schedules]
+    return [
+        resgen_cell(scale, f"trained-{a}-sampled-{b}", *WHOLE, f"objective.schedule={a}", sampling=(f"schedule={b}",))
+        for a, b in pairs
+    ]
+
+
+_RECON = (
+    "psnr",
+    "ssim",
+    "rfid/frechet_distance",
+    "latent_mse",
+    "continuous.psnr",
+    "continuous.rfid/continuous.frechet_distance",
+)
+_SAMPLES = (
+    FRECHET, "sfid", "inception_score/classifier_score", "precision", "recall", "class_accuracy", "validity",
+    "recon.psnr", "heldout.ce", "heldout.gap",
+)  # fmt: skip
+_COST = (*_SAMPLES[:-3], "parameters", "steps", "passes", "seconds_an_image")
+TABLES = {
+    "table2": Table("Tokenizers", _RECON, table2, "2"),
+    "noise": Table("Noisy and plain codes", _SAMPLES, noise),
+    "table3": Table("Sampling", _SAMPLES[:-3], table3, "3", curves=True),
+    "table4": Table("Noise schedules", _SAMPLES, table4, "4"),
+    "table4-early": Table("Early steps of pow", _SAMPLES, table4_early),
+    "figure5": Table("Base of pow", _SAMPLES, figure5),
+    "table5": Table("Sizes", _COST, table5, "5"),
+    "views": Table("Cached and fresh noise", _SAMPLES, views),
+    "bits": Table("Steps and codes", _SAMPLES, bits),
+    "paper-vs-plus": Table("Generators at equal time", (*_SAMPLES, "steps"), paper_vs_plus),
+    "resgen": Table("ResGen and RDPM", _COST, resgen_families),
+    "resgen-steps": Table("Passes of ResGen", _COST, resgen_steps),
+    "resgen-switches": Table("Choices of ResGen", _COST, resgen_switches),
+    "resgen-nucleus": Table("Components that ResGen draws from", _COST, resgen_nucleus),
+    "resgen-schedules": Table("Masking schedules of ResGen", _COST, resgen_schedules),
+}

@@ -1,3 +1,0 @@
-#!/bin/sh
-# Sizes (Table 5). All options of run.py follow, e.g. --scale cifar10 --images cifar10-train.zip
-exec python "$(dirname "$0")/run.py" table5 "$@"

@@ -1,0 +1,139 @@
+"""The table of an experiment and its plot, from the scores of its cells."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from experiments import Cell, Table
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+PUBLISHED = Path(__file__).parent.parent / "published.yaml"
+
+Score = dict[str, Any]  # name -> [value, spread over sample or noise seeds, or None]; the paper's: name -> text
+Record = dict[str, Score]  # of a cell and seed: its own scores as `cell`, and those of `eval baselines`
+IMAGES, OF_CODES = ("gaussian", "training", "heldout"), ("reconstructions", "linear")  # rows of `eval baselines`
+
+
+def numbers(result: Mapping[str, Any]) -> Score:
+    """The scores of a command's JSON, or of a row of `eval baselines`, by dotted name."""
+    spreads, values = result.get("spread_over_seeds") or {}, Score()
+    for name, value in result.items():
+        if isinstance(value, dict) and {"mean", "std"} <= set(value):
+            values[name] = [value["mean"], value["std"]]
+        elif name in ("continuous", "factor_coverage"):
+            values |= {f"{name}.{key}": [inner, spreads.get(f"{name}.{key}")] for key, inner in value.items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            values[name] = [value, spreads.get(name)]
+    return values
+
+
+def pick(score: Score, column: str) -> Any:
+    """The first of the column's names that the score has; None without any."""
+    return next((score[name] for name in column.split("/") if score.get(name)), None)
+
+
+@dataclass
+class Row:
+    """A row of a table. by_seed: training seed -> scores."""
+
+    name: str
+    by_seed: dict[str, Score]
+
+    def value(self, column: str) -> tuple[float, float | None, float | None] | None:
+        """Mean over training seeds, standard deviation over them, mean of those over sample seeds; None: no score."""
+        pairs = [pick(score, column) for score in self.by_seed.values()]
+        if None in pairs:
+            return None
+        means, spreads = [pair[0] for pair in pairs], [pair[1] for pair in pairs if pair[1] is not None]
+        over_seeds = statistics.stdev(means) if len(means) > 1 else None
+        return statistics.mean(means), over_seeds, statistics.mean(spreads) if spreads else None
+
+    def text(self, column: str) -> str:
+        """`12.34 ± 0.05 (0.02)`; a whole number as it is."""
+        if (value := self.value(column)) is None:
+            return ""
+        mean, over_seeds, over_samples = value
+        if over_samples is None and not over_seeds and mean == int(mean):
+            return f"{mean:,.0f}"
+        digits = max(0, 3 - math.floor(math.log10(abs(mean) or 1)))
+        text = f"{mean:.{digits}f}" + ("" if over_seeds is None else f" ± {over_seeds:.{digits}f}")
+        return text + ("" if over_samples is None else f" ({over_samples:.{digits}f})")
+
+
+def rows_of(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Record]]) -> list[Row]:
+    """The cells; then the images, and what the tokenizer and the linear baseline of each store make of them."""
+    rows = [Row(cell.name, {seed: record["cell"] for seed, record in records[cell.name].items()}) for cell in cells]
+    stores = {(cell.tokenizer, cell.tokenize, cell.images): cell.name for cell in reversed(cells) if cell.generator}
+    for name in IMAGES if stores else ():  # the same for all cells and seeds
+        first = next(iter(records[cells[0].name].values()))
+        rows.append(Row(name, {"": first[name]}))
+    for store in reversed(stores.values()):
+        for name in OF_CODES:
+            scores = {seed: record[name] for seed, record in records[store].items() if name in record}
+            rows.append(Row(f"{store}: {name}" if len(stores) > 1 else name, scores))
+    return [row for row in rows if row.by_seed]
+
+
+def published(table: Table) -> dict[str, Score]:
+    """The paper's rows of its own models, by name, as it prints them."""
+    rows: dict[str, Score] = {}
+    for figure in yaml.safe_load(PUBLISHED.read_text("utf-8")):
+        if figure.get("table") == table.published and figure["name"].startswith(("RDPM", "tokenizer")):
+            rows.setdefault(f"the paper: {figure['row']}", {})[figure["metric"]] = figure["value"]
+    return rows
+
+
+def markdown(table: Table, rows: Sequence[Row], title: str) -> str:
+    columns = [column for column in table.columns if any(row.value(column) for row in rows)]
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[row.name, *map(row.text, columns)] for row in rows]
+    if table.published:
+        lines += [[name, *(pick(score, c) or "" for c in columns)] for name, score in published(table).items()]
+    seeds = ", ".join(rows[0].by_seed)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + (
+        f"\n{title}, training seeds {seeds}. Mean ± standard deviation over training seeds; in brackets that over\n"
+        "sample seeds, or over noise seeds of reconstructions.\n"
+    )
+
+
+def dots(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
+    """A point a row and its spread over training seeds; no bars, since the axis need not start at 0."""
+    points = {row.name: value for row in rows if (value := row.value(column))}
+    means, spreads = [value[0] for value in points.values()], [value[1] or 0.0 for value in points.values()]
+    figure = Figure(figsize=(7, 0.32 * len(points) + 1.5), dpi=120, layout="constrained")
+    axis = figure.add_subplot()
+    axis.errorbar(means, list(points), xerr=spreads, fmt="o", color="#2f5d8c", ecolor="#333333", capsize=3)
+    if 0 < 20 * min(means) < max(means):
+        axis.set_xscale("log")
+    axis.grid(axis="x", color="#dddddd")
+    axis.set_ylim(len(points) - 0.5, -0.5)
+    axis.set(xlabel=f"{column}: mean and standard deviation over training seeds", title=title)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def curves(path: Path, cells: Sequence[Cell], rows: Sequence[Row], column: str, title: str) -> None:
+    """A column a generator, a line a draw and schedule, a point a lambda: the score, and precision against recall."""
+    lines: dict[Any, dict[str, list[tuple[float, Row]]]] = {}
+    for cell, row in zip(cells, rows, strict=False):  # behind the cells' rows are the baselines'
+        options = dict(word.split("=") for word in cell.sampling)
+        label = f"{options['draw']}, {options['cfg_schedule']}"
+        lines.setdefault(cell.generator, {}).setdefault(label, []).append((float(options["cfg"]), row))
+    figure = Figure(figsize=(4 * len(lines) + 1, 7), dpi=120, layout="constrained")
+    axes = figure.subplots(2, len(lines), squeeze=False)
+    for by_label, (upper, lower) in zip(lines.values(), axes.T, strict=True):
+        for label, points in by_label.items():
+            score, precision, recall = (
+                [(row.value(name) or [math.nan])[0] for _, row in points] for name in (column, "precision", "recall")
+            )
+            upper.plot([cfg for cfg, _ in points], score, "o-", label=label)
+            lower.plot(recall, precision, "o-", label=label)
+        upper.set(title=points[0][1].name.split(",")[0], xlabel="lambda", ylabel=column, yscale="log")
+        lower.set(xlabel="recall", ylabel="precision")
+    axes[0, 0].legend()
+    figure.suptitle(title)
+    FigureCanvasAgg(figure).print_png(str(path))
