@@ -245,8 +245,8 @@ def test_a_tenth_of_the_images_is_held_out_where_none_are_named(tmp_path: Path) 
     ("table", "tokenizers", "generators", "samples"),
     [
         ("table4", 3, 3, 3), ("table4-early", 2, 2, 5), ("figure5", 5, 5, 5), ("noise", 4, 5, 5), ("bits", 6, 6, 6),
-        ("table5", 2, 4, 4), ("resgen", 4, 10, 5), ("resgen-steps", 3, 6, 15), ("resgen-switches", 1, 7, 7),
-        ("resgen-nucleus", 1, 2, 10), ("resgen-schedules", 1, 5, 25),
+        ("ruler", 2, 5, 5), ("table5", 2, 4, 4), ("resgen", 4, 10, 5), ("resgen-steps", 3, 6, 15),
+        ("resgen-switches", 1, 7, 7), ("resgen-nucleus", 1, 2, 10), ("resgen-schedules", 1, 5, 25),
     ],
 )  # fmt: skip
 def test_tables_train_what_they_compare_and_resgen_on_plain_residual_codes(

@@ -36,6 +36,7 @@ class Scale:
     seconds: float | None
     single: Words  # the one quantiser with as many bits an image as TOKENIZER
     sizes: Sequence[tuple[str, str, Words]]  # of Table 5: name, recipe, overrides
+    half: Words  # half of the generator's training
     strengths: Mapping[str, Words]  # of Table 3's generators
     images: str = ""  # built in
     heldout: str = ""
@@ -56,29 +57,31 @@ SCALES = {
         "digits", "digits", "digits", "resgen-digits", ("0", "1", "2"), ("--views", "8"), ("--recipe", "digits"), 20,
         ("autoencoder.multipliers=[1]", "quantizer.codes=32"),
         [(f"d{d}", "digits", sized(d, 24)) for d in (2, 3, 4)],
-        {"weak": (*GENERATOR, "train.steps=1500"), "strong": ()}, "digits:train", "digits:heldout",
+        ("train.steps=3000",), {"weak": (*GENERATOR, "train.steps=1500"), "strong": ()},
+        "digits:train", "digits:heldout",
         table2=("train.steps=300", "autoencoder.channels=32", "autoencoder.width=16", "train.batch=32"),
         tokenizers=("train.steps=200", "train.eval_every=0"), generators=("train.steps=1500",), subset=500,
     ),
     "shapes": Scale(
-        "shapes", "shapes", "shapes-plus", "resgen-shapes", ("0", "1", "2"), ("--views", "2"),
+        "shapes", "shapes-plus", "shapes-plus", "resgen-shapes", ("0", "1", "2"), ("--views", "2"),
         ("--recipe", "shapes"), 180, ("autoencoder.multipliers=[1]", "quantizer.codes=32"),
-        [(f"d{d}", "shapes", sized(d, 32)) for d in (2, 3, 4)],
-        {"weak": ("train.steps=140",), "middle": ("train.steps=420",), "strong": ()}, "shapes:train", "shapes:heldout",
-        subset=500,
+        [(f"d{d}", "shapes-plus", sized(d, 32)) for d in (2, 3, 4)],
+        ("train.steps=700",), {"weak": ("train.steps=140",), "middle": ("train.steps=420",), "strong": ()},
+        "shapes:train", "shapes:heldout", subset=500,
     ),
     "cifar10": Scale(
         "cifar10-smoke", "cifar10-smoke", "cifar10-smoke", "resgen-cifar10", ("0",), ("--views", "2", "--flip"),
         ("train.epochs=6",), 180, ("autoencoder.multipliers=[1]", "quantizer.codes=49"),
         [(f"d{d}", "cifar10-smoke", sized(d, 32)) for d in (2, 4, 6)],
-        {"weak": ("train.steps=300",), "strong": ("train.steps=3000",)}, table2=("train.steps=2000",),
-        tokenizers=("train.steps=2000",), generators=("train.steps=3000",), subset=5000,
+        ("train.steps=300",), {"weak": ("train.steps=300",), "strong": ("train.steps=3000",)},
+        table2=("train.steps=2000",), tokenizers=("train.steps=2000",), generators=("train.steps=3000",), subset=5000,
     ),
     "imagenet256": Scale(
         "imagenet256-tokenizer", "imagenet256-d12", "imagenet256-d12-plus", "imagenet256-resgen-rvq8", ("0",),
         ("--keep", "latents"), None, None, ("autoencoder.multipliers=[1,1,4]", "quantizer.codes=181"),
         [(f"d{d}", f"imagenet256-d{d}", ()) for d in (12, 16, 20)],
-        {"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()}, per_class=50,
+        ("train.epochs=100",), {"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()},
+        per_class=50,
     ),
 }  # fmt: skip
 
@@ -127,6 +130,16 @@ def generator_cell(scale: Scale, name: str, tokenizer: Words = (), generator: Wo
 def resgen_cell(scale: Scale, name: str, *changes: str, depth: int = RVQ_DEPTH, **fields: Any) -> Cell:
     trained = ("--recipe", scale.resgen, *scale.tokenizers, f"quantizer.steps={depth}")
     return Cell(name, trained, ("--keep", "latents"), ("--recipe", scale.resgen, *changes), **fields)
+
+
+def ruler(scale: Scale) -> list[Cell]:
+    """Whether the scores rank: the recipes as they are, and less trained."""
+    recipe = ("--recipe", scale.plus)
+    lengths = {"untrained": ("train.steps=1", "train.warmup_steps=0"), "half trained": scale.half, "trained": ()}
+    trained = {name: (*recipe, *words) for name, words in lengths.items()}
+    trained |= {"the paper's generator": (*recipe, *GENERATOR)}
+    cells = [Cell(name, ("--recipe", scale.tokenizer), scale.tokenize, words) for name, words in trained.items()]
+    return [*cells, Cell("ResGen", ("--recipe", scale.resgen), ("--keep", "latents"), ("--recipe", scale.resgen))]
 
 
 def table2(scale: Scale) -> list[Cell]:
@@ -301,6 +314,7 @@ _SAMPLES = (
 )  # fmt: skip
 _COST = (*_SAMPLES[:-3], "parameters", "steps", "passes", "seconds_an_image")
 TABLES = {
+    "ruler": Table("What the scores tell apart", (*_SAMPLES, "steps"), ruler),
     "table2": Table("Tokenizers", _RECON, table2, "2"),
     "noise": Table("Noisy and plain codes", _SAMPLES, noise),
     "table3": Table("Sampling", _SAMPLES[:-3], table3, "3", curves=True),

@@ -7,6 +7,7 @@
 
 What the commands write is in --work, where cells with equal options share it. The scores of each finished cell are a
 line of OUT/cells.jsonl: the same command again runs only what is not there, and goes on where a command was stopped.
+After a change of a recipe name another --out and --work.
 OUT/table.md has the mean over training seeds ± its standard deviation, and in brackets the standard deviation over
 sample seeds; then the rows that need no generator, and the paper's. OUT/plot.png draws its first column.
 """
@@ -52,6 +53,7 @@ class Experiment:
     options: argparse.Namespace
     scale: Scale
     work: Path
+    made: set[str] = field(default_factory=set)
     locks: defaultdict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
     def rdpm(self, words: Sequence[str]) -> Score:
@@ -68,14 +70,18 @@ class Experiment:
         return result
 
     def stage(self, kind: str, *words: str | Path) -> tuple[Path, Score]:
-        """Run a command unless a cell has. -> what stands for OUT among its words, and the JSON that it printed."""
+        """Run a command unless a cell has. -> what stands for OUT among its words, and the JSON that it printed.
+
+        A command with an OUT is run once a process: it resumes, and refuses a folder of other settings."""
         named = [str(word).removeprefix(f"{self.work}{os.sep}") for word in words]
         path = self.work / f"{kind}-{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:10]}"
         note = path.with_suffix(".json")
         with self.locks[path.name]:
-            if not note.is_file():
-                write(note, json.dumps(self.rdpm([str(path) if word == OUT else str(word) for word in words])))
-        result: Score = json.loads(note.read_text())
+            result: Score = json.loads(note.read_text()) if note.is_file() else {}
+            if path.name not in self.made and (OUT in words or not result):
+                result |= self.rdpm([str(path) if word == OUT else str(word) for word in words])
+                write(note, json.dumps(result))
+            self.made.add(path.name)
         return path, result
 
     def images(self, part: str, count: int | None = None) -> str:
