@@ -348,7 +348,9 @@ def test_scores_of_several_seeds_are_the_means_over_one_seed_each(
     assert both["spread_over_seeds"].keys() == scores
     for name in scores:
         each = [values[name] for values in singles]
-        assert (both[name], both["spread_over_seeds"][name]) == pytest.approx((np.mean(each), np.std(each))), name
+        assert (both[name], both["spread_over_seeds"][name]) == pytest.approx((np.mean(each), np.std(each, ddof=1))), (
+            name
+        )
     assert both["seeds"] == [3, 4]
     of_one_set = {"classifier_score_spread_over_splits", "kernel_distance_spread_over_subsets"}
     of_one_set |= {"frechet_distance_spread_over_subsets"}
@@ -362,7 +364,7 @@ def test_factor_coverage_is_averaged_by_factor() -> None:
     records = [{"factor_coverage": {"x": a, "y": b}, "target": target} for a, b in ((0.1, 0.5), (0.3, 0.5))]
     values = score.average(records, [0, 1])
     assert values["factor_coverage"] == pytest.approx({"x": 0.2, "y": 0.5})
-    assert values["spread_over_seeds"] == pytest.approx({"factor_coverage.x": 0.1, "factor_coverage.y": 0})
+    assert values["spread_over_seeds"] == pytest.approx({"factor_coverage.x": 0.2 / 2**0.5, "factor_coverage.y": 0})
 
 
 def arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ from rdpm_cli.data.source import Source, Subset
 from rdpm_cli.distributed import one_thread, process_group
 from rdpm_cli.engine.tokenizer import find_tokenizer
 from rdpm_cli.errors import CheckpointError, UsageError
-from rdpm_cli.evaluation import gaussian, score
+from rdpm_cli.evaluation import gaussian, metrics, score
 from rdpm_cli.evaluation.features import identity, open_extractor
 from rdpm_cli.evaluation.gaussian import ClassGaussian
 from rdpm_cli.evaluation.recon import BATCH, reconstructions
@@ -155,7 +155,7 @@ def _reconstructed(subset: Subset, tokenizer: Tokenizer, seed: int) -> ImageSet:
 def _summary(records: Sequence[Record]) -> Record:
     """n, and every score of the records that is a number: mean, standard deviation and values, one a seed."""
     scores = {
-        name: {"mean": float(np.mean(values)), "std": float(np.std(values)), "values": values}
+        name: {"mean": float(np.mean(values)), "std": metrics.deviation(values), "values": values}
         for name, values in score.columns_of(records).items()
     }
     return {"n": records[0]["target"]["count"], "images": records[0]["target"]["name"], **scores}

@@ -1,7 +1,7 @@
 """Metrics of arrays. Legend: N, M images, D feature width, K classes, S splits, G groups that are left out."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,11 @@ def frechet_distance(a: Statistics, b: Statistics, root_b: Array | None = None) 
         message = f"the statistics give a Fréchet distance of {distance:.6g}, which no two covariances have"
         raise DataError(message, "they are damaged: make the reference again")
     return max(distance, 0.0)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation over seeds, estimated from these few (n - 1 in the denominator); 0 of one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def balanced_subsets(labels_N: NDArray[np.integer], size: int) -> list[NDArray[np.int64]]:

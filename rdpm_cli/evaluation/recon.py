@@ -154,7 +154,7 @@ def _record(source: Source, networks: Networks, seeds: range, batches: list[tupl
     digest = features.set_digest(digest for batch in digests for digest in batch)
     return {
         **values, **{name: float(np.mean(column)) for name, column in columns.items()}, "not_computed": networks.absent,
-        "spread_over_seeds": {k: float(np.std(v)) for k, v in columns.items()} if len(seeds) > 1 else None,
+        "spread_over_seeds": {k: metrics.deviation(v) for k, v in columns.items()} if len(seeds) > 1 else None,
         "continuous": continuous,
         "reference": {"name": source.spec, "count": count, "sha256": digest},
         "extractor": extractor and features.identity(extractor),

@@ -424,7 +424,7 @@ def average(records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str
     return {
         **{name: value for name, value in first.items() if "spread_over_" not in name}, **means,
         **({"factor_coverage": coverage} if coverage else {}), "seeds": list(seeds),
-        "spread_over_seeds": {name: float(np.std(values)) for name, values in columns.items()},
+        "spread_over_seeds": {name: metrics.deviation(values) for name, values in columns.items()},
         "target": {name: first["target"][name] for name in ("name", "count")},
     }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 Words = tuple[str, ...]
 
@@ -16,72 +15,80 @@ GENERATOR: Words = (
     "objective.perturb=0",
 )  # fmt: skip
 # L_quant with the total of TOKENIZER's, 0.25 · sum of gamma_t, whatever the schedule, T and weight.
-EQUAL: Words = ("loss.quant_reduce=mean", f"loss.quant={0.25 * sum(0.75 ** (10 - t) for t in range(1, 11)):.4f}")
-FRECHET = "fid/frechet_distance"  # the first for Inception, the second for any other extractor
+EQUAL: Words = ("loss.quant_reduce=mean", f"loss.quant={0.25 * (1 - 0.75**10) / 0.25:.4f}")
+UNGUIDED: Words = ("cfg=0",)
 RVQ_DEPTH = 8
 EXPOSURES = 20  # of each image at each t, of `views`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What an experiment is run on. seconds: training time of a `timed` cell, None for the recipe's own length."""
+    """What an experiment is run on: recipes, and overrides that make its trainings shorter."""
 
     tokenizer: str
     generator: str
     plus: str
     resgen: str
-    seeds: Words
-    tokenize: Words
-    judge: Words | None  # options of `eval judge`; None: Inception scores the samples
-    seconds: float | None
-    single: Words  # the one quantiser with as many bits an image as TOKENIZER
-    sizes: Sequence[tuple[str, str, Words]]  # of Table 5: name, recipe, overrides
-    half: Words  # half of the generator's training
-    strengths: Mapping[str, Words]  # of Table 3's generators
     images: str = ""  # built in
     heldout: str = ""
+    subset: int | None = None  # number of images of `views`; None: all
+    seeds: Words = ("0", "1", "2")
+    tokenize: Words
+    judge: Words | None = None  # options of `eval judge`; None: Inception scores the samples
+    crop: Words = ()
     per_class: int = 80
+    seconds: float | None = None  # training time of a `timed` cell; None: the recipe's own length
+    single: Words  # one quantiser with as many bits an image as TOKENIZER
+    sizes: Mapping[str, Words]  # recipe and overrides of Table 5's generators
+    half: Words  # half of the generator's training
+    strengths: Mapping[str, Words]  # of Table 3's generators
     table2: Words = ()  # overrides of all tokenizers there
     tokenizers: Words = ()  # of those that generators learn from
     generators: Words = ()
-    subset: int | None = None  # images of `views`; None: all
+    few_steps: Words = ()  # of Table 4 and Figure 5, which are of 100 epochs
+    codes: int = 256  # K of `bits`
+    t_an_image: int = 2  # of `views`
 
 
-def sized(depth: int, channels: int) -> Words:
-    """A network of the paper's form, with as many heads as layers, of so many channels instead of 64."""
-    return (f"network.depth={depth}", f"network.width={channels * depth}", f"network.heads={depth}")
+def sized(recipe: str, depths: Sequence[int], channels: int) -> dict[str, Words]:
+    """Networks of the paper's form, with as many heads as layers, of fewer channels a head than its 64."""
+    return {
+        f"d{d}": (recipe, f"network.depth={d}", f"network.width={channels * d}", f"network.heads={d}") for d in depths
+    }
 
 
 SCALES = {
     "digits": Scale(
-        "digits", "digits", "digits", "resgen-digits", ("0", "1", "2"), ("--views", "8"), ("--recipe", "digits"), 20,
-        ("autoencoder.multipliers=[1]", "quantizer.codes=32"),
-        [(f"d{d}", "digits", sized(d, 24)) for d in (2, 3, 4)],
-        ("train.steps=3000",), {"weak": (*GENERATOR, "train.steps=1500"), "strong": ()},
-        "digits:train", "digits:heldout",
+        tokenizer="digits", generator="digits", plus="digits", resgen="resgen-digits", images="digits:train",
+        heldout="digits:heldout", subset=500, tokenize=("--views", "8"), judge=("--recipe", "digits"), seconds=20,
+        single=("autoencoder.multipliers=[1]", "quantizer.codes=32"), sizes=sized("digits", (2, 3, 4), 24),
+        half=("train.steps=3000",),
+        strengths={"weak": ("train.steps=150",), "middle": ("train.steps=500",), "strong": ()},
         table2=("train.steps=300", "autoencoder.channels=32", "autoencoder.width=16", "train.batch=32"),
-        tokenizers=("train.steps=200", "train.eval_every=0"), generators=("train.steps=1500",), subset=500,
+        tokenizers=("train.steps=200", "train.eval_every=0"), generators=("train.steps=1500",),
     ),
     "shapes": Scale(
-        "shapes", "shapes-plus", "shapes-plus", "resgen-shapes", ("0", "1", "2"), ("--views", "2"),
-        ("--recipe", "shapes"), 180, ("autoencoder.multipliers=[1]", "quantizer.codes=32"),
-        [(f"d{d}", "shapes-plus", sized(d, 32)) for d in (2, 3, 4)],
-        ("train.steps=700",), {"weak": ("train.steps=140",), "middle": ("train.steps=420",), "strong": ()},
-        "shapes:train", "shapes:heldout", subset=500,
+        tokenizer="shapes", generator="shapes-plus", plus="shapes-plus", resgen="resgen-shapes", images="shapes:train",
+        heldout="shapes:heldout", subset=500, tokenize=("--views", "2"), judge=("--recipe", "shapes"), seconds=180,
+        single=("autoencoder.multipliers=[1]", "quantizer.codes=32"), sizes=sized("shapes-plus", (2, 3, 4), 32),
+        half=("train.steps=700",),
+        strengths={"weak": ("train.steps=140",), "middle": ("train.steps=420",), "strong": ()},
     ),
     "cifar10": Scale(
-        "cifar10-smoke", "cifar10-smoke", "cifar10-smoke", "resgen-cifar10", ("0",), ("--views", "2", "--flip"),
-        ("train.epochs=6",), 180, ("autoencoder.multipliers=[1]", "quantizer.codes=49"),
-        [(f"d{d}", "cifar10-smoke", sized(d, 32)) for d in (2, 4, 6)],
-        ("train.steps=300",), {"weak": ("train.steps=300",), "strong": ("train.steps=3000",)},
-        table2=("train.steps=2000",), tokenizers=("train.steps=2000",), generators=("train.steps=3000",), subset=5000,
+        tokenizer="cifar10-smoke", generator="cifar10-smoke", plus="cifar10-smoke", resgen="resgen-cifar10",
+        subset=5000, seeds=("0",), tokenize=("--views", "2", "--flip"), judge=("train.epochs=6",), seconds=180,
+        single=("autoencoder.multipliers=[1]", "quantizer.codes=49"), sizes=sized("cifar10-smoke", (2, 4, 6), 32),
+        half=("train.steps=300",),
+        strengths={"weak": ("train.steps=300",), "middle": ("train.steps=900",), "strong": ()},
+        table2=("train.steps=2000",), tokenizers=("train.steps=2000",), generators=("train.steps=3000",),
     ),
     "imagenet256": Scale(
-        "imagenet256-tokenizer", "imagenet256-d12", "imagenet256-d12-plus", "imagenet256-resgen-rvq8", ("0",),
-        ("--keep", "latents"), None, None, ("autoencoder.multipliers=[1,1,4]", "quantizer.codes=181"),
-        [(f"d{d}", f"imagenet256-d{d}", ()) for d in (12, 16, 20)],
-        ("train.epochs=100",), {"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()},
-        per_class=50,
+        tokenizer="imagenet256-tokenizer", generator="imagenet256-d12", plus="imagenet256-d12-plus",
+        resgen="imagenet256-resgen-rvq8", seeds=("0",), tokenize=("--keep", "latents"), crop=("--resolution", "256"),
+        per_class=50, single=("autoencoder.multipliers=[1,1,4]", "quantizer.codes=181"),
+        sizes={f"d{d}": (f"imagenet256-d{d}",) for d in (12, 16, 20)}, half=("train.epochs=100",),
+        strengths={"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()},
+        few_steps=("train.epochs=100",), codes=4096, t_an_image=1,
     ),
 }  # fmt: skip
 
@@ -91,7 +98,7 @@ class Cell:
     """One row of a table: the words behind each command of a chain. A cell without `generator` ends at reconstructions.
 
     tokenizer, generator: recipe and overrides. tokenize: options. sampling: KEY=VALUE and --preset of `rdpm sample`.
-    images: so many training images, evenly spaced. timed: trained for the scale's seconds, not for the recipe's steps.
+    images: number of training images, evenly spaced. timed: trained for the scale's seconds, not the recipe's steps.
     """
 
     name: str
@@ -105,7 +112,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """An experiment. A column `a/b` is a, or b where a is absent; columns that no row has are left out.
+    """An experiment. A column `a/b` is a by Inception, b by a judge; columns that no row has are left out.
 
     published: the paper's table whose rows are appended. curves: a plot over lambda instead of one point a row."""
 
@@ -120,16 +127,25 @@ def tokenizer_cell(scale: Scale, name: str, *changes: str) -> Cell:
     return Cell(name, ("--recipe", scale.tokenizer, *scale.table2, *TOKENIZER, *changes))
 
 
-def generator_cell(scale: Scale, name: str, tokenizer: Words = (), generator: Words = (), **fields: Any) -> Cell:
-    """A cell of the scale's generator on a tokenizer that differs from TOKENIZER by these words."""
+def generator_cell(
+    scale: Scale, name: str, tokenizer: Words = (), generator: Words = (), *, recipe: str | None = None,
+    tokenize: Words | None = None, sampling: Words = (), images: int | None = None, timed: bool = False,
+) -> Cell:  # fmt: skip
+    """A cell of the scale's generator on a tokenizer that differs from TOKENIZER by these words.
+
+    t is drawn uniformly: with weights of alpha_t a schedule would change the training, too."""
     trained = ("--recipe", scale.tokenizer, *scale.tokenizers, *TOKENIZER, *tokenizer)
-    recipe = ("--recipe", fields.pop("recipe", scale.generator), *scale.generators, *generator)
-    return Cell(name, trained, fields.pop("tokenize", scale.tokenize), recipe, **fields)
+    words = ("--recipe", recipe or scale.generator, *scale.generators, "objective.t_weights=uniform", *generator)
+    return Cell(name, trained, tokenize or scale.tokenize, words, sampling, images, timed)
 
 
-def resgen_cell(scale: Scale, name: str, *changes: str, depth: int = RVQ_DEPTH, **fields: Any) -> Cell:
+def resgen_cell(
+    scale: Scale, name: str, *changes: str, depth: int = RVQ_DEPTH, sampling: Words = (), timed: bool = False
+) -> Cell:
+    """A cell of ResGen on plain residual codes."""
     trained = ("--recipe", scale.resgen, *scale.tokenizers, f"quantizer.steps={depth}")
-    return Cell(name, trained, ("--keep", "latents"), ("--recipe", scale.resgen, *changes), **fields)
+    words = ("--recipe", scale.resgen, *changes)
+    return Cell(name, trained, ("--keep", "latents"), words, sampling, timed=timed)
 
 
 def ruler(scale: Scale) -> list[Cell]:
@@ -138,7 +154,8 @@ def ruler(scale: Scale) -> list[Cell]:
     lengths = {"untrained": ("train.steps=1", "train.warmup_steps=0"), "half trained": scale.half, "trained": ()}
     trained = {name: (*recipe, *words) for name, words in lengths.items()}
     trained |= {"the paper's generator": (*recipe, *GENERATOR)}
-    cells = [Cell(name, ("--recipe", scale.tokenizer), scale.tokenize, words) for name, words in trained.items()]
+    tokenizer = ("--recipe", scale.tokenizer)
+    cells = [Cell(name, tokenizer, scale.tokenize, words, UNGUIDED) for name, words in trained.items()]
     return [*cells, Cell("ResGen", ("--recipe", scale.resgen), ("--keep", "latents"), ("--recipe", scale.resgen))]
 
 
@@ -154,7 +171,7 @@ def table2(scale: Scale) -> list[Cell]:
         "rvq": ("schedule.kind=rvq",),
         "rvq, equal total": ("schedule.kind=rvq", *EQUAL),
         "rvq, a codebook a step, no bias": (*plain, *EQUAL),
-        "one VQ of f = 1": (*plain, "quantizer.steps=1", *scale.single, *EQUAL),
+        "one VQ of a finer grid": (*plain, "quantizer.steps=1", *scale.single, *EQUAL),
         "linear, equal total": ("schedule.kind=linear", *EQUAL),
         "sin, equal total": ("schedule.kind=sin", *EQUAL),
     }
@@ -170,59 +187,52 @@ def noise(scale: Scale) -> list[Cell]:
 
 def table3(scale: Scale) -> list[Cell]:
     """Guidance, its schedule and the draw, at generators trained for different lengths."""
+    lambdas = ("0", "0.25", "0.5", "1", "2", "4")
     cells = []
-    for strength, words in scale.strengths.items():
-        for draw, schedule in product(("argmax", "gumbel"), ("constant", "linear")):
-            for cfg in ("0", "0.25", "0.5", "1", "2", "4"):
-                sampling = (f"draw={draw}", f"cfg_schedule={schedule}", f"cfg={cfg}")
-                name = f"{strength}, {draw}, {schedule}, {cfg}"
-                cells.append(generator_cell(scale, name, generator=words, sampling=sampling))
+    for key in product(scale.strengths, ("argmax", "gumbel"), ("constant", "linear"), lambdas):
+        strength, draw, schedule, cfg = key
+        guidance = (f"cfg={cfg}",) if cfg == "0" else (f"cfg={cfg}", f"cfg_schedule={schedule}")
+        sampling = (f"draw={draw}", *guidance)
+        cells.append(generator_cell(scale, ", ".join(key), generator=scale.strengths[strength], sampling=sampling))
     return cells
-
-
-def epochs(scale: Scale) -> Words:
-    """Table 4 and Figure 5 are of 100 epochs, which only the paper's size has."""
-    return ("train.epochs=100",) if scale is SCALES["imagenet256"] else ()
 
 
 def table4(scale: Scale) -> list[Cell]:
     """Noise schedules, each with a tokenizer, a store and a generator of its own."""
     kinds = ("sin", "linear", "pow")
-    return [generator_cell(scale, kind, (f"schedule.kind={kind}",), epochs(scale)) for kind in kinds]
+    return [generator_cell(scale, kind, (f"schedule.kind={kind}",), scale.few_steps) for kind in kinds]
 
 
 def table4_early(scale: Scale) -> list[Cell]:
     """The use of pow's early steps: T = 5, and sampling without the first 2, 4 or 6 of 10."""
     skips = [
-        generator_cell(scale, f"pow, without {k} steps", generator=epochs(scale), sampling=(f"skip_steps={k}",))
+        generator_cell(scale, f"pow, without {k} steps", generator=scale.few_steps, sampling=(f"skip_steps={k}",))
         for k in (0, 2, 4, 6)
     ]
-    return [*skips, generator_cell(scale, "pow, T = 5", ("quantizer.steps=5",), epochs(scale))]
+    return [*skips, generator_cell(scale, "pow, T = 5", ("quantizer.steps=5",), scale.few_steps)]
 
 
 def figure5(scale: Scale) -> list[Cell]:
     """The base of the pow schedule, alpha_t = base^(T - t)."""
     bases = ("0.5", "0.65", "0.75", "0.85", "0.95")
-    return [generator_cell(scale, f"base {base}", (f"schedule.base={base}",), epochs(scale)) for base in bases]
+    return [generator_cell(scale, f"base {base}", (f"schedule.base={base}",), scale.few_steps) for base in bases]
 
 
 def table5(scale: Scale) -> list[Cell]:
     """The paper's three sizes, and ResGen. At the small scales as many heads as layers, of fewer channels than 64."""
-    sizes = [generator_cell(scale, name, generator=words, recipe=recipe) for name, recipe, words in scale.sizes]
+    sizes = [generator_cell(scale, name, (), words[1:], recipe=words[0]) for name, words in scale.sizes.items()]
     return [*sizes, resgen_cell(scale, "resgen", *scale.generators)]
 
 
 def views(scale: Scale) -> list[Cell]:
     """Cached noise of 1, 2 and 8 views an image against fresh noise, at equal exposures of each image and t."""
-    paper = scale is SCALES["imagenet256"]
-    t_an_image = 1 if paper else 2
-    length = ("train.steps=null", f"train.epochs={EXPOSURES * 10 // t_an_image}")
-    stores = {f"{count} views": (("--views", str(count)), "cached") for count in (1, 2, 8)}
+    passes = EXPOSURES * 10 // scale.t_an_image
+    length = ("train.steps=null", f"train.epochs={passes}", f"objective.steps_per_image={scale.t_an_image}")
+    stores = {f"views: {count}": (("--views", str(count)), "cached") for count in (1, 2, 8)}
     stores |= {"fresh": (("--keep", "latents"), "fresh")}
     return [
         generator_cell(
-            scale, name, generator=(*length, f"objective.steps_per_image={t_an_image}", f"objective.noise={kind}"),
-            tokenize=tokenize, images=scale.subset,
+            scale, name, generator=(*length, f"objective.noise={kind}"), tokenize=tokenize, images=scale.subset
         )
         for name, (tokenize, kind) in stores.items()
     ]  # fmt: skip
@@ -230,8 +240,9 @@ def views(scale: Scale) -> list[Cell]:
 
 def bits(scale: Scale) -> list[Cell]:
     """Steps and codes, one at a time, at an equal total of L_quant."""
-    K = 4096 if scale is SCALES["imagenet256"] else 256
-    sizes = {f"T = {T}": (T, K) for T in (6, 8, 10, 12)} | {f"K = {codes}": (10, codes) for codes in (256, 1024, 4096)}
+    sizes = {f"T = {T}": (T, scale.codes) for T in (6, 8, 10, 12)} | {
+        f"K = {codes}": (10, codes) for codes in (256, 1024, 4096)
+    }
     return [
         generator_cell(scale, name, (f"quantizer.steps={T}", f"quantizer.codes={codes}", *EQUAL))
         for name, (T, codes) in sizes.items()
@@ -247,9 +258,8 @@ def paper_vs_plus(scale: Scale) -> list[Cell]:
     }  # fmt: skip
 
     def cell(name: str, names: Iterable[str]) -> Cell:
-        return generator_cell(
-            scale, name, generator=(*GENERATOR, *(parts[n] for n in names)), recipe=scale.plus, timed=True
-        )
+        words = (*GENERATOR, *(parts[n] for n in names))
+        return generator_cell(scale, name, (), words, recipe=scale.plus, sampling=UNGUIDED, timed=True)
 
     removed = [cell(f"plus-without-{n}", [m for m in parts if m != n]) for n in parts]
     return [cell("paper", []), cell("plus", parts), *removed, *(cell(f"paper-with-{n}", [n]) for n in parts)]
@@ -257,9 +267,14 @@ def paper_vs_plus(scale: Scale) -> list[Cell]:
 
 def resgen_families(scale: Scale) -> list[Cell]:
     """RDPM, the paper's and with the options beyond it, and ResGen at several depths, at equal time."""
-    paper = generator_cell(scale, "rdpm-paper", generator=GENERATOR, timed=True)
-    plus = generator_cell(scale, "rdpm-plus", recipe=scale.plus, timed=True)
-    return [paper, plus, *(resgen_cell(scale, f"resgen-depth-{d}", depth=d, timed=True) for d in (4, 8, 16))]
+    families = {"paper": GENERATOR, "plus": ("objective.t_weights=alpha",)}
+    return [
+        *(
+            generator_cell(scale, f"rdpm-{name}", (), words, recipe=scale.plus, sampling=UNGUIDED, timed=True)
+            for name, words in families.items()
+        ),
+        *(resgen_cell(scale, f"resgen-depth-{d}", depth=d, sampling=UNGUIDED, timed=True) for d in (4, 8, 16)),
+    ]
 
 
 def resgen_steps(scale: Scale) -> list[Cell]:
@@ -301,30 +316,27 @@ def resgen_schedules(scale: Scale) -> list[Cell]:
 
 
 _RECON = (
-    "psnr",
-    "ssim",
-    "rfid/frechet_distance",
-    "latent_mse",
-    "continuous.psnr",
+    "psnr", "ssim", "rfid/frechet_distance", "latent_mse", "continuous.psnr",
     "continuous.rfid/continuous.frechet_distance",
-)
-_SAMPLES = (
-    FRECHET, "sfid", "inception_score/classifier_score", "precision", "recall", "class_accuracy", "validity",
-    "recon.psnr", "heldout.ce", "heldout.gap",
 )  # fmt: skip
-_COST = (*_SAMPLES[:-3], "parameters", "steps", "passes", "seconds_an_image")
+_SAMPLES = (
+    "fid/frechet_distance", "sfid", "inception_score/classifier_score", "precision", "recall", "class_accuracy",
+    "validity", *(f"factor_coverage.{name}" for name in ("x", "y", "size", "angle", "hue")), "recon.psnr", "n",
+)  # fmt: skip
+_TRAINED = (*_SAMPLES, "heldout.ce", "heldout.gap")
+_COST = (*_SAMPLES, "parameters", "train_steps", "passes", "seconds_an_image")
 TABLES = {
-    "ruler": Table("What the scores tell apart", (*_SAMPLES, "steps"), ruler),
+    "ruler": Table("What the scores tell apart", (*_TRAINED, "train_steps"), ruler),
     "table2": Table("Tokenizers", _RECON, table2, "2"),
-    "noise": Table("Noisy and plain codes", _SAMPLES, noise),
-    "table3": Table("Sampling", _SAMPLES[:-3], table3, "3", curves=True),
-    "table4": Table("Noise schedules", _SAMPLES, table4, "4"),
-    "table4-early": Table("Early steps of pow", _SAMPLES, table4_early),
-    "figure5": Table("Base of pow", _SAMPLES, figure5),
+    "noise": Table("Noisy and plain codes", _TRAINED, noise),
+    "table3": Table("Sampling", _SAMPLES, table3, "3", curves=True),
+    "table4": Table("Noise schedules", _TRAINED, table4, "4"),
+    "table4-early": Table("Early steps of pow", _TRAINED, table4_early),
+    "figure5": Table("Base of pow", _TRAINED, figure5),
     "table5": Table("Sizes", _COST, table5, "5"),
-    "views": Table("Cached and fresh noise", _SAMPLES, views),
-    "bits": Table("Steps and codes", _SAMPLES, bits),
-    "paper-vs-plus": Table("Generators at equal time", (*_SAMPLES, "steps"), paper_vs_plus),
+    "views": Table("Cached and fresh noise", (*_SAMPLES, "heldout.ce"), views),
+    "bits": Table("Steps and codes", _TRAINED, bits),
+    "paper-vs-plus": Table("Generators at equal time", (*_TRAINED, "train_steps"), paper_vs_plus),
     "resgen": Table("ResGen and RDPM", _COST, resgen_families),
     "resgen-steps": Table("Passes of ResGen", _COST, resgen_steps),
     "resgen-switches": Table("Choices of ResGen", _COST, resgen_switches),

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -53,6 +54,7 @@ class Experiment:
     options: argparse.Namespace
     scale: Scale
     work: Path
+    parts: tuple[str, str]  # training and held-out images
     made: set[str] = field(default_factory=set)
     locks: defaultdict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
@@ -64,56 +66,48 @@ class Experiment:
         if done.returncode:
             raise Failure(f"{shlex.join(command)}\n{done.stderr[-2000:]}", done.returncode)
         result: Score = json.loads(done.stdout)
-        for line in map(json.loads, done.stderr.splitlines()):
-            if line["kind"] == "finished" and line["done"] > line["before"]:
+        for text in done.stderr.splitlines():
+            line = json.loads(text) if text.startswith("{") else {}  # else a warning of a library
+            if line.get("kind") == "finished" and line["done"] > line["before"]:
                 result[f"{line['job']}_seconds"] = line["seconds"] / (line["done"] - line["before"])
         return result
 
     def stage(self, kind: str, *words: str | Path) -> tuple[Path, Score]:
-        """Run a command unless a cell has. -> what stands for OUT among its words, and the JSON that it printed.
+        """Run a command unless a cell has. -> the path that replaces OUT among its words, and the JSON that it printed.
 
         A command with an OUT is run once a process: it resumes, and refuses a folder of other settings."""
         named = [str(word).removeprefix(f"{self.work}{os.sep}") for word in words]
-        path = self.work / f"{kind}-{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:10]}"
+        path = self.work / f"{kind}-{short_hash(json.dumps(named))}"
         note = path.with_suffix(".json")
         with self.locks[path.name]:
             result: Score = json.loads(note.read_text()) if note.is_file() else {}
             if path.name not in self.made and (OUT in words or not result):
-                result |= self.rdpm([str(path) if word == OUT else str(word) for word in words])
+                result |= self.rdpm([re.sub(rf"^{OUT}\b", str(path), str(word)) for word in words])
                 write(note, json.dumps(result))
             self.made.add(path.name)
         return path, result
 
-    def images(self, part: str, count: int | None = None) -> str:
-        """The `train` or `heldout` images; of the first, evenly spaced ones. What has to be chosen becomes a .zip."""
-        train, heldout = self.options.images or self.scale.images, self.options.heldout or self.scale.heldout
-        if heldout and count is None:
-            return {"train": train, "heldout": heldout}[part]
-        # seconds to import, which only these need
-        from rdpm_cli.data.open import open_source
+    def subset(self, count: int | None) -> str:
+        """Evenly spaced training images, as a .zip; None: all of them."""
+        train, _ = self.parts
+        if count is None:
+            return train
+        from rdpm_cli.data.open import open_source  # seconds to import
         from rdpm_cli.data.source import spread
-        from rdpm_cli.evaluation import judge
 
-        with self.locks["images"]:
-            if not heldout:
-                train, heldout = (str(self.work / f"{name}.zip") for name in ("train", "heldout"))
-                if not Path(heldout).is_file():
-                    for source, path in zip(
-                        judge.split(open_source(self.options.images)), (train, heldout), strict=True
-                    ):
-                        write_zip(source, range(len(source)), Path(path))
-            if count is None:
-                return {"train": train, "heldout": heldout}[part]
-            few, source = self.work / f"train-{count}.zip", open_source(train)
-            if not few.is_file():
-                write_zip(source, spread(len(source), count), few)
-            return str(few)
+        path = self.work / f"train-{count}-{short_hash(train)}.zip"
+        with self.locks[path.name]:
+            if not path.is_file():
+                source = open_source(train)
+                write_zip(source, spread(len(source), count), path)
+        return str(path)
 
     def extractor(self) -> Words:
         """Options of `eval` that name the extractor."""
         if self.scale.judge is None:
             return ()
-        words = ("eval", "judge", self.images("train"), OUT, "--heldout", self.images("heldout"), *self.scale.judge)
+        train, heldout = self.parts
+        words = ("eval", "judge", train, OUT, "--heldout", heldout, *self.scale.judge)
         return ("--extractor", str(self.stage("judge", *words)[0] / "judge.pt"))
 
     def reference(self) -> Words:
@@ -121,30 +115,29 @@ class Experiment:
         extractor = self.extractor()
         if self.options.ref:
             return (*extractor, "--ref", self.options.ref)
-        images, file = self.images("train"), self.work / "reference.npz"
-        self.stage("reference", "eval", "reference", images, file, *extractor)
-        return (*extractor, "--ref", str(file))
+        words = ("eval", "reference", self.parts[0], f"{OUT}.npz", *self.scale.crop, *extractor)
+        return (*extractor, "--ref", f"{self.stage('reference', *words)[0]}.npz")
 
     def score(self, cell: Cell, seed: str) -> Record:
         """Run a cell for one seed. -> its scores as `cell`, and the rows that need no generator, by name."""
-        images, heldout = self.images("train"), self.images("heldout")
+        images, heldout = self.parts
         run, _ = self.stage("tokenizer", "train-tokenizer", images, *cell.tokenizer, "--seed", seed, "--out", OUT)
         tokenizer = run / "tokenizer.pt"
         words: Command = ("eval", "recon", heldout, "--tokenizer", tokenizer, "--seeds", "2")
         recon = numbers(self.stage("recon", *words, *self.extractor())[1])
         if not cell.generator:
             return {"cell": recon}
-        words = ("tokenize", self.images("train", cell.images), OUT, "--tokenizer", tokenizer, "--seed", seed)
+        words = ("tokenize", self.subset(cell.images), OUT, "--tokenizer", tokenizer, "--seed", seed)
         codes, _ = self.stage("codes", *words, *cell.tokenize)
         run, trained = self.train(cell, codes, seed)
         draw: Command = ("--ckpt", run / "generator.pt", *cell.sampling)
-        drawn = self.stage("samples", "sample", *draw, "--per-class", "8", "--out", OUT)[1]
+        drawn = self.stage("samples", "sample", *draw, "--classes", "0-9", "--out", OUT)[1]
         per_class, seeds = (str(getattr(self.options, name)) for name in ("per_class", "sample_seeds"))
         many = ("--per-class", per_class, "--seeds", seeds, *self.reference())
         scores = numbers(self.stage("scores", "eval", "all", *draw, *many)[1])
         scores |= {f"recon.{name}": value for name, value in recon.items()}
         scores |= numbers({"seconds_an_image": drawn.get("sample_seconds"), "passes": drawn["passes"], **trained})
-        words = ("eval", "baselines", images, "--heldout", heldout, "--codes", codes, *many)
+        words = ("eval", "baselines", images, "--heldout", heldout, "--codes", codes, *self.scale.crop, *many)
         rows = self.stage("baselines", *words)[1]["rows"]
         return {"cell": scores, **{name: numbers(row) for name, row in rows.items()}}
 
@@ -152,8 +145,8 @@ class Experiment:
         """A generator on these codes. -> its run; parameters, steps, and means over t of the last measurement.
 
         A timed cell has as many steps as fit into its seconds, by the rate of a short run."""
-        words: Command = ("train-gen", codes, *cell.generator, "--seed", seed, "--heldout", self.images("heldout"))
-        seconds = self.scale.seconds if self.options.seconds is None else self.options.seconds
+        words: Command = ("train-gen", codes, *cell.generator, "--seed", seed, "--heldout", self.parts[1])
+        seconds = self.options.seconds
         length: Words = ()
         if cell.timed and seconds:
             probe, _ = self.stage("probe", *words, "train.steps=80", "train.log_every=40", "--out", OUT)
@@ -165,11 +158,30 @@ class Experiment:
             f"heldout.{name}": statistics.mean(v for v in value if v is not None) if isinstance(value, list) else value
             for name, value in measured.items()
         }
-        return run, {"parameters": result["parameters"], "steps": metrics(run)[-1]["step"], **means}
+        return run, {"parameters": result["parameters"], "train_steps": metrics(run)[-1]["step"], **means}
+
+
+def parts_of(options: argparse.Namespace, scale: Scale, work: Path) -> tuple[str, str]:
+    """Training and held-out images. Where none are held out, the judge's rule does it, into two .zip."""
+    train, heldout = options.images or scale.images, options.heldout or scale.heldout
+    if heldout:
+        return train, heldout
+    from rdpm_cli.data.open import open_source  # seconds to import
+    from rdpm_cli.evaluation import judge
+
+    paths = [work / f"{part}-{short_hash(train)}.zip" for part in ("train", "heldout")]
+    if not paths[1].is_file():
+        for source, path in zip(judge.split(open_source(train)), paths, strict=True):
+            write_zip(source, range(len(source)), path)
+    return str(paths[0]), str(paths[1])
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(text)
     partial.rename(path)
@@ -216,7 +228,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, help="processes of each command, one a GPU")
     parser.add_argument("--ref", help="reference of the scores; default: the training images")
     options = parser.parse_args()
-    options.per_class = options.per_class or SCALES[options.scale].per_class
+    scale = SCALES[options.scale]
+    options.per_class = options.per_class or scale.per_class
+    options.seconds = scale.seconds if options.seconds is None else options.seconds
     return options
 
 
@@ -233,6 +247,8 @@ def run(experiment: Experiment, name: str, table: Table) -> str:
     log, records = out / "cells.jsonl", dict[str, dict[str, Record]]()
     named = ("images", "heldout", "ref", "per_class", "sample_seeds", "seconds")
     setting = {option: getattr(options, option) for option in named}
+    if options.jobs > 1 and any(cell.timed for cell in cells):
+        raise Failure(f"{name} has cells of equal time, which other jobs would slow down; leave --jobs out")
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     finished = {json.dumps([line["made_by"], line["seed"]]): line["scores"] for line in lines}
 
@@ -254,7 +270,7 @@ def run(experiment: Experiment, name: str, table: Table) -> str:
     text = markdown(table, rows, title)
     write(out / "table.md", text)
     if table.curves:
-        curves(plot, cells, rows, table.columns[0], title)
+        curves(plot, rows[: len(cells)], table.columns[0], title)
     else:
         dots(plot, rows, table.columns[0], title)
     return text
@@ -271,7 +287,7 @@ def main() -> None:
         raise Failure("rdpm is not on the PATH: activate the environment that it is installed in")
     work = options.work or Path("runs/ablations") / options.scale
     work.mkdir(parents=True, exist_ok=True)
-    experiment = Experiment(options, scale, work.resolve())
+    experiment = Experiment(options, scale, work.resolve(), parts_of(options, scale, work.resolve()))
     for name in options.tables:
         print(run(experiment, name, TABLES[name]))
 

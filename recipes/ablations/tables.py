@@ -16,7 +16,7 @@ PUBLISHED = Path(__file__).parent.parent / "published.yaml"
 
 Score = dict[str, Any]  # name -> [value, spread over sample or noise seeds, or None]; the paper's: name -> text
 Record = dict[str, Score]  # of a cell and seed: its own scores as `cell`, and those of `eval baselines`
-IMAGES, OF_CODES = ("gaussian", "training", "heldout"), ("reconstructions", "linear")  # rows of `eval baselines`
+IMAGES = ("gaussian", "training", "heldout")  # rows of `eval baselines` that depend on no tokenizer
 
 
 def numbers(result: Mapping[str, Any]) -> Score:
@@ -58,7 +58,7 @@ class Row:
         if (value := self.value(column)) is None:
             return ""
         mean, over_seeds, over_samples = value
-        if over_samples is None and not over_seeds and mean == int(mean):
+        if over_samples is None and not over_seeds and float(mean).is_integer():
             return f"{mean:,.0f}"
         digits = max(0, 3 - math.floor(math.log10(abs(mean) or 1)))
         text = f"{mean:.{digits}f}" + ("" if over_seeds is None else f" ± {over_seeds:.{digits}f}")
@@ -68,14 +68,20 @@ class Row:
 def rows_of(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Record]]) -> list[Row]:
     """The cells; then the images, and what the tokenizer and the linear baseline of each store make of them."""
     rows = [Row(cell.name, {seed: record["cell"] for seed, record in records[cell.name].items()}) for cell in cells]
-    stores = {(cell.tokenizer, cell.tokenize, cell.images): cell.name for cell in reversed(cells) if cell.generator}
-    for name in IMAGES if stores else ():  # the same for all cells and seeds
-        first = next(iter(records[cells[0].name].values()))
+    trained = [cell for cell in cells if cell.generator]
+    for name in IMAGES if trained else ():
+        first = next(iter(records[trained[0].name].values()))
         rows.append(Row(name, {"": first[name]}))
-    for store in reversed(stores.values()):
-        for name in OF_CODES:
-            scores = {seed: record[name] for seed, record in records[store].items() if name in record}
-            rows.append(Row(f"{store}: {name}" if len(stores) > 1 else name, scores))
+    tokenizers = {cell.tokenizer: cell.name for cell in reversed(trained)}
+    stores = {(cell.tokenizer, cell.tokenize, cell.images): cell.name for cell in reversed(trained)}
+    for part, label, owners in (
+        ("reconstructions", "reconstructions", tokenizers.values()),
+        ("linear", "linear baseline", stores.values()),
+    ):
+        for owner in reversed(owners):
+            name = f"{label} of {owner}" if len(owners) > 1 else label
+            scores = {seed: record[part] for seed, record in records[owner].items() if part in record}
+            rows.append(Row(name, scores))
     return [row for row in rows if row.by_seed]
 
 
@@ -90,14 +96,15 @@ def published(table: Table) -> dict[str, Score]:
 
 def markdown(table: Table, rows: Sequence[Row], title: str) -> str:
     columns = [column for column in table.columns if any(row.value(column) for row in rows)]
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    names = [next(n for n in column.split("/") if any(row.value(n) for row in rows)) for column in columns]
+    lines = [["", *names], ["---"] * (len(columns) + 1)]
     lines += [[row.name, *map(row.text, columns)] for row in rows]
     if table.published:
         lines += [[name, *(pick(score, c) or "" for c in columns)] for name, score in published(table).items()]
     seeds = ", ".join(rows[0].by_seed)
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + (
         f"\n{title}, training seeds {seeds}. Mean ± standard deviation over training seeds; in brackets that over\n"
-        "sample seeds, or over noise seeds of reconstructions.\n"
+        "sample seeds, or over noise seeds of reconstructions. The paper's rows: ImageNet 256×256, Inception.\n"
     )
 
 
@@ -116,23 +123,24 @@ def dots(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def curves(path: Path, cells: Sequence[Cell], rows: Sequence[Row], column: str, title: str) -> None:
-    """A column a generator, a line a draw and schedule, a point a lambda: the score, and precision against recall."""
-    lines: dict[Any, dict[str, list[tuple[float, Row]]]] = {}
-    for cell, row in zip(cells, rows, strict=False):  # behind the cells' rows are the baselines'
-        options = dict(word.split("=") for word in cell.sampling)
-        label = f"{options['draw']}, {options['cfg_schedule']}"
-        lines.setdefault(cell.generator, {}).setdefault(label, []).append((float(options["cfg"]), row))
+def curves(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
+    """A column a generator, a line a draw and schedule, a point a lambda: the score, and precision against recall.
+
+    rows: those of Table 3's cells, named `generator, draw, schedule, lambda`."""
+    lines: dict[str, dict[str, list[tuple[float, Row]]]] = {}
+    for row in rows:
+        strength, draw, schedule, cfg = row.name.split(", ")
+        lines.setdefault(strength, {}).setdefault(f"{draw}, {schedule}", []).append((float(cfg), row))
     figure = Figure(figsize=(4 * len(lines) + 1, 7), dpi=120, layout="constrained")
     axes = figure.subplots(2, len(lines), squeeze=False)
-    for by_label, (upper, lower) in zip(lines.values(), axes.T, strict=True):
+    for (strength, by_label), (upper, lower) in zip(lines.items(), axes.T, strict=True):
         for label, points in by_label.items():
             score, precision, recall = (
                 [(row.value(name) or [math.nan])[0] for _, row in points] for name in (column, "precision", "recall")
             )
             upper.plot([cfg for cfg, _ in points], score, "o-", label=label)
             lower.plot(recall, precision, "o-", label=label)
-        upper.set(title=points[0][1].name.split(",")[0], xlabel="lambda", ylabel=column, yscale="log")
+        upper.set(title=strength, xlabel="lambda", ylabel=column, yscale="log")
         lower.set(xlabel="recall", ylabel="precision")
     axes[0, 0].legend()
     figure.suptitle(title)
