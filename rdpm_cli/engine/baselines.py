@@ -48,7 +48,7 @@ def eval_baselines(
     loaded, digest, absent = _open_tokenizer(codes / TOKENIZER if codes else tokenizer)
     store = codes and CodeStore(codes, digest)
     with process_group(device, several=True) as rank_device:
-        opened = open_extractor(extractor, weights, rank_device, download)
+        opened, loaded = open_extractor(extractor, weights, rank_device, download), loaded and loaded.to(rank_device)
         side = resolution or score.crop_side(*sources.values(), default=opened.resolution)
         if loaded and (of_tokenizer := loaded.cfg.autoencoder.resolution) != side:
             message = f"the images are {side}×{side}, and the tokenizer's {of_tokenizer}×{of_tokenizer}"
@@ -58,8 +58,8 @@ def eval_baselines(
         reference = score.measured(opened, compared, score.METRICS)
         models: dict[str, ClassGaussian | LinearBaseline] = {"gaussian": gaussian.fit(training)}
         if loaded and store:
-            models["linear"] = LinearBaseline(store, loaded.to(rank_device))
-        rows = [_rows(models, sources, loaded and loaded.to(rank_device), per_class, seed) for seed in seeds]
+            models["linear"] = LinearBaseline(store, loaded)
+        rows = [_rows(models, sources, loaded, per_class, seed) for seed in seeds]
         records = {
             name: score.score("all", opened, [row[name] for row in rows], reference, without=SLOW) for name in rows[0]
         }

@@ -173,7 +173,8 @@ class RDPM(Generator):
         columns = {name: column.repeat_interleave(J) for name, column in batch.columns.items()}
         hidden = self.network(eps_RCS, previous, t_R, self.condition(columns))
         terms = self._losses(hidden, eps_RCS, previous, t_R, target_RS, *goals)
-        logs = dict(zip(("ce", "accuracy", "latent_mse"), terms.detach(), strict=False))
+        names = ("ce", "accuracy", "latent_mse")[: len(terms)]  # the last of the geometric head only
+        logs = dict(zip(names, terms.detach(), strict=True))
         return terms[0] + terms[2] if len(terms) == 3 else terms[0], logs
 
     def _losses(self, *inputs: Tensor) -> Tensor:

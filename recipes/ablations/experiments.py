@@ -14,8 +14,8 @@ GENERATOR: Words = (
     "network.positions=rope", "network.class_latents=false", "network.head=linear", "objective.t_weights=uniform",
     "objective.perturb=0",
 )  # fmt: skip
-# L_quant with the total of TOKENIZER's, 0.25 · sum of gamma_t, whatever the schedule, T and weight.
-EQUAL: Words = ("loss.quant_reduce=mean", f"loss.quant={0.25 * (1 - 0.75**10) / 0.25:.4f}")
+# L_quant with the total of TOKENIZER's, whatever the schedule, T and weight: 0.25 · sum of 0.75^(10 - t) = 1 - 0.75^10.
+EQUAL: Words = ("loss.quant_reduce=mean", f"loss.quant={1 - 0.75**10:.4f}")
 UNGUIDED: Words = ("cfg=0",)
 RVQ_DEPTH = 8
 EXPOSURES = 20  # of each image at each t, of `views`
@@ -45,7 +45,7 @@ class Scale:
     table2: Words = ()  # overrides of all tokenizers there
     tokenizers: Words = ()  # of those that generators learn from
     generators: Words = ()
-    few_steps: Words = ()  # of Table 4 and Figure 5, which are of 100 epochs
+    epochs: Words = ()  # of Table 4 and Figure 5, whose generators the paper trains for 100
     codes: int = 256  # K of `bits`
     t_an_image: int = 2  # of `views`
 
@@ -88,7 +88,7 @@ SCALES = {
         per_class=50, single=("autoencoder.multipliers=[1,1,4]", "quantizer.codes=181"),
         sizes={f"d{d}": (f"imagenet256-d{d}",) for d in (12, 16, 20)}, half=("train.epochs=100",),
         strengths={"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()},
-        few_steps=("train.epochs=100",), codes=4096, t_an_image=1,
+        epochs=("train.epochs=100",), codes=4096, t_an_image=1,
     ),
 }  # fmt: skip
 
@@ -200,22 +200,22 @@ def table3(scale: Scale) -> list[Cell]:
 def table4(scale: Scale) -> list[Cell]:
     """Noise schedules, each with a tokenizer, a store and a generator of its own."""
     kinds = ("sin", "linear", "pow")
-    return [generator_cell(scale, kind, (f"schedule.kind={kind}",), scale.few_steps) for kind in kinds]
+    return [generator_cell(scale, kind, (f"schedule.kind={kind}",), scale.epochs) for kind in kinds]
 
 
 def table4_early(scale: Scale) -> list[Cell]:
     """The use of pow's early steps: T = 5, and sampling without the first 2, 4 or 6 of 10."""
     skips = [
-        generator_cell(scale, f"pow, without {k} steps", generator=scale.few_steps, sampling=(f"skip_steps={k}",))
+        generator_cell(scale, f"pow, without {k} steps", generator=scale.epochs, sampling=(f"skip_steps={k}",))
         for k in (0, 2, 4, 6)
     ]
-    return [*skips, generator_cell(scale, "pow, T = 5", ("quantizer.steps=5",), scale.few_steps)]
+    return [*skips, generator_cell(scale, "pow, T = 5", ("quantizer.steps=5",), scale.epochs)]
 
 
 def figure5(scale: Scale) -> list[Cell]:
     """The base of the pow schedule, alpha_t = base^(T - t)."""
     bases = ("0.5", "0.65", "0.75", "0.85", "0.95")
-    return [generator_cell(scale, f"base {base}", (f"schedule.base={base}",), scale.few_steps) for base in bases]
+    return [generator_cell(scale, f"base {base}", (f"schedule.base={base}",), scale.epochs) for base in bases]
 
 
 def table5(scale: Scale) -> list[Cell]:
@@ -240,9 +240,8 @@ def views(scale: Scale) -> list[Cell]:
 
 def bits(scale: Scale) -> list[Cell]:
     """Steps and codes, one at a time, at an equal total of L_quant."""
-    sizes = {f"T = {T}": (T, scale.codes) for T in (6, 8, 10, 12)} | {
-        f"K = {codes}": (10, codes) for codes in (256, 1024, 4096)
-    }
+    sizes = {f"T = {T}": (T, scale.codes) for T in (6, 8, 10, 12)}
+    sizes |= {f"K = {codes}": (10, codes) for codes in (256, 1024, 4096)}
     return [
         generator_cell(scale, name, (f"quantizer.steps={T}", f"quantizer.codes={codes}", *EQUAL))
         for name, (T, codes) in sizes.items()

@@ -30,10 +30,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from experiments import SCALES, TABLES, Cell, Scale, Table, Words
 from tables import Record, Score, curves, dots, markdown, numbers, rows_of
+
+from rdpm_cli import files
 
 Command = tuple[str | Path, ...]
 OUT = "OUT"  # among the words of a command: the path that it writes
@@ -80,10 +82,10 @@ class Experiment:
         path = self.work / f"{kind}-{short_hash(json.dumps(named))}"
         note = path.with_suffix(".json")
         with self.locks[path.name]:
-            result: Score = json.loads(note.read_text()) if note.is_file() else {}
+            result: Score = files.read_json(note) if note.is_file() else {}
             if path.name not in self.made and (OUT in words or not result):
                 result |= self.rdpm([re.sub(rf"^{OUT}\b", str(path), str(word)) for word in words])
-                write(note, json.dumps(result))
+                files.write_json(note, result)
             self.made.add(path.name)
         return path, result
 
@@ -180,22 +182,18 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def write(path: Path, text: str) -> None:
-    """Write atomically."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(text)
-    partial.rename(path)
-
-
 def write_zip(source: Any, indices: Iterable[int], path: Path) -> None:
     """Images of an rdpm_cli.data.source.Source as PNG files in class folders."""
-    partial, labels = path.with_name(f"{path.name}.part"), source.need_labels()
-    with zipfile.ZipFile(partial, "w") as archive:
-        for index in indices:
-            content = io.BytesIO()
-            source.image(index).save(content, "PNG")
-            archive.writestr(f"{source.class_names[labels[index]]}/{index:07d}.png", content.getvalue())
-    partial.rename(path)
+    labels = source.need_labels()
+
+    def write(file: BinaryIO) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            for index in indices:
+                content = io.BytesIO()
+                source.image(index).save(content, "PNG")
+                archive.writestr(f"{source.class_names[labels[index]]}/{index:07d}.png", content.getvalue())
+
+    files.write_atomic(path, write)
 
 
 def metrics(run: Path) -> list[Score]:
@@ -268,7 +266,7 @@ def run(experiment: Experiment, name: str, table: Table) -> str:
     rows = rows_of(cells, {cell.name: {seed: records[cell.name][seed] for seed in seeds} for cell in cells})
     title, plot = f"{table.title}, {options.scale}", out / "plot.png"
     text = markdown(table, rows, title)
-    write(out / "table.md", text)
+    files.write_atomic(out / "table.md", lambda file: file.write(text.encode()))
     if table.curves:
         curves(plot, rows[: len(cells)], table.columns[0], title)
     else:
