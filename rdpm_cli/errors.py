@@ -44,12 +44,20 @@ class DataError(RdpmError):
     exit_code = EXIT_DATA
 
 
-class ImageError(DataError):
-    """An image that cannot be read. name: of the item in its source; reason: without the place."""
+class ItemError(DataError):
+    """An item that cannot be read. name: of the item in its source; reason: without the place."""
 
     def __init__(self, message: str, hint: str = "", *, name: str = "", reason: str = "") -> None:
         super().__init__(message, hint)
         self.name, self.reason = name, reason
+
+
+class ImageError(ItemError):
+    """An image that cannot be read."""
+
+
+class AudioError(ItemError):
+    """A recording that cannot be read."""
 
 
 class CheckpointError(DataError):

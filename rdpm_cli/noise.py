@@ -14,6 +14,7 @@ PURPOSES |= {"mask": 7, "component": 8}  # ResGen: held-out masks; the component
 PURPOSES |= {"epoch": 16, "batch": 17, "device": 18, "shared": 19, "torch": 20}
 PURPOSES |= {"shapes": 24}  # the factors of the built-in set
 PURPOSES |= {"gaussian": 25, "subset": 26}  # eval baselines: samples of a class Gaussian; which images are drawn again
+PURPOSES |= {"strings": 27, "prompt": 28}  # sound: words, recordings and gaps of strings; prompts in training
 BLOCK = 16  # rows of the global batch that share one training stream
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -51,13 +52,18 @@ def normal_rows(purpose: str, seed: int, indices: Integers, views: Integers, ts:
     return np.stack([normal(purpose, seed, index, view, t, shape) for index, view, t in addresses])
 
 
-def normal_steps(purpose: str, seed: int, indices: Integers, views: Integers, steps: int, shape: Integers) -> Floats:
-    """All steps 1..T of each row: (len(indices), T, *shape)."""
-    out = np.empty((len(indices), steps, *shape), dtype=np.float32)
-    for row, index, view in zip(out, indices, views, strict=True):
-        for t in range(1, steps + 1):
-            row[t - 1] = normal(purpose, seed, index, view, t, shape)
-    return out
+def normal_steps(
+    purpose: str, seed: int, indices: Integers, views: Integers, steps: int, shape: Integers, by_position: bool = False
+) -> Floats:
+    """All steps 1..T of each row: (len(indices), T, *shape). by_position: as `position_rows`."""
+    rows, ts = position_rows if by_position else normal_rows, [*range(1, steps + 1)] * len(indices)
+    index_of, view_of = (np.repeat(np.asarray(x), steps).tolist() for x in (indices, views))
+    return rows(purpose, seed, index_of, view_of, ts, shape).reshape(len(indices), steps, *shape)
+
+
+def position_rows(purpose: str, seed: int, indices: Integers, views: Integers, ts: Integers, shape: Integers) -> Floats:
+    """`normal_rows` of shape (C, S), drawn position by position: a longer item begins with the noise of a shorter."""
+    return normal_rows(purpose, seed, indices, views, ts, (shape[1], shape[0])).swapaxes(1, 2)
 
 
 def fingerprint(seed: int) -> list[float]:
@@ -76,10 +82,10 @@ def epoch_rows(seed: int, step: int, batch: int, count: int) -> Ints:
     return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
 
 
-def block_uniform(seed: int, step: int, rows: range, columns: int) -> Floats:
+def block_uniform(seed: int, step: int, rows: range, columns: int, purpose: str = "batch") -> Floats:
     """Uniform values in [0, 1) for `rows` of the global batch (whole blocks): (len(rows), columns)."""
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-    streams = [stream("batch", seed, step, block.start // BLOCK) for block in blocks]
+    streams = [stream(purpose, seed, step, block.start // BLOCK) for block in blocks]
     draws = [s.random((len(block), columns), dtype=np.float32) for s, block in zip(streams, blocks, strict=True)]
     return np.concatenate(draws)
 

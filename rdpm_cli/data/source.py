@@ -45,7 +45,7 @@ class Items:
     warnings: list[str] = field(default_factory=list)
 
 
-class Source(ABC):
+class ItemSource:
     """Items 0..n-1 in a fixed order, with names and, where there are classes, labels.
 
     spec, reading: what opens it again. Labels count the sorted class folders, as torchvision's ImageFolder does, or
@@ -55,18 +55,13 @@ class Source(ABC):
     names: Sequence[str]
     labels: Sequence[int] | None
     class_names: list[str]
-    factors: NDArray[np.float32] | None = None  # (n, F) in [0, 1): what the items were drawn from, where that is known
     reading = Reading()
     not_taken: Mapping[str, int] = {}
     warnings: Sequence[str] = ()
-    label_hint = "put the images into one folder a class, or give --unlabelled"
+    label_hint = "put the items into one folder a class, or give --unlabelled"
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @abstractmethod
-    def open(self, index: int) -> Image.Image:
-        """The image as it is stored, its pixels not yet read. May raise anything that Pillow raises."""
 
     def hold(self, items: Items) -> None:
         """Take over names, labels and the rest of the items."""
@@ -77,6 +72,32 @@ class Source(ABC):
     def columns(self) -> dict[str, Sequence[int]]:
         """The conditions of the items by name, one value an item: {"labels": ...}, or {} without classes."""
         return {} if self.labels is None else {"labels": self.labels}
+
+    def need_labels(self) -> Sequence[int]:
+        """The labels. Raises DataError when the items are not sorted into classes."""
+        if self.labels is None:
+            raise DataError(f"{self.spec} has no classes", self.label_hint)
+        return self.labels
+
+    def digest(self) -> str:
+        """sha256 over names and labels: the identity of the list, not of the content."""
+        return files.digest({"names": list(self.names), "labels": self.labels and list(map(int, self.labels))})
+
+    def record(self) -> dict[str, Any]:
+        """Where the items lie, how they are read where that is not the default, and their digest."""
+        reading = {"reading": self.reading.record()} if self.reading.record() else {}
+        return {"source": self.spec, **reading, "digest": self.digest()}
+
+
+class Source(ItemSource, ABC):
+    """A source of images."""
+
+    factors: NDArray[np.float32] | None = None  # (n, F) in [0, 1): what the items were drawn from, where that is known
+    label_hint = "put the images into one folder a class, or give --unlabelled"
+
+    @abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """The image as it is stored, its pixels not yet read. May raise anything that Pillow raises."""
 
     def image(self, index: int) -> Image.Image:
         """RGB. Raises ImageError naming an image that cannot be read."""
@@ -90,21 +111,6 @@ class Source(ABC):
         image = self.image(index)
         with image_errors(self.spec, self.names[index]):
             return center_crop(image, size)
-
-    def need_labels(self) -> Sequence[int]:
-        """The labels. Raises DataError when the images are not sorted into classes."""
-        if self.labels is None:
-            raise DataError(f"{self.spec} has no classes", self.label_hint)
-        return self.labels
-
-    def digest(self) -> str:
-        """sha256 over names and labels: the identity of the list, not of the pixels."""
-        return files.digest({"names": list(self.names), "labels": self.labels and list(map(int, self.labels))})
-
-    def record(self) -> dict[str, Any]:
-        """Where the items lie, how they are read where that is not the default, and their digest."""
-        reading = {"reading": self.reading.record()} if self.reading.record() else {}
-        return {"source": self.spec, **reading, "digest": self.digest()}
 
 
 class Subset(Source):
