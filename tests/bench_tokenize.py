@@ -60,8 +60,8 @@ def bench_pipeline(source: Source, overrides: list[str], rounds: int, workers: i
     making = Making(scratch / "unused", source, file, **settings)
     tokenizer, plan = making.tokenizer, making.plan
     batch = write.micro_batches(plan, 0)[0]
-    prepared = write.prepare(source, plan, batch)
-    x, eps = to_model(chw(prepared.arrays["pixels_BHWC"])), torch.from_numpy(prepared.arrays["eps_VBTCS"][0])
+    prepared = write.prepare(source, tokenizer.inputs, plan, batch)
+    x, eps = to_model(chw(prepared.arrays["items"])), torch.from_numpy(prepared.arrays["eps_VBTCS"][0])
     z, arrays = tokenizer.latents(x), write.shard_arrays([write.encode(tokenizer, plan, prepared)], source, plan)
     parts = {
         "decode and crop": lambda: [source.pixels(i, plan.resolution) for i in batch],

@@ -11,7 +11,7 @@ from rdpm_cli.data.open import open_source
 from rdpm_cli.runs import StopRequest
 from rdpm_cli.tokenizer.config import TokenizerConfig
 from rdpm_cli.tokenizer.model import Tokenizer
-from rdpm_cli.tokenizer.training import ImageBatches, Players, players_of
+from rdpm_cli.tokenizer.training import ItemBatches, Players, players_of
 from rdpm_cli.training.log import read_metrics
 from rdpm_cli.training.loop import CHECKPOINTS, Batches, Run, fit
 
@@ -76,8 +76,8 @@ def tiny_players(cfg: TokenizerConfig, seed: int = 0) -> Players:
         return players_of(Tokenizer(cfg, cfg.loss.weight).train(), cfg)
 
 
-def digits(cfg: TokenizerConfig) -> ImageBatches:
-    return ImageBatches(open_source("digits"), cfg, 0)
+def digits(cfg: TokenizerConfig) -> ItemBatches:
+    return ItemBatches(open_source("digits"), cfg, 0)
 
 
 def train(players: Players, cfg: TokenizerConfig, folder: Path, batches: Batches | None = None) -> Run:

@@ -19,7 +19,7 @@ from rdpm_cli.runs import StopRequest
 from rdpm_cli.tokenizer.config import ScheduleConfig, TokenizerConfig
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.quantizer import Quantizer
-from rdpm_cli.tokenizer.training import initialise_codebook
+from rdpm_cli.tokenizer.training import initialise
 from rdpm_cli.training.loop import Run, fit
 
 K, T, C = 32, 2, 4
@@ -56,7 +56,7 @@ def initialised(
     tokenizer, pixels = tiny_players(cfg)[0].model, first_batch(cfg)
     assert isinstance(tokenizer, Tokenizer)
     vectors, previous = vectors_of(tokenizer, pixels), tokenizer.quantizer.books.detach().clone()
-    initialise_codebook(tokenizer, pixels, seed)
+    initialise(tokenizer, pixels, seed)
     return tokenizer.quantizer, previous, vectors
 
 
@@ -126,9 +126,9 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(*args: Any) -> None:
         calls.append(1)
-        initialise_codebook(*args)
+        initialise(*args)
 
-    monkeypatch.setattr(engine, "initialise_codebook", counted)
+    monkeypatch.setattr(engine, "initialise", counted)
     return calls
 
 

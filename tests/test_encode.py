@@ -72,7 +72,7 @@ def test_bf16_encodes_in_channels_last_and_quantises_in_fp32(making: Callable[..
     one = making(views=1)
     exact, half = one.plan, one.plan.model_copy(update={"precision": "bf16"})
     tokenizer = one.tokenizer.to(memory_format=torch.channels_last)
-    batch = write.prepare(one.source, exact, range(4))
+    batch = write.prepare(one.source, one.tokenizer.inputs, exact, range(4))
     layouts: list[bool] = []
 
     def note(_: object, __: object, y: Tensor) -> None:

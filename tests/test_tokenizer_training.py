@@ -15,7 +15,7 @@ from rdpm_cli.data.pixels import to_model
 from rdpm_cli.data.source import Source
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.tokenizer.losses import discriminator_hinge
-from rdpm_cli.tokenizer.training import DiscriminatorTask, ImageBatches, Players, TokenizerTask, health
+from rdpm_cli.tokenizer.training import DiscriminatorTask, ItemBatches, Players, TokenizerTask, health
 
 K, T = 32, 2  # of the tiny tokenizer
 
@@ -33,9 +33,9 @@ class Ramps(Source):
         return Image.fromarray(pixels)
 
 
-def ramps(count: int = 100, seed: int = 0, flip: bool = True) -> ImageBatches:
+def ramps(count: int = 100, seed: int = 0, flip: bool = True) -> ItemBatches:
     cfg = tiny_config(train={"batch": 32}).model_copy(update={"flip": flip})
-    return ImageBatches(Ramps(count), cfg, seed)
+    return ItemBatches(Ramps(count), cfg, seed)
 
 
 def test_batches_are_a_function_of_seed_and_step_and_ranks_take_slices() -> None:

@@ -2,7 +2,8 @@
 
 Shard s has codes-s.npy (rows, T, *grid), labels-s.npy (rows,), index-s.npy (rows,), the source index, and latents-s.npy
 (n·F, C, *grid) where latents are kept. A row is one (item, view), view fastest; with flips, bit 0 of the view
-mirrors it. Legend: n items, V views, F = 2 with flips else 1, rows = n·V, T steps, C channels, S positions."""
+mirrors it. Items of any length, such as sound, are in other arrays: see codes/ragged.py.
+Legend: n items, V views, F = 2 with flips else 1, rows = n·V, T steps, C channels, S positions."""
 
 import json
 import math
@@ -20,14 +21,15 @@ from rdpm_cli.data.open import is_there, open_source
 from rdpm_cli.data.pixels import TRANSFORM
 from rdpm_cli.data.source import Source
 from rdpm_cli.errors import DataError, UsageError
-from rdpm_cli.schema import Section
+from rdpm_cli.schema import Section, added
 
 # Next to the shards. The manifest is written last; tokenizer.pt is a copy; bad.jsonl lists items that were left out.
 MANIFEST, NAMES, TOKENIZER, BAD = "manifest.json", "names.jsonl", "tokenizer.pt", "bad.jsonl"
-COLUMNS: dict[str, type[np.generic]] = {"labels": np.int32}  # conditions of a row, one file a shard each
 AGAIN = "copy it again, or delete it and run the same `rdpm tokenize` again, which makes what is missing"
 
 Ints = NDArray[np.int64]
+ArrayShapes = dict[str, tuple[type[np.generic], tuple[int, ...]]]  # kind -> dtype and shape
+RAGGED_POSITIONS = 250  # of an item of any length, for the disk space that a store needs: 10 s at 25 a second
 BadItem = dict[str, Any]  # a line of bad.jsonl: index, name and reason of an item that could not be read
 
 
@@ -42,6 +44,18 @@ class DataOrigin(Section):
     reading: dict[str, Any] = Field(default_factory=dict, exclude_if=lambda reading: not reading)
 
 
+class Speech(Section):
+    """The conditions of items of sound: the kind of their texts' units and its table, the speakers.
+
+    durations: whether the lengths of the units are stored. rate: latents a second."""
+
+    text: Literal["words", "bytes"] | None
+    units: tuple[str, ...]
+    speakers: tuple[str, ...]
+    durations: bool
+    rate: float
+
+
 class Plan(Section):
     """Everything that fixes the bytes of a store before the first item is read."""
 
@@ -49,7 +63,7 @@ class Plan(Section):
     version: Literal[2] = 2
     tokenizer: str  # digest
     steps: int
-    grid: tuple[int, ...]
+    grid: tuple[int, ...]  # (-1,) of items of any length
     codes: int  # entries of the codebook
     channels: int
     views: int
@@ -58,8 +72,9 @@ class Plan(Section):
     seed: int
     noise: tuple[float, ...]  # 16 values of the stream, to recognise a numpy that draws other numbers
     transform: str
-    resolution: int
+    resolution: int  # 0 of sound
     class_names: tuple[str, ...]
+    speech: Speech | None = added(None, "conditions of items of sound")
     data: DataOrigin
     dtype: str = "uint16"
     device: str
@@ -78,17 +93,32 @@ class Plan(Section):
         """F, latents an item: the plain one, and with flips the mirrored one."""
         return 2 if self.flip else 1
 
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """The names of what a sample can be asked for: classes, or units of text."""
+        return self.speech.units if self.speech else self.class_names
+
+    @property
+    def columns(self) -> list[str]:
+        """The conditions of a row, one file a shard each."""
+        if self.speech is None:
+            return ["labels"]
+        return ["labels"] * bool(self.class_names) + ["speakers"] * bool(self.speech.speakers)
+
     def image_bytes(self) -> int:
-        """Bytes that one item takes in the shards."""
-        return sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in shard_arrays(self, 1).values())
+        """Bytes that one item takes in the shards; about, where items have any length."""
+        item = Shard(images=1, rows=self.views, sha256={}, positions=RAGGED_POSITIONS * self.views)
+        return sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in shard_arrays(self, item).values())
 
 
 class Shard(Section):
-    """A row of the shard table. sha256: by file name."""
+    """A row of the shard table. sha256: by file name. Where items have any length, also their sums."""
 
     images: int
     rows: int
     sha256: dict[str, str]
+    positions: int = added(0, "of all rows")
+    units: int = added(0, "of the texts of all items")
 
 
 class Manifest(Plan):
@@ -135,12 +165,22 @@ class Manifest(Plan):
         return {**self.files, **{name: value for shard in self.shards for name, value in shard.sha256.items()}}
 
 
-def shard_arrays(plan: Plan, images: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """Kind of array -> dtype and shape in a shard of `images` items, in the order in which they are written."""
-    rows, columns = images * plan.views, COLUMNS.items()
-    latents = {"latents": (np.float16, (images * plan.mirrored, plan.channels, *plan.grid))} if plan.latents else {}
-    codes = {"codes": (np.uint16, (rows, plan.steps, *plan.grid))}
-    return {**codes, **{name: (dtype, (rows,)) for name, dtype in columns}, **latents, "index": (np.int64, (rows,))}
+def shard_arrays(plan: Plan, shard: Shard) -> ArrayShapes:
+    """Kind of array -> dtype and shape in a shard, in the order in which they are written."""
+    rows, images, speech = shard.rows, shard.images, plan.speech
+    arrays: ArrayShapes = {"codes": (np.uint16, (rows, plan.steps, *plan.grid))}
+    latents = (images * plan.mirrored, plan.channels, *plan.grid)
+    if speech is not None:
+        arrays = {"codes": (np.uint16, (shard.positions, plan.steps)), "lengths": (np.int32, (rows,))}
+        latents = (shard.positions // plan.views, plan.channels)
+    arrays |= dict.fromkeys(plan.columns, (np.int32, (rows,)))
+    if plan.latents:
+        arrays["latents"] = (np.float16, latents)
+    if speech is not None and speech.text:
+        arrays |= {"units": (np.int32, (images,)), "text": (np.int32, (shard.units,))}
+    if speech is not None and speech.durations:
+        arrays["durations"] = (np.uint16, (shard.units,))
+    return arrays | {"index": (np.int64, (rows,))}
 
 
 def json_lines(rows: Iterable[dict[str, Any]]) -> bytes:
@@ -188,19 +228,22 @@ class CodeStore:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # numpy keeps a file open for every map
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
         self.offsets = np.cumsum([0, *(shard.rows for shard in m.shards)])
-        shards = [self._map(number, shard.images) for number, shard in enumerate(m.shards)]
-        self._codes = [arrays["codes"] for arrays in shards]
-        self._latents = [arrays["latents"] for arrays in shards if m.latents]
-        self.index: Ints = np.concatenate([arrays["index"] for arrays in shards])
-        self.columns = {name: np.concatenate([arrays[name] for arrays in shards]) for name in COLUMNS}
+        self._hold([self._map(number, shard) for number, shard in enumerate(m.shards)])
 
-    def _map(self, shard: int, images: int) -> dict[str, NDArray[Any]]:
+    def _hold(self, shards: list[dict[str, NDArray[Any]]]) -> None:
+        """Take over the arrays of all shards by kind."""
+        self._codes = [arrays["codes"] for arrays in shards]
+        self._latents = [arrays["latents"] for arrays in shards if self.manifest.latents]
+        self.index: Ints = np.concatenate([arrays["index"] for arrays in shards])
+        self.columns = {name: np.concatenate([arrays[name] for arrays in shards]) for name in self.manifest.columns}
+
+    def _map(self, number: int, shard: Shard) -> dict[str, NDArray[Any]]:
         """The arrays of a shard by kind, with flattened grids: codes (rows, T, S), latents (n·F, C, S)."""
         arrays = {}
-        for kind, (dtype, shape) in shard_arrays(self.manifest, images).items():
-            path = self.root / f"{kind}-{shard:05d}.npy"
+        for kind, (dtype, shape) in shard_arrays(self.manifest, shard).items():
+            path = self.root / f"{kind}-{number:05d}.npy"
             try:  # an empty array cannot be mapped
-                array: NDArray[Any] = np.load(path, mmap_mode="r" if images else None, allow_pickle=False)
+                array: NDArray[Any] = np.load(path, mmap_mode="r" if shard.images else None, allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{path} cannot be read: {error}", AGAIN) from error
             if array.dtype != dtype or array.shape != shape:
@@ -210,6 +253,14 @@ class CodeStore:
 
     def __len__(self) -> int:
         return self.manifest.rows
+
+    def longest(self, rows: Ints) -> int | None:
+        """S of these rows, where it is that of the longest item; None: S is the grid's."""
+        return None
+
+    def exists(self, rows: Ints) -> NDArray[np.bool_]:
+        """The positions that rows have, (n, S)."""
+        return np.ones((len(rows), math.prod(self.manifest.grid)), np.bool_)
 
     def codes(self, rows: Ints) -> NDArray[np.uint16]:
         """(n, T, S) uint16 of any rows, in the order of `rows`."""

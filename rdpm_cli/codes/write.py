@@ -24,12 +24,12 @@ import torch
 from numpy.typing import NDArray
 
 from rdpm_cli import files, noise, runs
-from rdpm_cli.codes import store
-from rdpm_cli.codes.store import BadItem, CodeStore, DataOrigin, Manifest, Plan, Shard
-from rdpm_cli.data.pixels import EXACT_PSNR, TRANSFORM, Pixels, chw, hwc, to_model, to_pixels, unreadable
-from rdpm_cli.data.source import Source, spread
+from rdpm_cli.codes import ragged, store
+from rdpm_cli.codes.store import BadItem, DataOrigin, Manifest, Plan, Shard
+from rdpm_cli.data.source import ItemSource, spread
 from rdpm_cli.distributed import barrier, one_thread, world
-from rdpm_cli.errors import DataError, ImageError, RunError, UsageError, some_of
+from rdpm_cli.errors import DataError, ItemError, RunError, UsageError, some_of
+from rdpm_cli.tokenizer.inputs import Inputs, Item
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.workers import in_order
 
@@ -47,26 +47,34 @@ class StoreOptions:
     shard_images: int = 4096
     precision: Literal["fp32", "bf16"] | None = None
     micro_batch: int | None = None
+    text: Literal["words", "bytes"] | None = None  # units of the texts of sound
 
 
-def make_plan(source: Source, tokenizer: Tokenizer, digest: str, options: StoreOptions, device: torch.device) -> Plan:
+def make_plan(
+    source: ItemSource, tokenizer: Tokenizer, digest: str, options: StoreOptions, device: torch.device
+) -> Plan:
     """Everything that fixes the store. digest: of the tokenizer. Raises UsageError, and DataError without classes."""
-    source.need_labels()
-    cpu = device.type == "cpu"
+    cpu, auto, inputs, speech = device.type == "cpu", tokenizer.cfg.autoencoder, tokenizer.inputs, None
+    if inputs.rate:
+        speech = ragged.conditions(source, options.text, inputs.rate)
+    else:
+        source.need_labels()
     if options.flip and options.views % 2:
         raise UsageError(f"--flip mirrors every second view, but --views is {options.views}", "give an even number")
     if cpu and (options.precision == "bf16" or options.micro_batch):
         reason = "a store made on a CPU has the same bytes on every machine of its type"
         raise UsageError(f"--precision and --micro-batch are for GPUs: {reason}", "leave them out")
-    auto, quant = tokenizer.cfg.autoencoder, tokenizer.cfg.quantizer
-    batch = max(1, (2048 if cpu else 16384) // math.prod(auto.grid))  # latent positions of a forward pass
+    quant, fixed = tokenizer.cfg.quantizer, asdict(options)
+    del fixed["text"]
+    # Latent positions of a forward pass. Items of any length are encoded alone: padding would change their codes.
+    batch = 1 if speech else max(1, (2048 if cpu else 16384) // math.prod(auto.grid))
     defaults = {"precision": "fp32" if cpu else "bf16", "micro_batch": batch}
     return Plan(
-        tokenizer=digest, transform=TRANSFORM, noise=tuple(noise.fingerprint(options.seed)), device=device.type,
-        steps=quant.steps, codes=quant.codes, grid=auto.grid, channels=auto.channels, resolution=auto.resolution,
-        class_names=tuple(source.class_names),
+        tokenizer=digest, transform=inputs.transform, noise=tuple(noise.fingerprint(options.seed)), device=device.type,
+        steps=quant.steps, codes=quant.codes, grid=auto.grid, channels=auto.channels, resolution=inputs.resolution,
+        class_names=tuple(source.class_names), speech=speech,
         data=DataOrigin(source=source.spec, count=len(source), digest=source.digest(), reading=source.reading.record()),
-        **{name: defaults[name] if value is None else value for name, value in asdict(options).items()},
+        **{name: defaults[name] if value is None else value for name, value in fixed.items()},
     )  # fmt: skip
 
 
@@ -90,7 +98,7 @@ class Note(Shard):
 
 
 def write_store(
-    root: Path, source: Source, tokenizer: Tokenizer, tokenizer_file: bytes, plan: Plan, work: Work
+    root: Path, source: ItemSource, tokenizer: Tokenizer, tokenizer_file: bytes, plan: Plan, work: Work
 ) -> Generator[int, None, None]:
     """Write what is missing of the store, yielding the number of items done: first those that were there already.
 
@@ -100,7 +108,7 @@ def write_store(
         stack.enter_context(files.report_full_disk(root))
         if rank == 0:
             stack.enter_context(files.only_writer(root))
-            _open(root, source, plan, tokenizer_file, work)
+            _open(root, source, tokenizer.inputs, plan, tokenizer_file, work)
         barrier()
         if is_finished(root):
             yield plan.data.count
@@ -141,7 +149,7 @@ def _notes(root: Path, plan: Plan) -> dict[int, Note]:
     return {n: note for n, note in whole.items() if all((root / name).exists() for name in note.sha256)}
 
 
-def _open(root: Path, source: Source, plan: Plan, tokenizer_file: bytes, work: Work) -> None:
+def _open(root: Path, source: ItemSource, inputs: Inputs, plan: Plan, tokenizer_file: bytes, work: Work) -> None:
     """Check the plan, restore the notes of a store that lost a file, write the files next to the shards."""
     new = plan.model_dump(mode="json")
     old = new if all(path.name.startswith(".") for path in root.iterdir()) else runs.read_run(root).get("plan", {})
@@ -166,7 +174,7 @@ def _open(root: Path, source: Source, plan: Plan, tokenizer_file: bytes, work: W
     for number, note in notes.items():
         path = root / NOTE.format(number)
         # Items that can be read again, for example because a disk has come back, return with their shards.
-        if read_items(source, plan, [item["index"] for item in note.bad])[0]:
+        if read_items(source, inputs, [item["index"] for item in note.bad])[0]:
             path.unlink(missing_ok=True)
         elif not path.exists():
             files.write_json(path, note.model_dump())
@@ -179,8 +187,8 @@ def _open(root: Path, source: Source, plan: Plan, tokenizer_file: bytes, work: W
 class MicroBatch:
     """Some items of a source: the indices of the good ones, and the bad ones.
 
-    arrays: before the network pixels_BHWC uint8 and eps_VBTCS, padded to the plan's micro-batch; after it codes
-    (n, V, T, S) uint16, and latents (n, F, C, S) fp16 where kept."""
+    arrays: before the network the items and eps_VBTCS, padded to the plan's micro-batch; after it codes (n, V, T, S)
+    uint16, and latents (n, F, C, S) fp16 where kept; or those of codes/ragged.py."""
 
     indices: list[int]
     bad: list[BadItem]
@@ -193,29 +201,29 @@ def micro_batches(plan: Plan, shard: int) -> list[range]:
     return [range(start, min(start + plan.micro_batch, indices.stop)) for start in indices[:: plan.micro_batch]]
 
 
-def read_items(source: Source, plan: Plan, indices: Sequence[int]) -> tuple[dict[int, Pixels], list[BadItem]]:
-    """Decode and crop: the pixels of the good items by index, and the bad ones."""
-    pixels: dict[int, Pixels] = {}
+def read_items(source: ItemSource, inputs: Inputs, indices: Sequence[int]) -> tuple[dict[int, Item], list[BadItem]]:
+    """The good items by index, and the bad ones."""
+    items: dict[int, Item] = {}
     bad: list[BadItem] = []
     for index in indices:
         try:
-            pixels[index] = source.pixels(index, plan.resolution)
-        except ImageError as error:
+            items[index] = inputs.read(source, index)
+        except ItemError as error:
             reason = " ".join(re.sub(" at 0x[0-9a-f]+", "", error.reason).split())  # the address of a Python object
             bad.append({"index": index, "name": error.name, "reason": reason})
-    return pixels, bad
+    return items, bad
 
 
-def prepare(source: Source, plan: Plan, batch: range) -> MicroBatch:
-    """Decode, crop, draw the noise. A row depends on its own item only, whichever others are bad."""
-    pixels, bad = read_items(source, plan, batch)
-    rows = pixels or {batch.start: np.zeros((plan.resolution, plan.resolution, 3), np.uint8)}
+def prepare(source: ItemSource, inputs: Inputs, plan: Plan, batch: range) -> MicroBatch:
+    """Read, draw the noise. A row depends on its own item only, whichever others are bad."""
+    items, bad = read_items(source, inputs, batch)
+    rows = items or {batch.start: inputs.blank()}
     padded = [*rows, *[list(rows)[-1]] * (plan.micro_batch - len(rows))]
-    shape = (plan.channels, math.prod(plan.grid))
+    shape, by_position = (plan.channels, inputs.positions(rows[padded[0]])), plan.speech is not None
     views = [[view] * len(padded) for view in range(plan.views)]
-    eps = [noise.normal_steps("encode", plan.seed, padded, view, plan.steps, shape) for view in views]
-    images = np.stack([rows[index] for index in padded])
-    return MicroBatch(list(pixels), bad, {"pixels_BHWC": images, "eps_VBTCS": np.stack(eps)})
+    eps = [noise.normal_steps("encode", plan.seed, padded, view, plan.steps, shape, by_position) for view in views]
+    arrays = {"items": np.stack([rows[index] for index in padded]), "eps_VBTCS": np.stack(eps)}
+    return MicroBatch(list(items), bad, arrays)
 
 
 @torch.no_grad()
@@ -223,38 +231,51 @@ def encode(tokenizer: Tokenizer, plan: Plan, batch: MicroBatch) -> MicroBatch:
     """E and Q of a micro-batch on the tokenizer's device: E in the plan's precision, Q in fp32."""
     device, count, half = next(tokenizer.parameters()).device, len(batch.indices), plan.precision == "bf16"
     layout = torch.channels_last if half else torch.contiguous_format  # channels_last: of a GPU's fast convolutions
-    x_BCHW = to_model(chw(batch.arrays["pixels_BHWC"]).to(device))
-    views = (x_BCHW, x_BCHW.flip(3))[: plan.mirrored]
+    inputs = tokenizer.inputs
+    x = inputs.to_model(inputs.tensor(list(batch.arrays["items"])).to(device))
+    views = (x, x.flip(-1))[: plan.mirrored]
+    if x.ndim == 4:
+        views = tuple(view.contiguous(memory_format=layout) for view in views)
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        z_F = [tokenizer.latents(x.contiguous(memory_format=layout)) for x in views]  # z = LN(E(x)), (B, C, S)
+        z_F = [tokenizer.latents(view) for view in views]  # z = LN(E(x)), (B, C, S)
     eps = torch.from_numpy(batch.arrays["eps_VBTCS"])
     codes_V = [tokenizer.quantizer.encode(z_F[v % plan.mirrored], eps[v].to(device)) for v in range(plan.views)]
     # torch has no conversion from int64 to uint16 on every device, numpy has
-    arrays: dict[str, NDArray[Any]] = {"codes": torch.stack(codes_V, 1)[:count].int().cpu().numpy().astype(np.uint16)}
-    if plan.latents:
-        arrays["latents"] = torch.stack(z_F, 1)[:count].half().cpu().numpy()
+    codes_nVTS = torch.stack(codes_V, 1)[:count].int().cpu().numpy().astype(np.uint16)
+    z_nFCS = torch.stack(z_F, 1)[:count].half().cpu().numpy() if plan.latents else None
+    if plan.speech:
+        return MicroBatch(
+            batch.indices, batch.bad, ragged.encoded_arrays(codes_nVTS, z_nFCS if z_nFCS is None else z_nFCS[:, 0])
+        )
+    arrays: dict[str, NDArray[Any]] = {"codes": codes_nVTS}
+    if z_nFCS is not None:
+        arrays["latents"] = z_nFCS
     return MicroBatch(batch.indices, batch.bad, arrays)
 
 
-def prepare_and_encode(source: Source, tokenizer: Tokenizer, plan: Plan, batch: range) -> MicroBatch:
+def prepare_and_encode(source: ItemSource, tokenizer: Tokenizer, plan: Plan, batch: range) -> MicroBatch:
     """All of a micro-batch, on one thread."""
     with one_thread():
-        return encode(tokenizer, plan, prepare(source, plan, batch))
+        return encode(tokenizer, plan, prepare(source, tokenizer.inputs, plan, batch))
 
 
 def encode_all(
-    source: Source, tokenizer: Tokenizer, plan: Plan, batches: Sequence[range], jobs: Work
+    source: ItemSource, tokenizer: Tokenizer, plan: Plan, batches: Sequence[range], jobs: Work
 ) -> Generator[MicroBatch, None, None]:
     """Every micro-batch, in order, unless stopped. A CPU's workers do all of it; a GPU encodes what they prepare."""
     cpu, workers = plan.device == "cpu", jobs.workers if jobs.workers > 1 else 0
-    work = partial(prepare_and_encode, source, tokenizer, plan) if cpu else partial(prepare, source, plan)
+    work = (
+        partial(prepare_and_encode, source, tokenizer, plan)
+        if cpu
+        else partial(prepare, source, tokenizer.inputs, plan)
+    )
     with contextlib.closing(in_order(work, batches, workers, "--workers 1", jobs.stopped)) as results:
         for batch in results:
             yield batch if cpu else encode(tokenizer, plan, batch)
 
 
 def _write_shards(
-    root: Path, source: Source, tokenizer: Tokenizer, plan: Plan, shards: list[int], work: Work
+    root: Path, source: ItemSource, tokenizer: Tokenizer, plan: Plan, shards: list[int], work: Work
 ) -> Iterator[int]:
     """Encode and write these shards. One shard is held in memory at a time."""
     queue = [(shard, batch) for shard in shards for batch in micro_batches(plan, shard)]
@@ -267,22 +288,30 @@ def _write_shards(
             encoded.append(result)
             bad = [item for batch in encoded for item in batch.bad]
             if bad and work.on_bad == "stop":
-                raise unreadable(source.spec, bad[0]["name"], bad[0]["reason"])
+                raise tokenizer.inputs.unreadable(source.spec, bad[0]["name"], bad[0]["reason"])
             if items.stop == plan.shard_ranges[shard].stop:  # before its last items count as done
                 write_shard(root, shard, shard_arrays(encoded, source, plan), bad)
                 encoded.clear()
             yield len(items)
 
 
-def shard_arrays(encoded: Sequence[MicroBatch], source: Source, plan: Plan) -> dict[str, NDArray[Any]]:
+def shard_arrays(encoded: Sequence[MicroBatch], source: ItemSource, plan: Plan) -> dict[str, NDArray[Any]]:
     """The arrays of a shard, as `store.shard_arrays` describes them."""
     indices = [index for batch in encoded for index in batch.indices]
     values = {kind: np.concatenate([batch.arrays[kind] for batch in encoded]) for kind in encoded[0].arrays}
     values["index"] = np.repeat(np.array(indices, dtype=np.int64), plan.views)
-    for name in store.COLUMNS:
-        values[name] = np.repeat([source.columns[name][index] for index in indices], plan.views)
-    shapes = store.shard_arrays(plan, len(indices))
+    if "labels" in plan.columns:
+        values["labels"] = np.repeat([source.columns["labels"][index] for index in indices], plan.views)
+    if plan.speech:
+        values |= ragged.text_arrays(source, plan, indices, values["lengths"][:: plan.views].tolist())
+    shapes = store.shard_arrays(plan, shard_entry(values))
     return {kind: values[kind].astype(dtype).reshape(shape) for kind, (dtype, shape) in shapes.items()}
+
+
+def shard_entry(arrays: dict[str, NDArray[Any]], **sums: str) -> Shard:
+    """A shard's row in the manifest. sums: sha256 by file name."""
+    index, sizes = arrays["index"], ragged.shard_sizes(arrays) if "lengths" in arrays else {}
+    return Shard(images=len(np.unique(index)), rows=len(index), sha256=sums, **sizes)
 
 
 def write_shard(root: Path, shard: int, arrays: dict[str, NDArray[Any]], bad: Sequence[BadItem]) -> None:
@@ -295,8 +324,7 @@ def write_shard(root: Path, shard: int, arrays: dict[str, NDArray[Any]], bad: Se
         name, content = f"{kind}-{shard:05d}.npy", buffer.getvalue()
         sums[name] = hashlib.sha256(content).hexdigest()  # of the bytes in memory: a disk that writes others is noticed
         _write(root / name, content)
-    index = arrays["index"]
-    note = Note(images=len(np.unique(index)), rows=len(index), sha256=sums, bad=list(bad))
+    note = Note(**shard_entry(arrays, **sums).model_dump(), bad=list(bad))
     files.write_json(root / NOTE.format(shard), note.model_dump())
 
 
@@ -304,14 +332,14 @@ def _write(path: Path, content: bytes) -> None:
     files.write_atomic(path, lambda file: file.write(content))
 
 
-def _finish(root: Path, source: Source, tokenizer: Tokenizer, plan: Plan, work: Work) -> None:
+def _finish(root: Path, source: ItemSource, tokenizer: Tokenizer, plan: Plan, work: Work) -> None:
     """Join the lists of bad items, decode a few items, write the manifest. Raises DataError beyond work.max_bad."""
     bad = [item for _, note in sorted(_notes(root, plan).items()) for item in note.bad]
     (root / store.BAD).unlink(missing_ok=True)
     if bad:
         _write(root / store.BAD, store.json_lines(bad))
         if work.on_bad == "stop":  # an earlier run left them out
-            raise unreadable(source.spec, bad[0]["name"], bad[0]["reason"])
+            raise tokenizer.inputs.unreadable(source.spec, bad[0]["name"], bad[0]["reason"])
     allowed = math.ceil(work.max_bad * len(source) - 1e-9)  # without the error of binary fractions
     if len(bad) > min(allowed, len(source) - 1):
         names = some_of((item["name"] for item in bad), 3)
@@ -340,17 +368,18 @@ def tabulate(root: Path, plan: Plan) -> Manifest:
     )  # fmt: skip
 
 
-def decoded_items(root: Path, manifest: Manifest, tokenizer: Tokenizer, source: Source) -> list[dict[str, int | float]]:
-    """The PSNR in dB of 16 items, evenly spaced: the first view of each, decoded alone and on one thread."""
-    codes, device = CodeStore(root, manifest=manifest), next(tokenizer.parameters()).device
+def decoded_items(
+    root: Path, manifest: Manifest, tokenizer: Tokenizer, source: ItemSource
+) -> list[dict[str, int | float]]:
+    """The fidelity of 16 items, evenly spaced: of the first view of each, decoded alone and on one thread."""
+    codes, device = ragged.open_store(root, manifest=manifest), next(tokenizer.parameters()).device
     items: list[dict[str, int | float]] = []
     for number in spread(manifest.images, 16):
         row = np.array([number * manifest.views])
         with one_thread():
             codes_BTS = torch.from_numpy(codes.codes(row).astype(np.int64)).to(device)
-            recon = hwc(to_pixels(tokenizer.decode(codes_BTS)))[0]
+            recon = tokenizer.inputs.items(tokenizer.decode(codes_BTS))[0]
         index = int(codes.index[row[0]])
-        error = int(np.square(source.pixels(index, manifest.resolution).astype(np.int64) - recon).sum())
-        psnr = 10 * math.log10(255**2 * recon.size / error) if error else EXACT_PSNR
-        items.append({"index": index, "psnr": round(psnr, 2)})
+        fidelity = tokenizer.inputs.fidelity(tokenizer.inputs.read(source, index), recon)
+        items.append({"index": index, **fidelity})
     return items

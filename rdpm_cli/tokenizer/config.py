@@ -1,9 +1,12 @@
 """The tokenizer's section of a recipe: autoencoder, noise schedule, quantiser, losses. Imports no torch."""
 
-from typing import Literal, Self
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from rdpm_cli.errors import UsageError
 from rdpm_cli.schema import FileName, Section, added
 from rdpm_cli.training.config import TrainConfig
 
@@ -31,6 +34,11 @@ class AutoencoderConfig(Section):
         """Positions of the latent on each axis: (h, w) = (H/f, W/f), f = 2^(levels-1)."""
         return (self.resolution >> len(self.multipliers) - 1,) * 2
 
+    @property
+    def positions(self) -> int:
+        """Positions of the latent of a training item."""
+        return math.prod(self.grid)
+
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
         factor = 2 ** (len(self.multipliers) - 1)
@@ -38,6 +46,51 @@ class AutoencoderConfig(Section):
             raise ValueError(f"resolution {self.resolution} is not a multiple of f = {factor}")
         if any(m * self.width % self.groups for m in self.multipliers):
             raise ValueError(f"width × multipliers are not multiples of groups = {self.groups}")
+        return self
+
+
+class MelConfig(Section):
+    """An encoder and decoder of log-mel spectrograms, convolutional in time. Items have any length."""
+
+    kind: Literal["mel1d"]
+    features: Literal["speech8", "speech16", "melvae22", "rvqvae44"] = Field(description="the log-mel preset")
+    frames: int = Field(128, gt=0, description="length of a training window, frames")
+    width: int = Field(128, gt=0, description="channels at the rate of frames")
+    multipliers: tuple[PositiveInt, ...] = Field((1, 1, 1), min_length=1, description="each level's channels / width")
+    res_blocks: int = Field(2, ge=1, description="residual blocks a level, dilated 1, 2, 1, 2, ...")
+    final_blocks: int = Field(2, ge=0, description="ConvNeXt blocks at the end of the decoder")
+    channels: int = Field(32, gt=0, description="C, channels of the latent z")
+    latent_norm: Literal["layernorm", "affine", "none"] = Field(
+        "layernorm", description="z = LN(E(x)) over channels, of the noise's scale; with a learnt affine; z = E(x)"
+    )
+    noise: float = Field(0.0, ge=0, description="standard deviation of noise on z in training")
+
+    @property
+    def stride(self) -> int:
+        """Frames a latent, 2^(levels-1)."""
+        return 1 << len(self.multipliers) - 1
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """(-1,): one axis, as long as the item."""
+        return (-1,)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the latent of a training window."""
+        return self.frames // self.stride
+
+    @property
+    def resolution(self) -> int:
+        """Sound has none: commands of images ask for it."""
+        raise UsageError(
+            "this tokenizer is of sound, which the command cannot use", "see docs/sound.md for those of sound"
+        )
+
+    @model_validator(mode="after")
+    def _whole_latents(self) -> Self:
+        if self.frames % self.stride:
+            raise ValueError(f"frames {self.frames} is not a multiple of the {self.stride} frames a latent")
         return self
 
 
@@ -59,6 +112,7 @@ class QuantizerConfig(Section):
     init: Literal["normal", "data", "kmeans"] = Field("normal", description="N(0,1); vectors of a batch; their centres")
     decay: float = Field(0.99, ge=0, lt=1, description="of the codebook's EMA")
     restart_below: float = Field(0.03, ge=0, lt=1, description="restart codes used less than this × the mean; 0 = off")
+    dropout: float = added(0.0, "share of training items decoded from their first steps only, a number drawn for each")
 
 
 class TokenizerLossConfig(Section):
@@ -87,9 +141,17 @@ class DiscriminatorConfig(Section):
 class TokenizerArchitecture(Section):
     """All that rebuilds a tokenizer; its checkpoint carries it."""
 
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    autoencoder: AutoencoderConfig | MelConfig = AutoencoderConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
+
+    @field_validator("autoencoder", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any) -> Any:
+        """A plain section as the config of the kind that it names; without one it is of images."""
+        if not isinstance(value, Mapping):
+            return value
+        return (MelConfig if "kind" in value else AutoencoderConfig).model_validate(value)
 
 
 class TokenizerConfig(TokenizerArchitecture):
@@ -103,11 +165,16 @@ class TokenizerConfig(TokenizerArchitecture):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        q, size, layers = self.quantizer, self.autoencoder.resolution, self.discriminator.layers
-        if self.loss.adversarial != "none" and size >> layers < 3:
-            raise ValueError(f"discriminator.layers = {layers} leaves no patch of a {size}×{size} image; lower it")
-        h, w = self.autoencoder.grid
-        vectors = self.train.batch * h * w * (1 if q.codebooks == "per_step" else q.steps)
+        q, auto, layers = self.quantizer, self.autoencoder, self.discriminator.layers
+        if isinstance(auto, MelConfig):
+            if q.bias != "none":  # beyond the end of an item its convolution would see padding
+                raise ValueError(f"quantizer.bias={q.bias} needs a fixed grid; give none for sound")
+            if self.loss.adversarial != "none" or self.loss.perceptual != "none":
+                raise ValueError("loss.adversarial and loss.perceptual are for images; leave them at none")
+        elif self.loss.adversarial != "none" and auto.resolution >> layers < 3:
+            side = f"{auto.resolution}×{auto.resolution}"
+            raise ValueError(f"discriminator.layers = {layers} leaves no patch of a {side} image; lower it")
+        vectors = self.train.batch * auto.positions * (1 if q.codebooks == "per_step" else q.steps)
         if q.init != "normal" and vectors < q.codes:
             raise ValueError(f"quantizer.init = {q.init}: {vectors} vectors for {q.codes} codes; raise train.batch")
         return self

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rdpm_cli import checkpoint, files
 from rdpm_cli.errors import CheckpointError
-from rdpm_cli.tokenizer.config import TokenizerArchitecture, TokenizerConfig
+from rdpm_cli.tokenizer.config import AutoencoderConfig, MelConfig, TokenizerArchitecture, TokenizerConfig
 from rdpm_cli.tokenizer.model import KIND, Tokenizer
 
 KNOWN = files.HINTS["weights"]
@@ -89,8 +89,8 @@ def load_weights(tokenizer: Tokenizer, path: Path) -> Imported:
         hint = "give the recipe the file's sizes; docs/tokenizer.md has those of the published files"
         raise CheckpointError(f"no encoder layer of {path} ({layout.name}) fits this recipe{reason}", hint)
     notes = []  # on differences that no shape shows
-    if layout.groups != auto.groups:
-        notes.append(f"GroupNorm: {layout.groups} groups in the file, {auto.groups} here; the layers give other values")
+    if layout.groups != (groups := groups_of(auto)):
+        notes.append(f"GroupNorm: {layout.groups} groups in the file, {groups} here; the layers give other values")
     if layout.latents != auto.latent_norm:
         notes.append(f"normalisation of the latents: {layout.latents} in the file's model, {auto.latent_norm} here")
     if PHI in filled and "none" not in (layout.bias, bias) and layout.bias != bias:
@@ -114,6 +114,11 @@ def load_weights(tokenizer: Tokenizer, path: Path) -> Imported:
     return Imported(path.name, layout.name, taken, skipped, [name for name in state if name not in filled], notes)
 
 
+def groups_of(cfg: AutoencoderConfig | MelConfig) -> int:
+    """Groups of the GroupNorms of a network; 0 if it has none."""
+    return cfg.groups if isinstance(cfg, AutoencoderConfig) else 0
+
+
 def _read(path: Path) -> tuple[Layout, dict[str, Tensor]]:
     """The layout of a file and its tensors by public name. Raises CheckpointError."""
     content = checkpoint.read_tensors(path, hint=KNOWN, foreign=True)
@@ -121,7 +126,7 @@ def _read(path: Path) -> tuple[Layout, dict[str, Tensor]]:
         checkpoint.check(content, str(path), KIND)
         cfg = checkpoint.config_of(TokenizerArchitecture, content["config"], str(path))
         auto = cfg.autoencoder
-        return Layout("rdpm", "", cfg.quantizer.bias, auto.latent_norm, auto.groups), content["weights"]
+        return Layout("rdpm", "", cfg.quantizer.bias, auto.latent_norm, groups_of(auto)), content["weights"]
     tensors = checkpoint.named_tensors(content, [layout.mark for layout in LAYOUTS])
     for layout in LAYOUTS:
         if layout.mark in tensors:

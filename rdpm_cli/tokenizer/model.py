@@ -1,4 +1,6 @@
-"""The tokenizer: images (B, 3, H, W) <-> latents (B, C, S) <-> codes (B, T, S), and its file."""
+"""The tokenizer: items x <-> latents (B, C, S) <-> codes (B, T, S), and its file.
+
+x: images (B, 3, H, W) in [-1, 1], or log-mel spectrograms (B, M, F) in nats, of any length, with S = F / stride."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli import checkpoint, noise
-from rdpm_cli.tokenizer.config import TokenizerArchitecture
-from rdpm_cli.tokenizer.networks import Decoder, Encoder
+from rdpm_cli.tokenizer.config import AutoencoderConfig, TokenizerArchitecture
+from rdpm_cli.tokenizer.inputs import inputs_of
+from rdpm_cli.tokenizer.networks import autoencoder
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
 
 KIND = "rdpm-tokenizer"
@@ -24,23 +27,23 @@ class Tokenizer(nn.Module):
         """weight: gamma_t = alpha_t in L_quant (training only)."""
         super().__init__()
         auto = cfg.autoencoder
-        self.cfg, self.grid = cfg, auto.grid
-        self.latent_shape = auto.channels, math.prod(self.grid)  # (C, S)
-        self.encoder, self.decoder = Encoder(auto), Decoder(auto)
-        outer, inner, kernel = auto.features or auto.channels, auto.channels, auto.quant_kernel
-        self.quant_conv = nn.Conv2d(outer, inner, kernel, padding=kernel // 2)
-        self.post_quant_conv = nn.Conv2d(inner, outer, kernel, padding=kernel // 2)
-        self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, inner, self.grid, weight)
-        self.norm = nn.LayerNorm(inner) if auto.latent_norm == "affine" else None
+        self.cfg, self.grid, self.inputs = cfg, auto.grid, inputs_of(auto)
+        self.latent_shape = auto.channels, math.prod(self.grid)  # (C, S); S = -1 where it is the item's
+        self.encoder, self.decoder, self.quant_conv, self.post_quant_conv = autoencoder(auto)
+        self.quantizer = Quantizer(cfg.quantizer, cfg.schedule, auto.channels, self.grid, weight)
+        self.norm = nn.LayerNorm(auto.channels) if auto.latent_norm == "affine" else None
 
-    def noise(self, purpose: str, seed: int, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        """The addressed noise eps_1..eps_T of images, (B, T, C, S), on the CPU."""
-        steps = self.cfg.quantizer.steps
-        return torch.from_numpy(noise.normal_steps(purpose, seed, indices, views, steps, self.latent_shape))
+    def noise(
+        self, purpose: str, seed: int, indices: Sequence[int], views: Sequence[int], length: int | None = None
+    ) -> Tensor:
+        """The addressed noise eps_1..eps_T of items, (B, T, C, S), on the CPU. length: S, where it is the item's."""
+        (C, S), by_position = self.latent_shape, length is not None
+        steps, shape = self.cfg.quantizer.steps, (C, S if length is None else length)
+        return torch.from_numpy(noise.normal_steps(purpose, seed, indices, views, steps, shape, by_position))
 
-    def latents(self, x_BCHW: Tensor) -> Tensor:
-        """z = LN(E(x)) of images in [-1, 1], rounded to fp16 values, straight-through: (B, C, S) fp32."""
-        z_BCS = self.quant_conv(self.encoder(x_BCHW)).float().flatten(2)
+    def latents(self, x: Tensor) -> Tensor:
+        """z = LN(E(x)), rounded to fp16 values, straight-through: (B, C, S) fp32."""
+        z_BCS = self.quant_conv(self.encoder(x)).float().flatten(2)
         if self.cfg.autoencoder.latent_norm == "layernorm":  # without affine: z then has the scale of the noise
             z_BCS = F.layer_norm(z_BCS.mT, self.latent_shape[:1]).mT
         elif self.norm is not None:
@@ -49,22 +52,32 @@ class Tokenizer(nn.Module):
         return z_BCS + (z_BCS.detach().half().float() - z_BCS.detach())
 
     def decode_latents(self, z_BCS: Tensor) -> Tensor:
-        """D(z'): (B, 3, H, W), about [-1, 1], not clamped."""
+        """D(z') -> x', not clamped."""
         return self.decoder(self.post_quant_conv(z_BCS.unflatten(2, self.grid)))
 
-    def forward(self, x_BCHW: Tensor, eps_BTCS: Tensor) -> tuple[Tensor, Chain]:
-        """x -> (x', chain)."""
-        chain: Chain = self.quantizer(self.latents(x_BCHW), eps_BTCS)
+    def latent_shape_of(self, x: Tensor) -> tuple[int, int]:
+        """(C, S) of these items."""
+        C, S = self.latent_shape
+        return C, S if isinstance(self.cfg.autoencoder, AutoencoderConfig) else x.shape[
+            -1
+        ] // self.cfg.autoencoder.stride
+
+    def forward(
+        self, x: Tensor, eps_BTCS: Tensor, shake_BCS: Tensor | None = None, terms_B: Tensor | None = None
+    ) -> tuple[Tensor, Chain]:
+        """x -> (x', chain). shake: added to z. terms: x' is decoded from the first steps, this number for each item."""
+        z_BCS = self.latents(x)
+        chain: Chain = self.quantizer(z_BCS if shake_BCS is None else z_BCS + shake_BCS, eps_BTCS, terms_B)
         return self.decode_latents(chain.z_BCS), chain
 
     @torch.no_grad()
-    def encode(self, x_BCHW: Tensor, eps_BTCS: Tensor) -> Tensor:
+    def encode(self, x: Tensor, eps_BTCS: Tensor) -> Tensor:
         """codes (B, T, S) int64."""
-        return self.quantizer.encode(self.latents(x_BCHW), eps_BTCS)
+        return self.quantizer.encode(self.latents(x), eps_BTCS)
 
     @torch.no_grad()
     def decode(self, codes_BTS: Tensor) -> Tensor:
-        """codes -> x' (B, 3, H, W)."""
+        """codes -> x'."""
         return self.decode_latents(self.quantizer.decode(codes_BTS))
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli.distributed import full_precision
-from rdpm_cli.tokenizer.config import AutoencoderConfig, DiscriminatorConfig
+from rdpm_cli.tokenizer.config import AutoencoderConfig, DiscriminatorConfig, MelConfig
+from rdpm_cli.tokenizer.mel_networks import MelDecoder, MelEncoder
 
 norm = partial(nn.GroupNorm, eps=1e-6)  # VQGAN's epsilon; torch's default is 1e-5
 
@@ -126,6 +127,15 @@ class Decoder(nn.Module):
         y = F.silu(self.norm_out(y), inplace=True)
         with full_precision(y):  # the losses see x', and the adaptive weight its gradient at this layer
             return self.conv_out(y.float())
+
+
+def autoencoder(cfg: AutoencoderConfig | MelConfig) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    """Encoder, decoder, quant_conv and post_quant_conv: features of E -> z, and z' -> features of D."""
+    if isinstance(cfg, MelConfig):
+        return MelEncoder(cfg), MelDecoder(cfg), nn.Identity(), nn.Identity()
+    outer, inner, kernel = cfg.features or cfg.channels, cfg.channels, cfg.quant_kernel
+    quant_conv = partial(nn.Conv2d, kernel_size=kernel, padding=kernel // 2)
+    return Encoder(cfg), Decoder(cfg), quant_conv(outer, inner), quant_conv(inner, outer)
 
 
 class PatchDiscriminator(nn.Module):

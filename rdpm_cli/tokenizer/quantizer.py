@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdpm_cli import noise
 from rdpm_cli.distributed import TrainStep, full_precision
 from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
 
@@ -87,7 +89,7 @@ class Chain(NamedTuple):
     """One pass of the residual chain."""
 
     codes_BTS: Tensor  # int64
-    z_BCS: Tensor  # z'_T, straight-through to z
+    z_BCS: Tensor  # z'_T, or z'_n, straight-through to z
     loss: Tensor  # L_quant of Eq. 4, scalar; 0 outside training mode
     error_T: Tensor  # mean |z - z'_t|² a step, per channel and position, detached
     vectors_TBSC: Tensor  # v_t, detached
@@ -122,6 +124,15 @@ class Quantizer(nn.Module):
         if self.cfg.codebook == "ema":
             self.ema_counts.fill_(1.0)
             self.ema_sums.copy_(self.books)
+
+    def noise(
+        self, purpose: str, seed: int, indices: Sequence[int], views: Sequence[int], ts: Sequence[int],
+        length: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """eps of these addresses, (n, C, S) on the CPU. length: S of a grid that is as long as its item."""
+        rows = noise.normal_rows if length is None else noise.position_rows
+        shape = self.books.shape[-1], math.prod(self.grid) if length is None else length
+        return torch.from_numpy(np.ascontiguousarray(rows(purpose, seed, indices, views, ts, shape)))
 
     def book(self, t: int) -> Tensor:
         """The codebook of step t, (K, C)."""
@@ -162,18 +173,20 @@ class Quantizer(nn.Module):
         """The search of every step; a shared codebook is prepared once."""
         return [Search(book) for book in self.books] * (self.steps if len(self.books) == 1 else 1)
 
-    def forward(self, z_BCS: Tensor, eps_BTCS: Tensor) -> Chain:
+    def forward(self, z_BCS: Tensor, eps_BTCS: Tensor, terms_B: Tensor | None = None) -> Chain:
         """Alg. 1: v_t = alpha_t z_t + beta_t eps_t; C_t = Q(v_t); v'_t = bias(e); z_{t+1} = z_t - v'_t.
 
         Straight-through a step on the live residual: with `bias: none` the gradient from z'_T to z is exactly the
-        identity, because alpha_T = 1. Runs in fp32 also inside autocast."""
+        identity, because alpha_T = 1. Runs in fp32 also inside autocast.
+        terms: the z' of the chain is z'_n, with a number n of steps for each item; default T."""
         codes, vectors, errors = list[Tensor](), list[Tensor](), list[Tensor]()
         with full_precision(z_BCS):
             z_BCS, eps_BTCS = z_BCS.float(), eps_BTCS.float()
             z_t, total, loss = z_BCS, torch.zeros_like(z_BCS), z_BCS.new_zeros(())
             for t, search in enumerate(self.searches(), 1):
                 codes_BS, v_t, q_t, approx_t = self.step(z_t, eps_BTCS[:, t - 1], t, search)
-                z_t, total = z_t - approx_t, total + approx_t
+                z_t = z_t - approx_t
+                total = total + (approx_t if terms_B is None else approx_t * (terms_B >= t).view(-1, 1, 1))
                 codes.append(codes_BS)
                 errors.append(F.mse_loss(total.detach(), z_BCS.detach()))
                 vectors.append(v_t.detach().transpose(1, 2))

@@ -1,42 +1,40 @@
 """Training a tokenizer, as the training loop sees it: batches, the two players, and the codebook's start and health."""
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
 from rdpm_cli import noise
-from rdpm_cli.data.pixels import to_model
-from rdpm_cli.data.source import Source
+from rdpm_cli.data.source import ItemSource
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import some_of
-from rdpm_cli.tokenizer.config import TokenizerConfig
+from rdpm_cli.tokenizer.config import MelConfig, TokenizerConfig
+from rdpm_cli.tokenizer.inputs import inputs_of
 from rdpm_cli.tokenizer.losses import adaptive_weight, discriminator_hinge, generator_hinge
+from rdpm_cli.tokenizer.mel_networks import Scale
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.networks import PatchDiscriminator
 from rdpm_cli.training.loop import Player
 
 
-class ImageBatches:
-    """batch_at(step, rows): the images of a training step, flipped by (seed, step, block)."""
+class ItemBatches:
+    """batch_at(step, rows): the items of a training step, images flipped and sounds cut by (seed, step, block)."""
 
-    def __init__(self, source: Source, cfg: TokenizerConfig, seed: int) -> None:
-        self.source, self.cfg, self.seed = source, cfg, seed
+    def __init__(self, source: ItemSource, cfg: TokenizerConfig, seed: int) -> None:
+        self.source, self.cfg, self.seed, self.inputs = source, cfg, seed, inputs_of(cfg.autoencoder)
 
     def batch_at(self, step: int, rows: range) -> Tensor:
-        """uint8 (rows, 3, H, W): rows of the global batch of this step."""
-        size, flips = self.cfg.autoencoder.resolution, noise.block_uniform(self.seed, step, rows, 1)[:, 0] < 0.5
-        images = [self.source.pixels(int(i), size) for i in self._indices(step, rows)]
-        flipped = [x[:, ::-1] if flip and self.cfg.flip else x for x, flip in zip(images, flips, strict=True)]
-        return torch.from_numpy(np.stack(flipped)).permute(0, 3, 1, 2).contiguous()
+        """Rows of the global batch of this step: uint8 (rows, 3, H, W), or fp32 (rows, M, F)."""
+        uniform_B = noise.block_uniform(self.seed, step, rows, 1)[:, 0]
+        return self.inputs.windows(self.source, self._indices(step, rows), uniform_B, self.cfg.flip)
 
-    def _indices(self, step: int, rows: range) -> noise.Ints:
-        return noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))[rows.start : rows.stop]
+    def _indices(self, step: int, rows: range) -> list[int]:
+        order = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))
+        return [int(index) for index in order[rows.start : rows.stop]]
 
     def describe(self, step: int, rows: range) -> str:
-        """The names of those images, for an error about them."""
-        return f"images {some_of(self.source.names[i] for i in self._indices(step, rows))}"
+        """The names of those items, for an error about them."""
+        return f"items {some_of(self.source.names[i] for i in self._indices(step, rows))}"
 
 
 class TokenizerTask(Player):
@@ -56,21 +54,23 @@ class TokenizerTask(Player):
         self.gradients: Tensor | None = None  # sum of this step's last-layer gradients of L_rec and L_gan
 
     def networks(self) -> list[nn.Module]:
-        """The parts that `compile` compiles: encoder and decoder, without the decoder's last layer."""
+        """The parts that `compile` compiles: encoder and decoder, of images without the decoder's last layer."""
+        if isinstance(self.model.cfg.autoencoder, MelConfig):
+            return [self.model.encoder, self.model.decoder]
         # the adaptive weight takes gradients through that layer twice, and a compiled backward pass runs only once
         return [self.model.encoder, self.model.decoder.mid, *self.model.decoder.up]
 
     def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch uint8 (B,3,H,W) -> L_recon + 0.25 L_quant + L_lpips + 0.75 w L_gan, and the terms as logs."""
+        """batch: of `ItemBatches` -> L_recon + 0.25 L_quant + L_lpips + 0.75 w L_gan, and the terms as logs."""
         cfg = self.cfg.loss
         if step.step != self.step:  # the first micro-batch of a step, also after a step that was skipped
             self.step, self.passes, self.pairs, self.gradients = step.step, [], [], None
-        x = to_model(batch)
+        x = self.model.inputs.to_model(batch)
         if self.cfg.train.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        recon, chain = self.model(x, step.normal(self.model.cfg.quantizer.steps, *self.model.latent_shape))
+        recon, chain = self.model(x, *self._draws(x, step))
         recon = recon.float()
-        perceived = F.mse_loss(recon, x)
+        perceived = self.model.inputs.distance(x, recon)
         gammas = sum(self.model.quantizer.gammas) if cfg.quant_reduce == "mean" else 1.0
         quant = chain.loss / gammas
         logs = {"recon": perceived.detach(), "quant": quant.detach(), "latent_spread": chain.spread}
@@ -83,6 +83,18 @@ class TokenizerTask(Player):
         self.passes.append((chain.codes_BTS, chain.vectors_TBSC))
         logs |= {f"latent_error/t{t:02d}": error for t, error in enumerate(chain.error_T, 1)}
         return perceived + cfg.quant * quant, logs
+
+    def _draws(self, x: Tensor, step: TrainStep) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The noise eps of all steps, what is added to z, and the number of steps that each item is decoded from."""
+        auto, quantizer, shape = self.model.cfg.autoencoder, self.model.cfg.quantizer, self.model.latent_shape_of(x)
+        eps_BTCS, shake_BCS, terms_B = step.normal(quantizer.steps, *shape), None, None
+        if isinstance(auto, MelConfig) and auto.noise:
+            shake_BCS = auto.noise * step.normal(*shape)
+        if quantizer.dropout:
+            uniform_B2 = torch.special.ndtr(step.normal(2))
+            prefix_B = 1 + (uniform_B2[:, 1] * quantizer.steps).long()
+            terms_B = torch.where(uniform_B2[:, 0] < quantizer.dropout, prefix_B, quantizer.steps)
+        return eps_BTCS, shake_BCS, terms_B
 
     def _add_adversary(
         self, perceived: Tensor, recon: Tensor, critic: PatchDiscriminator, step: TrainStep, logs: dict[str, Tensor]
@@ -148,16 +160,21 @@ def players_of(tokenizer: Tokenizer, cfg: TokenizerConfig, perceptual: nn.Module
 
 
 @torch.no_grad()
-def initialise_codebook(tokenizer: Tokenizer, pixels_BCHW: Tensor, seed: int) -> None:
-    """Set the codes to vectors v_t of these images, alike in all processes: random ones, or centres of k-means."""
+def initialise(tokenizer: Tokenizer, items: Tensor, seed: int) -> None:
+    """Measure the scale of log-mel values, and set the codes to vectors v_t of these items, alike in all processes.
+
+    items: of a training batch. The codes are random vectors, or centres of k-means."""
     quantizer, cfg = tokenizer.quantizer, tokenizer.cfg.quantizer
+    for module in tokenizer.modules():
+        if isinstance(module, Scale):
+            module.measure(items)
     if cfg.init == "normal":
         return
-    device, count, blocks = quantizer.books.device, len(pixels_BCHW), list[Tensor]()
+    device, count, blocks = quantizer.books.device, len(items), list[Tensor]()
     for start in range(0, count, noise.BLOCK):
         step = TrainStep(seed, 0, range(start, min(start + noise.BLOCK, count)), count, device)
-        z = tokenizer.latents(to_model(pixels_BCHW[start : start + noise.BLOCK].to(device)))
-        blocks.append(quantizer(z, step.normal(cfg.steps, *tokenizer.latent_shape)).vectors_TBSC)
+        z = tokenizer.latents(tokenizer.inputs.to_model(items[start : start + noise.BLOCK].to(device)))
+        blocks.append(quantizer(z, step.normal(cfg.steps, *z.shape[1:])).vectors_TBSC)
     vectors_TNC = torch.cat(blocks, 1).flatten(1, 2).cpu()
     books = []
     for book in range(len(quantizer.books)):

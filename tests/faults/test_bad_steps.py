@@ -16,7 +16,7 @@ from torch import Tensor
 from rdpm_cli import distributed
 from rdpm_cli.distributed import TrainStep, world
 from rdpm_cli.errors import RunError
-from rdpm_cli.tokenizer import training as task_module
+from rdpm_cli.tokenizer import inputs as inputs_module
 from rdpm_cli.tokenizer.config import TokenizerConfig
 from rdpm_cli.tokenizer.training import DiscriminatorTask, Players, TokenizerTask
 
@@ -34,7 +34,7 @@ def spoil(player: TokenizerTask | DiscriminatorTask, steps: set[int], part: str 
             return plain(batch, step)
         with pytest.MonkeyPatch.context() as patch:
             if part == "images":
-                patch.setattr(task_module, "to_model", lambda pixels: torch.full(pixels.shape, math.nan))
+                patch.setattr(inputs_module, "to_model", lambda pixels: torch.full(pixels.shape, math.nan))
             total, logs = plain(batch, step)
         if part == "gradient":  # 0 × inf
             total = total + (weight - weight.detach()).sum().abs().sqrt()

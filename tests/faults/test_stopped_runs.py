@@ -111,16 +111,16 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path,
 
 def stuck_in_reading(args: list[str]) -> None:
     """Be `rdpm ARGS`, whose worker never prepares the data of step 3."""
-    from rdpm_cli.tokenizer.training import ImageBatches
+    from rdpm_cli.tokenizer.training import ItemBatches
 
-    batch_at = ImageBatches.batch_at
+    batch_at = ItemBatches.batch_at
 
-    def hang(batches: ImageBatches, step: int, rows: range) -> Tensor:
+    def hang(batches: ItemBatches, step: int, rows: range) -> Tensor:
         if step == 3:
             time.sleep(1000)
         return batch_at(batches, step, rows)
 
-    setattr(ImageBatches, "batch_at", hang)  # noqa: B010
+    setattr(ItemBatches, "batch_at", hang)  # noqa: B010
     command_line(args, {})
 
 

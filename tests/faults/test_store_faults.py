@@ -170,9 +170,9 @@ def slow_command(images: int, pause: float, args: list[str]) -> None:
             time.sleep(pause)
             return super().open(index)
 
-    from rdpm_cli.engine import tokenizer as engine
+    from rdpm_cli.tokenizer import inputs
 
-    setattr(engine, "open_source", lambda spec: Slow(images))  # noqa: B010
+    setattr(inputs, "open_source", lambda spec: Slow(images))  # noqa: B010
     sys.argv = ["rdpm", *args]
     from rdpm_cli.cli import main
 
