@@ -66,7 +66,7 @@ def samples(generator: RDPM, count: int, way: str, draw: str) -> Job:
     """One micro-batch of samples, with the embedding of its classes."""
     labels = torch.arange(count, device=next(generator.network.parameters()).device) % CLASSES
     options = SampleOptions(RDPMSampling(**WAYS[way], draw=draw))
-    return lambda: generator.sample(generator.condition({"labels": labels}), torch.arange(count), options)
+    return lambda: generator.sample({"labels": labels}, torch.arange(count), options)
 
 
 def operations(job: Job) -> int:

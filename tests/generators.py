@@ -67,8 +67,7 @@ def sample(
     generator: Generator, labels: Any, indices: Any, options: SampleOptions, known: Known | None = None
 ) -> Tensor:
     """Codes of labels and noise indices."""
-    condition = generator.condition({"labels": torch.as_tensor(labels)})
-    return generator.sample(condition, torch.as_tensor(indices), options, known)
+    return generator.sample({"labels": torch.as_tensor(labels)}, torch.as_tensor(indices), options, known)
 
 
 class Calls:

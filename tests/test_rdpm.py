@@ -100,7 +100,7 @@ def test_guided_logits_are_the_logits_of_the_guided_zhat(books: str) -> None:
     generator = make_generator(make_quantizer(codebooks=books), head="geometric")
     eps, previous, t, condition = make_rows(generator)
     inputs = eps.repeat(2, 1, 1), previous.repeat(2, 1, 1), t.repeat(2)
-    hidden = generator.network(*inputs, condition.joined(generator.null_condition(6)))
+    hidden = generator.network(*inputs, condition.joined(generator.null_condition({"labels": torch.zeros(6).long()})))
     logits, zhat = generator.scores(hidden, *inputs)
     assert zhat is not None
     guided = generator.geometric_logits(guide(zhat, 1.7), eps, previous, t)

@@ -70,7 +70,7 @@ def some_codes(count: int = 5, seed: int = 0) -> Tensor:
 def masked_batch(codes_BTS: Tensor, slots: int, seed: int = 3) -> MaskBatch:
     """A batch with a mask of this many slots an image."""
     B = len(codes_BTS)
-    masked = mask_tokens(keys(B, seed), torch.full((B,), slots), True)
+    masked = mask_all(keys(B, seed), torch.full((B,), slots), True)
     columns = {"labels": torch.arange(B) % CLASSES}
     return MaskBatch(codes_BTS, columns, masked, float(masked.any(-1).sum()) / B, slots)
 
@@ -87,6 +87,11 @@ def is_closed(masked_BLD: Tensor) -> bool:
 SCHEDULES: tuple[MaskSchedule, ...] = get_args(MaskSchedule)
 
 
+def mask_all(keys_BLD: Tensor, count_B: Tensor, coarse_first: bool) -> Tensor:
+    """The mask where all slots are open."""
+    return mask_tokens(keys_BLD, torch.ones_like(keys_BLD, dtype=torch.bool), count_B, coarse_first)
+
+
 def keys(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, L, D, generator=torch.Generator().manual_seed(seed))
 
@@ -94,7 +99,7 @@ def keys(count: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("coarse_first", [True, False])
 @pytest.mark.parametrize("count", [1, 11, SLOTS])
 def test_a_training_mask_has_the_requested_number_of_slots(count: int, coarse_first: bool) -> None:
-    masked = mask_tokens(keys(200), torch.full((200,), count), coarse_first)
+    masked = mask_all(keys(200), torch.full((200,), count), coarse_first)
     assert masked.flatten(1).sum(1).tolist() == [count] * 200
     assert is_closed(masked) == (coarse_first or count == SLOTS)
 
@@ -102,7 +107,7 @@ def test_a_training_mask_has_the_requested_number_of_slots(count: int, coarse_fi
 @pytest.mark.parametrize(("first", "n"), [(None, 3), (None, 30), (15, 10)])
 def test_depths_a_position_follow_the_hypergeometric_law(first: int | None, n: int) -> None:
     """Also after two draws: one of `first` slots, then revealing all but n of them by lot."""
-    masked = mask_tokens(keys(20_000), torch.full((20_000,), first or n), True)
+    masked = mask_all(keys(20_000), torch.full((20_000,), first or n), True)
     if first:
         masked = reveal(masked, keys(20_000, 1), torch.full((20_000,), first - n), True)
     k, variance = masked.sum(-1).double(), n * (1 / L) * (1 - 1 / L) * (SLOTS - n) / (SLOTS - 1)
@@ -111,7 +116,7 @@ def test_depths_a_position_follow_the_hypergeometric_law(first: int | None, n: i
 
 
 def test_random_order_masks_every_slot_alike() -> None:
-    shares = mask_tokens(keys(8000), torch.full((8000,), SLOTS // 2), False).float().mean(0)
+    shares = mask_all(keys(8000), torch.full((8000,), SLOTS // 2), False).float().mean(0)
     torch.testing.assert_close(shares, torch.full((L, D), 0.5), rtol=0, atol=0.025)
 
 

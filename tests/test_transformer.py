@@ -128,7 +128,8 @@ def test_on_two_axes_half_of_the_pairs_turn_with_each_and_what_three_cannot_shar
 def test_the_null_class_is_number_classes_and_conditions_join_row_by_row() -> None:
     generator = make_generator(class_latents=True, class_tokens=2)
     condition = generator.condition({"labels": torch.tensor([0, 1, CLASSES])})
-    joined = generator.condition({"labels": torch.tensor([0, 1])}).joined(generator.null_condition(1))
+    null = generator.null_condition({"labels": torch.tensor([0])})
+    joined = generator.condition({"labels": torch.tensor([0, 1])}).joined(null)
     for part, expected in zip(joined, condition, strict=True):
         assert (part is None) == (expected is None)
         assert part is None or expected is None or torch.equal(part, expected)

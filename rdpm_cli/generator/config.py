@@ -124,7 +124,8 @@ class ObjectiveConfig(Section):
     steps_per_image: int = Field(1, ge=1, description="values of t an image and step; loss rows = batch × this")
     t_weights: Literal["uniform", "alpha"] = Field("uniform", description="t drawn uniformly, or ~ alpha_t + 0.2")
     perturb: float = Field(0.0, ge=0, description="a in z' + a·U·N(0,1), one U an image, targets unchanged")
-    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class")
+    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
+    prompt: float = added(0.8, "share of sounds that begin with a known prompt")
 
 
 class RDPMSampling(SamplingConfig):
@@ -195,7 +196,8 @@ class ResGenObjective(Section):
     mog_loss: Literal["split", "nll", "clam"] = Field("split", description="classification + regression; exact; CLaM's")
     detach_resp: bool = Field(True, description="no gradient through the responsibilities of split's classification")
     sigma_psi: float | None = Field(None, gt=0, description="RMS of the quantisation error; default: measured")
-    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class")
+    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
+    prompt: float = added(0.8, "share of sounds that begin with a known prompt")
 
 
 class ResGenSampling(SamplingConfig):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rdpm_cli import noise
 from rdpm_cli.codes.heldout import PURPOSE, EncodedImages
+from rdpm_cli.codes.ragged import RaggedStore
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import some_of
@@ -22,20 +23,26 @@ from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.training.loop import Player
 
 EVALUATED_ROWS, EVALUATED_AT_ONCE = 256, 32  # held-out rows of a store measured at most
+HELD_OUT_PROMPT = 3  # the prompt of a held-out row is a third of its units
 
 
 class Condition(NamedTuple):
-    """What samples are asked to be, embedded, one row each. `Transformer.class_condition` makes it of a class."""
+    """What samples are asked to be, embedded, one row each. `Transformer.condition` makes it of columns."""
 
     vector_BD: Tensor  # added to the embedding of t, for AdaLN
     tokens_BMD: Tensor | None = None  # to attend to, in front of the positions
     mask_BM: Tensor | None = None  # bool, True where such a token exists; None: all do
     latents_BSD: Tensor | None = None  # added to the input of the positions
+    exists_BS: Tensor | None = None  # bool, True where the row has a position; None: it has all
+    known_BS: Tensor | None = None  # bool, True at the positions of a prompt
 
     def joined(self, second: "Condition") -> "Condition":
         """The rows of both, for one pass of the network. They must have the same parts."""
         pairs = zip(self, second, strict=True)
         return Condition._make(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs)
+
+
+Columns = Mapping[str, Tensor]  # conditions of rows by name, the first axis B; "labels", or those of sound
 
 
 class Known(NamedTuple):
@@ -71,17 +78,17 @@ class Generator(Protocol):
         """Measure the constants that the network keeps of the store. -> provenance."""
         return {}
 
-    def condition(self, columns: Mapping[str, Tensor]) -> Condition:
+    def condition(self, columns: Columns) -> Condition:
         """The condition of rows with these columns of the store, e.g. {"labels": (B,) int64}."""
-        return self.network.trunk.class_condition(columns["labels"])
+        return self.network.trunk.condition(columns)
 
-    def null_condition(self, count: int) -> Condition:
-        """The condition of rows that are asked for nothing, for guidance."""
-        device = next(self.network.parameters()).device
-        return self.condition({"labels": torch.full((count,), self.classes, device=device)})
+    def null_condition(self, columns: Columns) -> Condition:
+        """The condition of the same rows when they are asked for no class, or no text, for guidance."""
+        name = "text" if "text" in columns else "labels"
+        return self.condition({**columns, name: torch.full_like(columns[name], self.classes)})
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and logs of one of the family's batches."""
+        """Scalar loss and logs of one of the family's batches, without that of the durations of units."""
 
     def fit_baselines(self, store: CodeStore, rows: noise.Ints) -> Any:
         """What predicts the codes without a network, fitted on these rows, for `held_out`. None: nothing."""
@@ -98,10 +105,8 @@ class Generator(Protocol):
     def passes(self, options: SampleOptions, first: int = 1) -> int:
         """Rows through the network for one sample whose codes are drawn from step `first` on."""
 
-    def sample(
-        self, condition: Condition, indices_B: Tensor, options: SampleOptions, known: Known | None = None
-    ) -> Tensor:
-        """codes (B, T, S) int64. Row i depends on row i of condition, indices_B and known, and on the options."""
+    def sample(self, columns: Columns, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
+        """codes (B, T, S) int64. Row i depends on row i of columns, indices_B and known, and on the options."""
 
 
 @dataclass
@@ -145,6 +150,10 @@ class GeneratorBatches(ABC):
         batches.purpose, batches.evaluated_rows = PURPOSE, len(images)
         return batches
 
+    def prompt_numbers(self, step: int, rows: range) -> noise.Floats:
+        """Uniform numbers that choose the prompts of these rows of a step's global batch."""
+        return noise.block_uniform(self.seed, step, rows, 1, "prompt")[:, 0]
+
     def rows_at(self, step: int, rows: range) -> noise.Ints:
         return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows))[rows.start : rows.stop]]
 
@@ -156,13 +165,45 @@ class GeneratorBatches(ABC):
         """Source indices and views of rows of the store, by which their noise is addressed."""
         return self.store.index[store_rows].tolist(), (store_rows % self.store.manifest.views).tolist()
 
-    def read(self, store_rows: noise.Ints, uniform_B: noise.Floats | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """codes_BTS and columns of a batch; the null class where uniform_B is below the rate of label drop."""
-        labels = self.store.columns["labels"][store_rows].astype(np.int64)
-        if uniform_B is not None:
-            labels = np.where(uniform_B < self.objective.label_drop, len(self.store.manifest.class_names), labels)
-        codes_BTS = torch.from_numpy(self.store.codes(store_rows).astype(np.int64))
-        return codes_BTS, {"labels": torch.from_numpy(labels)}
+    def read(
+        self, store_rows: noise.Ints, uniform_B: noise.Floats | None = None, prompt_B: noise.Floats | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """codes_BTS and columns of a batch; no class, or text, where uniform_B is below the rate of label drop.
+
+        prompt_B: uniform numbers that choose the prompts of sound; None: those of a held-out batch."""
+        codes_BTS, store = torch.from_numpy(self.store.codes(store_rows).astype(np.int64)), self.store
+        drop_B = np.zeros(len(store_rows), bool) if uniform_B is None else uniform_B < self.objective.label_drop
+        if not isinstance(store, RaggedStore):
+            labels = store.columns["labels"][store_rows].astype(np.int64)
+            labels = np.where(drop_B, len(store.manifest.class_names), labels)
+            return codes_BTS, {"labels": torch.from_numpy(labels)}
+        text = store.text(store_rows).astype(np.int64)
+        text = np.where(drop_B[:, None] & (text >= 0), len(store.manifest.condition_names), text)
+        arrays = {
+            "text": text, "durations": store.durations(store_rows).astype(np.int64),
+            "known": self.known_units(store_rows, prompt_B), "latents": store.latents(store_rows).astype(np.float32),
+        }  # fmt: skip
+        return codes_BTS, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    def known_units(self, store_rows: noise.Ints, prompt_B: noise.Floats | None) -> noise.Ints:
+        """The number of units of each row's prompt: 0 for a share of the rows, else any that leaves some to draw."""
+        assert isinstance(self.store, RaggedStore)
+        most = (self.store.text(store_rows) >= 0).sum(1) - 1
+        if prompt_B is None:
+            return (most + 1) // HELD_OUT_PROMPT
+        share = self.objective.prompt
+        chosen = 1 + np.floor(prompt_B.astype(np.float64) / max(share, 1e-9) * most).astype(np.int64)
+        return np.where(prompt_B < share, np.minimum(chosen, most), 0)
+
+    def open_positions(self, step: int) -> float:
+        """The mean number of positions behind the prompts of a step's global batch; 0 of images."""
+        if not isinstance(self.store, RaggedStore):
+            return 0.0
+        rows = range(self.batch)
+        store_rows = self.rows_at(step, rows)
+        durations = self.store.durations(store_rows)
+        known = self.known_units(store_rows, self.prompt_numbers(step, rows))
+        return float((durations * (np.arange(durations.shape[1]) >= known[:, None])).sum() / len(store_rows))
 
     def held_out_rows(self) -> Iterator[noise.Ints]:
         most = self.evaluated_rows
@@ -180,8 +221,13 @@ class GeneratorTask(Player):
         self.generator, self.model = generator, generator.network
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """The family's loss."""
-        return self.generator.loss(batch, step)
+        """The family's loss, and of sound that of the predictor of durations."""
+        loss, logs = self.generator.loss(batch, step)
+        speech = self.model.trunk.speech
+        if speech is None:
+            return loss, logs
+        durations = speech.duration.loss(batch.columns)
+        return loss + durations, {**logs, "duration_error": durations.detach()}
 
 
 def held_out(

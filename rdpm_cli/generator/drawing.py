@@ -38,9 +38,9 @@ def guide(both: Tensor, lambda_t: float) -> Tensor:
     return cond + lambda_t * (cond - uncond)
 
 
-def to_device(values: noise.Floats, device: torch.device) -> Tensor:
+def to_device(values: noise.Floats | Tensor, device: torch.device) -> Tensor:
     """Host values on the device; a GPU goes on computing meanwhile."""
-    tensor = torch.from_numpy(values)
+    tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -5,6 +5,7 @@ Legend: B images, J values of t an image, R rows = B·J, T steps, C code width, 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from rdpm_cli.distributed import TrainStep, full_precision, one_thread
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.generator.baselines import Linear, fit
 from rdpm_cli.generator.config import NetworkConfig, RDPMConfig, RDPMSampling
-from rdpm_cli.generator.contract import Batch, Condition, Generator, GeneratorBatches, Known, SampleOptions
+from rdpm_cli.generator.contract import Batch, Columns, Condition, Generator, GeneratorBatches, Known, SampleOptions
 from rdpm_cli.generator.drawing import draw, guidance_at, guide, narrow, tau_at, to_device
 from rdpm_cli.generator.transformer import Transformer, zero_linear
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
@@ -38,17 +39,24 @@ class CodeBatch(Batch):
     eps_BJCS: Tensor | None  # the noise of those steps; None: drawn fresh on the device
     z_BCS: Tensor | None = None  # stored latents, fp32; None: z'_T of the codes serves instead
     spread_B: Tensor | None = None  # a·U of the perturbation of z'_{t-1}, one an image
+    positions: float = 0.0  # mean over the global batch of the positions that are to be predicted, of sound
+    longest: int | None = None  # S of its longest item, of sound: fresh noise is drawn for so many positions
+
+    def normal(self, step: TrainStep, *shape: int) -> Tensor:
+        """Standard normal values (B, *shape). The last axis is S; a row's values do not depend on its padding."""
+        return step.normal(*shape[:-1], self.longest or shape[-1])[..., : shape[-1]]
 
 
 class CodeBatches(GeneratorBatches):
     """Codes, labels and values of t of a training step."""
 
     def __init__(self, store: CodeStore, cfg: RDPMConfig, quantizer: Quantizer, seed: int) -> None:
-        if cfg.objective.noise == "fresh" and not store.manifest.latents:
+        if (cfg.objective.noise == "fresh" or store.manifest.speech) and not store.manifest.latents:
             command = rdpm_command("tokenize", store.manifest.data.source, "NEW_FOLDER", "--keep", "latents")
             hint = f"run `{command}`, or train with objective.noise=fresh-from-codes or objective.noise=cached"
             raise DataError(f"{store.root} keeps no latents, so fresh noise cannot be drawn", hint)
         super().__init__(store, cfg, quantizer, seed)
+        self.quantizer = quantizer
         alphas = np.array(quantizer.alphas)
         weights = alphas + 0.2 if cfg.objective.t_weights == "alpha" else np.ones(len(alphas))
         self.cumulative = np.cumsum(weights / weights.sum())
@@ -69,7 +77,9 @@ class CodeBatches(GeneratorBatches):
         has_z = self.store.manifest.latents and objective.noise != "fresh-from-codes"
         z = torch.from_numpy(self.store.latents(store_rows).astype(np.float32)) if has_z else None
         spread = torch.from_numpy(objective.perturb * uniform_B3[:, 2]) if objective.perturb else None
-        return CodeBatch(*self.read(store_rows, uniform_B3[:, 1]), torch.from_numpy(t_BJ), eps, z, spread)
+        codes, columns = self.read(store_rows, uniform_B3[:, 1], self.prompt_numbers(step, rows))
+        longest = self.store.longest(self.rows_at(step, range(self.batch)))
+        return CodeBatch(codes, columns, torch.from_numpy(t_BJ), eps, z, spread, self.open_positions(step), longest)
 
     def draw_t(self, uniform_B: noise.Floats) -> noise.Ints:
         """J values of t an image, one from each J-th of the distribution: their mixture follows the weights."""
@@ -79,10 +89,9 @@ class CodeBatches(GeneratorBatches):
 
     def _stored_noise(self, store_rows: noise.Ints, t_BJ: noise.Ints) -> Tensor:
         """The noise under which the tokenizer made these rows' codes at these steps, (B, J, C, S)."""
-        m, (B, J) = self.store.manifest, t_BJ.shape
-        shape = (m.channels, math.prod(m.grid))
-        addresses = *self.addresses(store_rows.repeat(J)), t_BJ.flatten().tolist()
-        return torch.from_numpy(noise.normal_rows(self.purpose, m.seed, *addresses, shape).reshape(B, J, *shape))
+        addresses = *self.addresses(store_rows.repeat(t_BJ.shape[1])), t_BJ.flatten().tolist()
+        eps = self.quantizer.noise(self.purpose, self.store.manifest.seed, *addresses, self.store.longest(store_rows))
+        return eps.unflatten(0, t_BJ.shape)
 
     def held_out_batches(self) -> Iterator[CodeBatch]:
         for store_rows in self.held_out_rows():
@@ -158,48 +167,66 @@ class RDPM(Generator):
             codes_BTS, eps_BJCS, z = batch.codes_BTS, batch.eps_BJCS, batch.z_BCS
             if z is None and (eps_BJCS is None or self.network.latent_head is not None):
                 z = quantizer.decode(codes_BTS)  # z'_T serves instead: fresh noise is drawn on it, and zhat aims at it
-            goals = [] if z is None else [z.transpose(1, 2).repeat_interleave(J, 0)]
+            goal_RSC = None if z is None else z.transpose(1, 2).repeat_interleave(J, 0)
             if eps_BJCS is None:
                 assert z is not None
-                eps_BTCS = step.normal(quantizer.steps, *z.shape[1:])
+                eps_BTCS = batch.normal(step, quantizer.steps, *z.shape[1:])
                 rows_B1 = torch.arange(len(z), device=z.device).unsqueeze(1)
                 codes_BTS, eps_BJCS = quantizer.encode(z, eps_BTCS), eps_BTCS[rows_B1, batch.t_BJ - 1]
             codes_RTS, eps_RCS = codes_BTS.repeat_interleave(J, 0), eps_BJCS.flatten(0, 1)
             previous = quantizer.prefix(codes_RTS, t_R - 1)
             if batch.spread_B is not None:
-                shake_BCS = step.normal(*previous.shape[1:]) * batch.spread_B.view(-1, 1, 1)
+                shake_BCS = batch.normal(step, *previous.shape[1:]) * batch.spread_B.view(-1, 1, 1)
                 previous = previous + shake_BCS.repeat_interleave(J, 0)
             target_RS = codes_RTS[torch.arange(len(t_R), device=t_R.device), t_R - 1]
-        columns = {name: column.repeat_interleave(J) for name, column in batch.columns.items()}
-        hidden = self.network(eps_RCS, previous, t_R, self.condition(columns))
-        terms = self._losses(hidden, eps_RCS, previous, t_R, target_RS, *goals)
+        columns = {name: column.repeat_interleave(J, 0) for name, column in batch.columns.items()}
+        condition, weight_RS = self.condition(columns), None
+        if condition.exists_BS is not None and condition.known_BS is not None:
+            # Each position counts alike, so that a loss does not depend on how the global batch is shared.
+            open_RS = condition.exists_BS & ~condition.known_BS
+            weight_RS = open_RS * (open_RS.shape[1] / batch.positions)
+        hidden = self.network(eps_RCS, previous, t_R, condition)
+        terms = self._losses(hidden, eps_RCS, previous, t_R, target_RS, goal_RSC, weight_RS)
         names = ("ce", "accuracy", "latent_mse")[: len(terms)]  # the last of the geometric head only
         logs = dict(zip(names, terms.detach(), strict=True))
         return terms[0] + terms[2] if len(terms) == 3 else terms[0], logs
 
-    def _losses(self, *inputs: Tensor) -> Tensor:
+    def _losses(self, *inputs: Any) -> Tensor:
         """`_row_losses` of all rows. Beyond LOGITS_AT_ONCE logits the heads run on some of the rows at a time."""
         count, S, _ = inputs[0].shape
         size = max(1, LOGITS_AT_ONCE // (S * self.quantizer.cfg.codes))
         if size >= count:
             return self._row_losses(*inputs)
         total = inputs[0].new_zeros(())
-        for rows in zip(*(x.split(size) for x in inputs), strict=True):
+        pieces = -(-count // size)
+        for rows in zip(*([None] * pieces if x is None else x.split(size) for x in inputs), strict=True):
             # The backward pass computes these logits again, so that they never exist all at once.
             losses = torch.utils.checkpoint.checkpoint(self._row_losses, *rows, use_reentrant=False)
             total = total + len(rows[0]) / count * losses
         return total
 
-    def _row_losses(self, *inputs: Tensor) -> Tensor:
-        """Means over some rows: cross-entropy, accuracy and, with the geometric head, MSE(zhat, z); (2,) or (3,)."""
-        hidden, eps, previous, t_R, target_RS, *goals = inputs
-        logits, zhat = self.scores(hidden, eps, previous, t_R)
-        ce = F.cross_entropy(logits.flatten(0, 1), target_RS.flatten())
-        accuracy = (logits.detach().argmax(-1) == target_RS).float().mean()
-        return torch.stack([ce, accuracy] if zhat is None else [ce, accuracy, F.mse_loss(zhat, goals[0])])
+    def _row_losses(
+        self, hidden: Tensor, eps: Tensor, previous: Tensor, t_R: Tensor, target_RS: Tensor, goal_RSC: Tensor | None,
+        weight_RS: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Means over some rows: cross-entropy, accuracy and, with the geometric head, MSE(zhat, z); (2,) or (3,).
 
-    def fit_baselines(self, store: CodeStore, rows: noise.Ints) -> list[Linear]:
-        return fit(store, rows, self.quantizer)
+        weight: of each position; None: all count alike."""
+        logits, zhat = self.scores(hidden, eps, previous, t_R)
+        right_RS = (logits.detach().argmax(-1) == target_RS).float()
+        if weight_RS is None:
+            ce = F.cross_entropy(logits.flatten(0, 1), target_RS.flatten())
+            error = None if zhat is None or goal_RSC is None else F.mse_loss(zhat, goal_RSC)
+        else:
+            ce_N = F.cross_entropy(logits.flatten(0, 1), target_RS.flatten(), reduction="none")
+            ce, right_RS = (ce_N.view_as(weight_RS) * weight_RS).mean(), right_RS * weight_RS
+            error = (
+                None if zhat is None or goal_RSC is None else ((zhat - goal_RSC).square().mean(-1) * weight_RS).mean()
+            )
+        return torch.stack([ce, right_RS.mean(), *([] if error is None else [error])])
+
+    def fit_baselines(self, store: CodeStore, rows: noise.Ints) -> list[Linear] | None:
+        return None if store.manifest.speech else fit(store, rows, self.quantizer)
 
     @torch.no_grad()
     def held_out(self, batch: CodeBatch, baselines: list[Linear] | None = None) -> dict[str, Tensor]:
@@ -209,17 +236,26 @@ class RDPM(Generator):
         assert batch.eps_BJCS is not None
         quantizer, codes, means = self.quantizer, batch.codes_BTS, []
         ones_B, condition = torch.ones_like(batch.t_BJ[:, 0]), self.condition(batch.columns)
+        exists, known = condition.exists_BS, condition.known_BS
+        weight_BS = (
+            torch.ones_like(codes[:, 0], dtype=torch.bool) if exists is None or known is None else exists & ~known
+        )
+        count = int(weight_BS.sum())
+
+        def mean(x_BS: Tensor) -> Tensor:
+            return x_BS.float().mean() if count == x_BS.numel() else (x_BS * weight_BS).sum() / count
+
         for t in range(1, quantizer.steps + 1):
             previous, eps = quantizer.prefix(codes, ones_B * (t - 1)), batch.eps_BJCS[:, t - 1]
             target_BS = codes[:, t - 1]
             logits = self.predict(eps, previous, ones_B * t, condition)[0].float()
-            ce = F.cross_entropy(logits.flatten(0, 1), target_BS.flatten())
+            ce = mean(F.cross_entropy(logits.flatten(0, 1), target_BS.flatten(), reduction="none").view_as(target_BS))
             guesses = [logits.argmax(-1), quantizer.guess(previous, eps, t)]
             for latents in (baselines[0], baselines[t - 1]) if baselines else ():  # the first one is the class mean
                 z = latents.predict(previous, batch.columns["labels"])
                 guesses.append(quantizer.guess(previous - z, eps, t))
-            norm = quantizer.prefix(codes, ones_B * t).norm(dim=1).mean()
-            means.append(torch.stack([ce, norm, *((guess == target_BS).float().mean() for guess in guesses)]))
+            norm = mean(quantizer.prefix(codes, ones_B * t).norm(dim=1))
+            means.append(torch.stack([ce, norm, *(mean(guess == target_BS) for guess in guesses)]))
         sums_MT = torch.stack(means, 1) * len(codes)
         pairs = torch.stack([sums_MT, torch.full_like(sums_MT, len(codes))], 1)
         names = ["ce", "norm", "accuracy", "baseline", *(["class_mean", "linear"] if baselines else [])]
@@ -240,19 +276,18 @@ class RDPM(Generator):
         return guidance_at(t, self.quantizer.steps, s.cfg, s.cfg_schedule, s.cfg_power, s.cfg_first, s.cfg_last)
 
     @torch.no_grad()
-    def sample(
-        self, condition: Condition, indices_B: Tensor, options: SampleOptions, known: Known | None = None
-    ) -> Tensor:
+    def sample(self, columns: Columns, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """Alg. 2: z'_t = z'_{t-1} + bias(e_{C_t}), C_t drawn from tau · logits, noise addressed by index. codes_BTS."""
         self.check(options)
-        sampling, indices, device = options.sampling, indices_B.tolist(), condition.vector_BD.device
-        quantizer, B = self.quantizer, len(indices)
+        condition, sampling, indices = self.condition(columns), options.sampling, indices_B.tolist()
+        quantizer, B, device = self.quantizer, len(indices), condition.vector_BD.device
         is_known = [] if known is None else known.keep_BTS.all(-1).all(0).tolist()
-        both = condition.joined(self.null_condition(B)) if sampling.cfg else condition
-        shape = (quantizer.books.shape[-1], math.prod(quantizer.grid))
+        both = condition.joined(self.null_condition(columns)) if sampling.cfg else condition
+        length = None if condition.exists_BS is None else condition.exists_BS.shape[1]
+        shape = (quantizer.books.shape[-1], length or math.prod(quantizer.grid))
         previous, codes = torch.zeros(B, *shape, device=device), []
         for t in range(1, quantizer.steps + 1):  # nothing in this loop waits for a GPU
-            eps = to_device(noise.normal_rows("sample", options.seed, indices, [0] * B, [t] * B, shape), device)
+            eps = to_device(quantizer.noise("sample", options.seed, indices, [0] * B, [t] * B, length), device)
             if known is not None and is_known[t - 1]:
                 codes_BS = known.codes_BTS[:, t - 1]
             elif t <= sampling.skip_steps:

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rdpm_cli import checkpoint
+from rdpm_cli.codes.ragged import open_store
 from rdpm_cli.codes.store import TOKENIZER, CodeStore, Manifest
-from rdpm_cli.errors import CheckpointError, UsageError
+from rdpm_cli.errors import CheckpointError, DataError, UsageError
 from rdpm_cli.generator import config as configs
 from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
 from rdpm_cli.generator.rdpm import RDPM, CodeBatches
@@ -55,8 +56,12 @@ def open_codes(root: Path, cfg: configs.GeneratorConfig, seed: int) -> Codes:
     """A store with the copy of its tokenizer, and batches of it. Raises DataError, CheckpointError and UsageError."""
     manifest = Manifest.load(root)  # before its tokenizer is read: a missing store has the clearer error
     tokenizer, content = tokenizer_model.load(root / TOKENIZER)
-    store = CodeStore(root, content["digest"], manifest)
-    if cfg.sampling.cfg and (fault := configs.guidance_fault(None, len(manifest.class_names))):
+    store = open_store(root, content["digest"], manifest)
+    if manifest.speech and not (manifest.speech.durations and manifest.latents):
+        lacking = "latents" if manifest.speech.durations else "durations of words"
+        hint = "tokenize a source that has them (`word_seconds`) with --units words --keep latents"
+        raise DataError(f"{root} keeps no {lacking}, which generators of speech learn from", hint)
+    if cfg.sampling.cfg and (fault := configs.guidance_fault(None, len(manifest.condition_names))):
         raise UsageError(f"sampling.cfg={cfg.sampling.cfg:g} with {root}: {fault}", "give sampling.cfg=0")
     family = FAMILIES[cfg.family]
     family.make.check_codes(tokenizer.cfg, str(root))
@@ -106,9 +111,10 @@ class LoadedGenerator:
     generator: Generator
     tokenizer: tokenizer_model.Tokenizer
     sampling: configs.SamplingConfig
-    class_names: list[str]
+    class_names: list[str]  # or the names of the units of text
     digest: str
     provenance: dict[str, Any]
+    text: Literal["words", "bytes"] | None = None  # kind of the units of sound
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this generator cannot use."""
@@ -145,5 +151,5 @@ def load(path: Path) -> LoadedGenerator:
     # Files of 0.1.0 have the sampling options in the config, or nowhere.
     recorded = content.get("sampling", fields.get("sampling")) or {}
     sampling = checkpoint.config_of(family.sampling, recorded, str(path))
-    head = (content[name] for name in ("class_names", "digest", "provenance"))
-    return LoadedGenerator(generator, tokenizer, sampling, *head)
+    class_names, digest, provenance = (content[name] for name in ("class_names", "digest", "provenance"))
+    return LoadedGenerator(generator, tokenizer, sampling, class_names, digest, provenance, content.get("text"))

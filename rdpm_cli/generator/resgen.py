@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli import noise
+from rdpm_cli.codes.ragged import RaggedStore
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep, full_precision
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.generator import mixture
+from rdpm_cli.generator.conditions import places
 from rdpm_cli.generator.config import MaskSchedule, ResGenConfig, ResGenNetwork, ResGenObjective
-from rdpm_cli.generator.contract import Batch, Condition, Generator, GeneratorBatches, Known, SampleOptions
+from rdpm_cli.generator.contract import Batch, Columns, Condition, Generator, GeneratorBatches, Known, SampleOptions
 from rdpm_cli.generator.drawing import guidance_at, guide
 from rdpm_cli.generator.transformer import Transformer, zero_linear
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
@@ -65,9 +67,9 @@ def finest(count_BL: Tensor, depths: int) -> Tensor:
     return torch.arange(depths, device=count_BL.device) >= depths - count_BL.unsqueeze(-1)
 
 
-def mask_tokens(keys_BLD: Tensor, count_B: Tensor, coarse_first: bool) -> Tensor:
-    """A training mask of `count` slots an image: k_i a position by lot, then its finest k_i, or the drawn ones."""
-    drawn = first_slots(keys_BLD, torch.ones_like(keys_BLD, dtype=torch.bool), count_B)
+def mask_tokens(keys_BLD: Tensor, open_BLD: Tensor, count_B: Tensor, coarse_first: bool) -> Tensor:
+    """A training mask of `count` open slots an item: k_i a position by lot, then its finest k_i, or the drawn ones."""
+    drawn = first_slots(keys_BLD, open_BLD, count_B)
     return finest(drawn.sum(-1), drawn.shape[-1]) if coarse_first else drawn
 
 
@@ -92,7 +94,7 @@ class MaskBatches(GeneratorBatches):
 
     def __init__(self, store: CodeStore, cfg: ResGenConfig, quantizer: Quantizer, seed: int) -> None:
         super().__init__(store, cfg, quantizer, seed)
-        self.shape = math.prod(quantizer.grid), quantizer.steps  # (L, D)
+        self.shape = math.prod(quantizer.grid), quantizer.steps  # (L, D); L = -1 where it is the item's
         self._last: tuple[int, Tensor, noise.Floats] | None = None
 
     @staticmethod
@@ -104,26 +106,38 @@ class MaskBatches(GeneratorBatches):
     def batch_at(self, step: int, rows: range) -> MaskBatch:
         store_rows, part = self.rows_at(step, rows), slice(rows.start, rows.stop)
         if self._last is None or self._last[0] != step:  # the micro-batches of a step share its random numbers
-            uniform = noise.block_uniform(self.seed, step, range(self.batch), 2 + math.prod(self.shape))
-            self._last = step, self._mask(uniform[:, 2:], uniform[:, 0].tolist()), uniform[:, 1]
+            all_rows = range(self.batch)
+            open_BLD = self.open_slots(self.rows_at(step, all_rows), self.prompt_numbers(step, all_rows))
+            uniform = noise.block_uniform(self.seed, step, all_rows, 2 + math.prod(open_BLD.shape[1:]))
+            self._last = step, self._mask(uniform[:, 2:], open_BLD, uniform[:, 0].tolist()), uniform[:, 1]
         _, masked, uniform_B = self._last
         positions, slots = (float(x.sum()) / self.batch for x in (masked.any(-1), masked))
-        return MaskBatch(*self.read(store_rows, uniform_B[part]), masked[part], positions, slots)
+        codes, columns = self.read(store_rows, uniform_B[part], self.prompt_numbers(step, rows))
+        return MaskBatch(codes, columns, masked[part, : codes.shape[2]], positions, slots)
 
-    def _mask(self, keys: noise.Floats, r_B: list[float]) -> Tensor:
-        """The mask at r of each image, by its uniform keys."""
-        objective, slots = self.objective, math.prod(self.shape)
-        count_B = torch.tensor([masked_count(objective.schedule, r, slots) for r in r_B])
-        keys_BLD = torch.from_numpy(keys.reshape(-1, *self.shape))
-        return mask_tokens(keys_BLD, count_B, objective.order == "coarse-to-fine")
+    def open_slots(self, store_rows: noise.Ints, prompt_B: noise.Floats | None) -> Tensor:
+        """The slots of each row that exist and are not of its prompt. (B, L, D) bool."""
+        if not isinstance(self.store, RaggedStore):
+            return torch.ones(len(store_rows), *self.shape, dtype=torch.bool)
+        durations = torch.from_numpy(self.store.durations(store_rows).astype(np.int64))
+        known = torch.from_numpy(self.known_units(store_rows, prompt_B))
+        at = places(durations, known, self.store.longest(store_rows))
+        return (at.exists_BS & ~at.known_BS).unsqueeze(-1).repeat(1, 1, self.shape[1])
+
+    def _mask(self, keys: noise.Floats, open_BLD: Tensor, r_B: list[float]) -> Tensor:
+        """The mask at r of each item, by its uniform keys."""
+        objective, slots_B = self.objective, open_BLD.flatten(1).sum(1).tolist()
+        count_B = torch.tensor([masked_count(objective.schedule, r, N) for r, N in zip(r_B, slots_B, strict=True)])
+        keys_BLD = torch.from_numpy(keys.reshape(open_BLD.shape))
+        return mask_tokens(keys_BLD, open_BLD, count_B, objective.order == "coarse-to-fine")
 
     def held_out_batches(self) -> Iterator[MaskBatch]:
         """Held-out rows, each at r = .1, ..., .9 under masks that are always the same."""
         for store_rows in self.held_out_rows():
-            codes, columns = self.read(store_rows)
+            (codes, columns), open_BLD = self.read(store_rows), self.open_slots(store_rows, None)
             for tenth in range(1, 10):
-                keys = noise.uniform_rows("mask", 0, *self.addresses(store_rows), tenth, self.shape)
-                yield MaskBatch(codes, columns, self._mask(keys, [tenth / 10] * len(store_rows)))
+                keys = noise.uniform_rows("mask", 0, *self.addresses(store_rows), tenth, open_BLD.shape[1:])
+                yield MaskBatch(codes, columns, self._mask(keys, open_BLD, [tenth / 10] * len(store_rows)))
 
 
 @torch.no_grad()
@@ -139,11 +153,14 @@ def measure(store: CodeStore, quantizer: Quantizer, objective: ResGenObjective) 
     for start in range(0, len(rows), MEASURED_AT_ONCE):
         part = rows[start : start + MEASURED_AT_ONCE]
         codes = torch.from_numpy(store.codes(part).astype(np.int64)).to(device)
-        e_DN = torch.stack([quantizer.look_up(codes[:, t - 1], t).flatten() for t in range(1, D + 1)]).double()
+        exists_BS = torch.from_numpy(store.exists(part)).to(device)
+        books = (quantizer.look_up(codes[:, t - 1], t) for t in range(1, D + 1))
+        e_DN = torch.stack([e_BCS.mT[exists_BS].flatten() for e_BCS in books]).double()
         moments_DD += e_DN @ e_DN.T
         count += e_DN.shape[1]
         if store.manifest.latents:
-            z_N = torch.from_numpy(store.latents(part).astype(np.float32)).to(device).flatten().double()
+            z_BCS = torch.from_numpy(store.latents(part).astype(np.float32)).to(device)
+            z_N = z_BCS.mT[exists_BS].flatten().double()
             error += float((z_N - e_DN.sum(0)).pow(2).sum())
     moments_DD /= count
     diagonal, total, squares = float(moments_DD.trace()), float(moments_DD.sum()), [1.0]
@@ -187,7 +204,10 @@ class MaskedNetwork(nn.Module):
         x = self.input(visible_BLH / self.rho[-1]).float()  # the residual stream stays fp32 under autocast
         if self.counts is not None:
             x = x + self.counts((~masked_BLD).sum(-1))
-        ratio_B = 1000.0 * masked_BLD.flatten(1).float().mean(1)  # the masked share is embedded as a step of a thousand
+        # The masked share, not counting padding, is embedded as a step of a thousand.
+        ratio_B = 1000.0 * masked_BLD.flatten(1).float().mean(1)
+        if condition.exists_BS is not None:
+            ratio_B = ratio_B / condition.exists_BS.float().mean(1)
         return self.trunk(x, ratio_B if self.ratio_cond else torch.zeros_like(ratio_B), condition)
 
 
@@ -294,7 +314,7 @@ class ResGen(Generator):
 
     def check(self, options: SampleOptions) -> None:
         slots = math.prod(self.quantizer.grid) * self.quantizer.steps
-        if options.sampling.steps > slots:
+        if options.sampling.steps > slots > 0:  # negative where the number is the item's
             raise UsageError(f"--steps {options.sampling.steps}: an image has only {slots} tokens", "give fewer")
 
     def passes(self, options: SampleOptions, first: int = 1) -> int:
@@ -302,23 +322,27 @@ class ResGen(Generator):
         return sum(1 + (guidance_at(t, s.steps, s.cfg, s.cfg_schedule) > 0) for t in range(1, s.steps + 1))
 
     @torch.no_grad()
-    def sample(
-        self, condition: Condition, indices_B: Tensor, options: SampleOptions, known: Known | None = None
-    ) -> Tensor:
+    def sample(self, columns: Columns, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """At each step predict all masked sums, requantise them, reveal the most confident tokens. codes_BTS."""
         self.check(options)
-        s, indices, device = options.sampling, indices_B.tolist(), condition.vector_BD.device
-        coarse_first, shape = bool(self.network.coarse_first), (math.prod(self.quantizer.grid), self.quantizer.steps)
-        masked_BLD = torch.ones(len(indices), *shape, dtype=torch.bool, device=device)
-        codes_BLD = torch.zeros_like(masked_BLD, dtype=torch.int64)
+        condition, s, indices = self.condition(columns), options.sampling, indices_B.tolist()
+        device, coarse_first, exists_BL = (
+            condition.vector_BD.device,
+            bool(self.network.coarse_first),
+            condition.exists_BS,
+        )
+        if exists_BL is None:
+            exists_BL = torch.ones(len(indices), math.prod(self.quantizer.grid), dtype=torch.bool, device=device)
+        masked_BLD = exists_BL.unsqueeze(-1).repeat(1, 1, self.quantizer.steps)
+        codes_BLD, shape = torch.zeros_like(masked_BLD, dtype=torch.int64), masked_BLD.shape[1:]
         if known is not None:
-            codes_BLD, masked_BLD = known.codes_BTS.transpose(1, 2), ~known.keep_BTS.transpose(1, 2)
+            codes_BLD, masked_BLD = known.codes_BTS.transpose(1, 2), masked_BLD & ~known.keep_BTS.transpose(1, 2)
         if coarse_first and bool((masked_BLD[..., :-1] & ~masked_BLD[..., 1:]).any()):
             reason = "some known codes have coarser codes that are not known"
             raise UsageError(reason, "give the coarsest depths of a position")
         slots_B = masked_BLD.flatten(1).sum(1).tolist()
         counts_BS = torch.tensor([sampling_counts(s.schedule, s.steps, slots) for slots in slots_B], device=device)
-        both = condition.joined(self.null_condition(len(indices))) if s.cfg else condition
+        both = condition.joined(self.null_condition(columns)) if s.cfg else condition
         for t in range(1, s.steps + 1):
             visible, _ = self.sums(codes_BLD.transpose(1, 2), masked_BLD)
             lambda_t, inputs = guidance_at(t, s.steps, s.cfg, s.cfg_schedule), (visible, masked_BLD, condition)

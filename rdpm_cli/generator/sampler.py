@@ -106,8 +106,8 @@ class Job:
         known = Known(*(x.to(self.device) for x in self.known_codes(indices))) if self.known_codes else None
         bf16 = torch.autocast("cuda", torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
         with bf16:
-            condition = self.generator.condition({"labels": torch.tensor(labels, device=self.device)})
-            codes = self.generator.sample(condition, torch.tensor(indices), self.options, known)
+            columns = {"labels": torch.tensor(labels, device=self.device)}
+            codes = self.generator.sample(columns, torch.tensor(indices), self.options, known)
             with one_thread():  # convolutions depend on the number of threads
                 pixels = hwc(to_pixels(self.tokenizer.decode(codes)))
         return codes[:count].cpu(), pixels[:count]

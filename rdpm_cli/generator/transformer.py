@@ -10,11 +10,14 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from rdpm_cli.errors import UsageError
+from rdpm_cli.generator.conditions import SpeechCondition
 from rdpm_cli.generator.config import TransformerConfig
-from rdpm_cli.generator.contract import Condition
+from rdpm_cli.generator.contract import Columns, Condition
 
 # q, k, v (B, A, N, E) and a mask of keys (B, 1, 1, N) bool, None for all -> (B, A, N, E)
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+LONGEST = 8192  # positions of an item of any length: 5 minutes at 25 a second
 Turns = tuple[Tensor, Tensor] | None  # cosine and sine of RoPE's angles, (N, E / 2) each
 
 
@@ -130,9 +133,13 @@ class Transformer(nn.Module):
         super().__init__()
         D, heads = cfg.hidden, cfg.heads or cfg.depth
         self.cfg, self.length = cfg, math.prod(grid)
+        is_speech = self.length < 0  # as long as the item
+        if is_speech and (cfg.positions != "rope" or cfg.class_latents or cfg.class_tokens):
+            raise UsageError("sound takes network.positions=rope, and no class latents or tokens", "leave them out")
         # The order of the modules is the order in which the initialisation draws: it is part of what a seed means.
         self.step_embedding = StepEmbedding(D)
-        self.class_embedding = nn.Embedding(classes + 1, D)
+        self.class_embedding = None if is_speech else nn.Embedding(classes + 1, D)
+        self.speech = SpeechCondition(D, channels, classes) if is_speech else None
         self.positions = nn.Embedding(self.length, D) if cfg.positions in ("learned", "both") else None
         self.class_latents = nn.Embedding(classes + 1, self.length * channels) if cfg.class_latents else None
         self.class_latents_in = nn.Linear(channels, D, bias=False) if cfg.class_latents else None
@@ -141,7 +148,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(D, 2 * D)
         if cfg.positions in ("rope", "both"):
-            angles = rope_table(grid, D // heads)
+            angles = rope_table((LONGEST,) if is_speech else grid, D // heads)
             self.cos, self.sin = (nn.Buffer(x, persistent=False) for x in (angles.cos(), angles.sin()))
         for module in self.modules():  # DiT's initialisation
             if isinstance(module, nn.Linear):
@@ -156,9 +163,13 @@ class Transformer(nn.Module):
         for index in (0, 2):
             nn.init.normal_(self.get_parameter(f"step_embedding.mlp.{index}.weight"), std=0.02)
 
-    def class_condition(self, labels_B: Tensor) -> Condition:
-        """The condition of labels 0..classes."""
-        B, tokens, latents = len(labels_B), None, None
+    def condition(self, columns: Columns) -> Condition:
+        """The condition of labels 0..classes, or of the columns of `SpeechCondition`."""
+        if self.speech is not None:
+            return self.speech(columns)
+        assert self.class_embedding is not None
+        labels_B, tokens, latents = columns["labels"], None, None
+        B = len(labels_B)
         if self.class_tokens is not None:
             tokens = self.class_tokens(labels_B).view(B, -1, self.cfg.hidden)
         if self.class_latents is not None and self.class_latents_in is not None:
@@ -177,9 +188,11 @@ class Transformer(nn.Module):
             x_BND = torch.cat([condition.tokens_BMD.to(x_BSD.dtype), x_BSD], 1)
         if self.cfg.positions != "learned":
             M = x_BND.shape[1] - S  # the condition's tokens have no place and are not turned
-            turns = F.pad(self.cos, (0, 0, M, 0), value=1.0), F.pad(self.sin, (0, 0, M, 0))
+            turns = F.pad(self.cos[:S], (0, 0, M, 0), value=1.0), F.pad(self.sin[:S], (0, 0, M, 0))
         if condition.mask_BM is not None:  # all positions may be attended to
             mask = F.pad(condition.mask_BM, (0, S), value=True)[:, None, None]
+        if condition.exists_BS is not None:
+            mask = condition.exists_BS[:, None, None]
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, turns, mask, use_reentrant=False)
