@@ -24,6 +24,7 @@ from rdpm_cli.schema import S, validate
 
 VERSION = 1
 FORMATS = {"rdpm-tokenizer": "tokenizer", "rdpm-generator": "generator", "rdpm-judge": "judge"}
+FORMATS |= {"rdpm-speech-judge": "speech judge"}
 NEEDED = {"version", "config", "weights", "digest", "class_names", "provenance"}
 STATE_NAME = re.compile(r"step-(\d{9})\.pt")
 REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")  # of torch._utils

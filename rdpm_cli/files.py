@@ -22,6 +22,7 @@ HINTS = {  # for an error about a checkpoint, by the kind that is needed; "": an
     "rdpm-tokenizer": "make one with `rdpm train-tokenizer IMAGES --recipe NAME`",
     "rdpm-generator": "make one with `rdpm train-gen CODES --recipe NAME`",
     "rdpm-judge": "make one with `rdpm eval judge IMAGES OUT`",
+    "rdpm-speech-judge": "make one with `rdpm eval judge RECORDINGS OUT --recipe speech8-sin`",
     "weights": "known are state dicts of VAR, taming-transformers' VQGAN and LlamaGen, and rdpm's own tokenizer.pt",
 }
 UNFIT = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EBADF)  # of wrong paths

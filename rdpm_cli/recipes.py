@@ -10,6 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from rdpm_cli import files
 from rdpm_cli.errors import RecipeError
 from rdpm_cli.evaluation.judge import JudgeConfig
+from rdpm_cli.evaluation.speech_judge import SpeechJudgeConfig
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.registry import FAMILIES
 from rdpm_cli.schema import Section, dump_yaml, leaf_keys, parse_yaml, recipe_folder, recipe_names, validate
@@ -30,7 +31,7 @@ class Recipe(Section):
     tokenizer: TokenizerConfig | None = Field(None, description="for train-tokenizer")
     # Without SerializeAsAny a dump would hold only the fields that all families share.
     generator: SerializeAsAny[GeneratorConfig] | None = Field(None, description="for train-gen")
-    judge: JudgeConfig | None = Field(None, description="for eval judge and the demo")
+    judge: JudgeConfig | SpeechJudgeConfig | None = Field(None, description="for eval judge and the demo")
 
     @field_validator("generator", mode="before")
     @classmethod
@@ -42,6 +43,17 @@ class Recipe(Section):
         if family not in list(FAMILIES):
             raise ValueError(f"family is one of {', '.join(FAMILIES)}")
         return FAMILIES[family].config.model_validate(value)
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _of_its_items(cls, value: Any) -> Any:
+        """A plain judge section as the config of a judge of sound, if `features` names a log-mel preset, or of images.
+
+        Of a judge of images `features` is a number."""
+        if not isinstance(value, Mapping):
+            return value
+        is_sound = isinstance(value.get("features"), str)
+        return (SpeechJudgeConfig if is_sound else JudgeConfig).model_validate(value)
 
     def digest(self) -> str:
         """sha256 of the resolved recipe."""
@@ -79,6 +91,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), section: str =
         raise RecipeError(f"recipe '{raw['name']}' has no {section} section", f"recipes that do: {', '.join(able)}")
     keys = [key for key in leaf_keys(Recipe) if key != "generator"]
     keys += [key for family in FAMILIES.values() for key in leaf_keys(family.config, "generator.")]
+    keys += leaf_keys(SpeechJudgeConfig, "judge.")
     origin = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     return validate(Recipe, raw, origin, keys)
 

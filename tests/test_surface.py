@@ -101,6 +101,7 @@ WALK = {
     "eval recon": "images --tokenizer runs/tok/tokenizer.pt --limit 4 --seeds 1",
     "eval baselines": "images --heldout images --resolution 16 --per-class 4 --seeds 1 "
     f"--tokenizer runs/tok/tokenizer.pt --ref images {JUDGED}",
+    "eval speech": "tones --judge tone-judge/judge.pt",
     "eval report": "runs/gen samples -o report.html",
     "inspect": "runs/gen/generator.pt",
     "verify": "codes",
@@ -127,6 +128,9 @@ def walk(
         Path("few").mkdir()
         for name in ("00.png", "01.png", "03.png"):
             shutil.copy(image_folder / "a" / name, Path("few") / name)
+        write_tones(Path("tones"), 4, 0)
+        sizes = ["width=8", "embedding=4", "train.steps=2", "train.batch=16"]
+        assert run(["eval", "judge", "tones", "tone-judge", "--recipe", "speech8-sin", "--heldout", "tones", *sizes]) == 0
         Path("demo").mkdir()  # a finished one: test_pipeline.py runs a real one
         finished = {"recipe": recipes.load_recipe("digits").digest(), "class_accuracy": 1.0}
         Path("demo/result.json").write_text(json.dumps(finished))

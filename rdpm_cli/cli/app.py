@@ -139,7 +139,7 @@ def _local(key: str, value: Any) -> Any:
         path = Path(files.local_path(str(value)))
         files.check_name(path)
         return path
-    return files.local_path(value) if isinstance(value, str) and key != "title" else value
+    return files.local_path(value) if isinstance(value, str) and key not in ("title", "asr") else value
 
 
 def _answer(function: Callable[..., Result], section: str, values: dict[str, Any]) -> Result:

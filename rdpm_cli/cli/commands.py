@@ -32,14 +32,27 @@ METRICS = {
 
 @command(app, "demo --out demo", "overrides")
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of everything it makes")] = Path("demo"),
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of everything it makes; default demo")] = None,
     seed: cli.Seed = 0,
+    family: Annotated[Literal["rdpm", "resgen", "both"] | None, typer.Option(help="demo speech: default rdpm")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="RECORDINGS", help="demo speech: of single words, as FSDD")
+    ] = None,
     **shared: Any,
 ) -> cli.Result:
-    """From images to scores on real handwritten digits, in minutes on a CPU: train, tokenize, sample, score."""
+    """From images to scores on real handwritten digits, in minutes on a CPU: train, tokenize, sample, score.
+
+    `rdpm demo speech` does the same with spoken digits: from a text and a two-word prompt to sound and a page of it."""
+    overrides = shared["overrides"]
+    if overrides[:1] == ["speech"]:
+        from rdpm_cli.engine import speech_demo
+
+        return speech_demo.run(out or Path("demo-speech"), seed, family or "rdpm", data, overrides[1:])
+    if family or data:
+        raise UsageError("--family and --data belong to `rdpm demo speech`", "leave them out, or write demo speech")
     from rdpm_cli.engine import demo as engine
 
-    return engine.run(out, seed, **shared)
+    return engine.run(out or Path("demo"), seed, **shared)
 
 
 @command(app, "train-tokenizer imagenet/ train.lr=1e-4", f"{TRAINING} {READING}", section="tokenizer")
@@ -62,6 +75,8 @@ def tokenize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the code store")],
     views: Annotated[int, typer.Option(min=1, help="noise draws an image")] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="mirror the image in every second view")] = False,
+    units: Annotated[Literal["words", "bytes"] | None, typer.Option(help="of texts of sound: what is kept")] = None,
+    align: Annotated[Path | None, typer.Option(metavar="FILE", help="judge.pt: aligns words of sound")] = None,
     keep: Annotated[Literal["latents"] | None, typer.Option(help="store z too, for objective.noise=fresh")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 4096,
     seed: cli.Seed = 0,
@@ -77,9 +92,11 @@ def tokenize(
 
     options = engine.StoreOptions(
         views=views, flip=flip, latents=keep is not None, seed=seed, shard_images=shard_size, precision=precision,
-        micro_batch=micro_batch,
+        micro_batch=micro_batch, text=units,
     )  # fmt: skip
-    return engine.tokenize(images, out, options=options, workers=workers, on_bad=on_bad, max_bad=max_bad, **shared)
+    return engine.tokenize(
+        images, out, options=options, workers=workers, on_bad=on_bad, max_bad=max_bad, align=align, **shared
+    )
 
 
 @command(app, "reconstruct imagenet/ out/recon --limit 64", f"tokenizer limit device {READING}")
@@ -127,16 +144,36 @@ def sample(
     grid: Annotated[bool, typer.Option(help="labelled grid under previews/")] = True,
     gif: Annotated[bool, typer.Option("--gif", help="GIF and contact sheet of the T partial decodes")] = False,
     shard: Annotated[str, typer.Option(metavar="I/N", help="only part I of N: 1/4 to 4/4")] = "1/1",
+    text: Annotated[str | None, typer.Option(help="of sound: what is to be said")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="WAV", help="of sound: the voice that is to say it")] = None,
+    prompt_text: Annotated[str, typer.Option(help="what is said in --prompt")] = "",
+    lines: Annotated[
+        Path | None, typer.Option("--list", metavar="JSONL", help="a text, prompt and prompt_text a line")
+    ] = None,
+    duration_scale: Annotated[
+        float, typer.Option(min=0.1, max=10, help="of sound: factor of the words' durations")
+    ] = 1.0,
     **shared: Any,
 ) -> cli.Result:
     """Draw samples. Sampling options that are left out are those recorded in the checkpoint.
 
-    Each family has options of its own, given as KEY=VALUE. The same command again resumes."""
+    Each family has options of its own, given as KEY=VALUE. The same command again resumes. Generators of sound take
+    --text and --prompt, or --list, instead of --classes; --judge aligns the words of the prompt."""
     from rdpm_cli.engine import sample as engine
 
     sampling = {name: value for name in SAMPLING.split() if (value := shared.pop(name)) is not None}
+    sampling |= engine.key_values(settings or ())
+    if text or lines:
+        from rdpm_cli.engine import speech
+
+        rows = speech.read_lines(lines) if lines else [speech.Line(text or "", prompt, prompt_text)]
+        options = {name: shared[name] for name in ("preset", "device")}
+        return speech.sample_speech(
+            ckpt, rows, out, seed=seed, sampling=sampling, judge=Path(judge) if judge else None,
+            duration_scale=duration_scale, **options,
+        )  # fmt: skip
     return engine.sample(
-        ckpt, out=out, seed=seed, sampling=sampling | engine.key_values(settings or ()),
+        ckpt, out=out, seed=seed, sampling=sampling,
         outputs=engine.Outputs(png=not no_png, npz=npz, grid=grid, gif=gif),
         edit=engine.edit_options(init, mask, from_step), reject=engine.reject_options(reject, judge), shard=shard,
         **shared,
@@ -276,6 +313,28 @@ def judge(
     from rdpm_cli.engine import judge as engine
 
     return engine.eval_judge(images, out, recipe, heldout=heldout, **shared)
+
+
+@command(evaluation, "eval speech samples/ --judge runs/judge/judge.pt", f"tokenizer limit device {READING}")
+def speech(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="recordings with texts, or samples of sound")],
+    judge: Annotated[str | None, typer.Option(metavar="FILE", help="judge.pt of `rdpm eval judge`")] = None,
+    asr: Annotated[str | None, typer.Option(metavar="whisper:FOLDER", help="instead of the judge, for WER")] = None,
+    speaker: Annotated[
+        str | None, typer.Option(metavar="resemblyzer", help="compares voices in the judge's place")
+    ] = None,
+    **shared: Any,
+) -> cli.Result:
+    """Scores of TARGET: error rates of words and characters, speaker accuracy, similarity of the voice to that of the
+    prompt (SIM-o: the original, SIM-r: as decoded), Fréchet distance of the judge's features to real recordings.
+
+    The judge is one that `rdpm eval judge` trained on recordings. With --tokenizer, which has no default here,
+    recordings are passed through it and Griffin-Lim: scores of these, and mel distance, PESQ and STOI."""
+    from rdpm_cli.engine import speech_scores as engine
+
+    if judge is None:
+        raise UsageError("eval speech needs a judge of speech", "give --judge FILE, of `rdpm eval judge`")
+    return engine.eval_speech(target, judge, asr=asr, speaker=speaker, **shared)
 
 
 @command(evaluation, "eval report demo score.json -o report.html")

@@ -12,7 +12,7 @@ from rdpm_cli.data.open import open_source
 from rdpm_cli.data.pixels import chw, to_model
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import one_thread
-from rdpm_cli.errors import DataError
+from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.tokenizer.model import Tokenizer
 
 LEAST, MOST, AT_ONCE = 256, 2000, 32  # images: fewer say little; of more some are taken, evenly spaced
@@ -21,6 +21,8 @@ PURPOSE = "heldout"  # of their noise
 
 def open_heldout(spec: str, manifest: Manifest, reading: Mapping[str, Any] | None = None) -> Source:
     """Images of classes that the store has, with its numbers of them. Raises DataError for others, and for too few."""
+    if manifest.speech:
+        raise UsageError("--heldout is for images", "leave it out: 2% of the store are held out")
     source = open_source(spec, **(reading or {}))
     if len(source) < LEAST:
         raise DataError(f"--heldout {spec} holds {len(source)} images, fewer than {LEAST}", "give more, or none")

@@ -49,7 +49,7 @@ def train_gen(
 
     def make(training: Training) -> dict[str, Any]:
         """Train in the run's folder. -> the content of generator.pt, with the trained weights or their average."""
-        generator = registry.build(cfg, tokenizer.to(training.device), len(m.class_names))
+        generator = registry.build(cfg, tokenizer.to(training.device), len(m.condition_names))
         generator.network.to(training.device).train()
         registry.prepare(generator, cfg, kernel)
         measured = generator.begin(cfg, store)
@@ -58,13 +58,14 @@ def train_gen(
         observers = [watch.generator_monitor(generator, tokenizer, cfg, batches, images)]
         if cfg.proxy.samples:
             observers.append(watch.proxy_score(generator, tokenizer, cfg, store))
-        flops = plan.generator_flops(cfg, tokenizer.cfg)
+        flops = 0 if m.speech else plan.generator_flops(cfg, tokenizer.cfg)  # those of sound depend on its length
         players = [GeneratorTask(generator)]
         generator.network = training.fit(players, batches, cfg.train, batches.images, observers, flops, draw)
         provenance: dict[str, Any] = {"recipe": resolved.model_dump(mode="json")}
         provenance |= {"store": {"path": str(codes.resolve()), "digest": m.digest()}}
+        speech = {"text": m.speech.text} if m.speech else {}
         provenance |= {"reference": store_reference(codes, m), **measured, **versions()}
-        return registry.pack(generator, cfg, opened.content, list(m.class_names), provenance=provenance)
+        return registry.pack(generator, cfg, opened.content, list(m.condition_names), provenance=provenance, **speech)
 
     settings = {"command": "train-gen", "recipe": recipe_settings(resolved, "generator"), "store": m.digest()}
     train_once(final, resolved.seed, settings, device, make, track)
@@ -76,4 +77,5 @@ def train_gen(
     }
     for names in REPORTED:
         values |= last_metrics(final.parent, names)
-    return Result("generator trained", values, rdpm_command("sample", "--ckpt", final, "--classes", "all"))
+    asked = ("--text", " ".join(m.condition_names[:2]), "--prompt", "a.wav") if m.speech else ("--classes", "all")
+    return Result("generator trained", values, rdpm_command("sample", "--ckpt", final, *asked))

@@ -19,12 +19,13 @@ from PIL import features as pillow
 from rdpm_cli import __version__, checkpoint, files, launcher, recipes
 from rdpm_cli.codes import store
 from rdpm_cli.data import folder as samples
-from rdpm_cli.data import pictures
+from rdpm_cli.data import pictures, text
+from rdpm_cli.data.audio import AudioSource, open_audio
 from rdpm_cli.data.open import ARCHIVES, expand, is_builtin, open_source
 from rdpm_cli.data.pixels import image_errors
 from rdpm_cli.data.source import Source, spread
-from rdpm_cli.errors import AbsentWeightsError, CheckpointError, DataError, ImageError
-from rdpm_cli.evaluation import features, judge
+from rdpm_cli.errors import AbsentWeightsError, AudioError, CheckpointError, DataError, ImageError, RdpmError
+from rdpm_cli.evaluation import features, judge, speech_judge
 from rdpm_cli.generator import registry
 from rdpm_cli.runs import Result, read_run
 from rdpm_cli.tokenizer import losses
@@ -50,12 +51,42 @@ def inspect(target: str, reading: dict[str, Any] | None = None) -> Result:
     elif path.is_dir() and (record := _folder(path)):
         kind, values = record
     elif path.is_dir() or path.suffix.lower() in ARCHIVES or is_images or len(expand(target)) > 1:
-        return _images(open_source(target, **(reading or {})))
+        return _items(target, reading or {})
     elif path.is_file() and path.suffix not in {".yaml", ".yml"}:
         raise DataError(f"{path} is not a checkpoint, store, recipe or image archive", "name the folder it is in")
     else:
         kind, values = "recipe", _recipe(target)
     return Result(kind, {"kind": kind, **values})
+
+
+def _items(target: str, reading: dict[str, Any]) -> Result:
+    """Images, or where there are none, recordings."""
+    try:
+        return _images(open_source(target, **reading))
+    except DataError as error:
+        try:
+            return _recordings(open_audio(target))
+        except RdpmError:
+            raise error from None
+
+
+def _recordings(source: AudioSource) -> Result:
+    """Counts, speakers, words and durations of recordings."""
+    looked_at = spread(len(source), LOOKED_AT)
+    seconds, bad = list[float](), list[str]()
+    for index in looked_at:
+        try:
+            seconds.append(source.seconds(index))
+        except AudioError as error:
+            bad.append(f"{error.name}: {error.reason}")
+    words = Counter(word for line in source.texts or () for word in text.normalise(line).split())
+    values = {
+        "kind": "recordings", **source.record(), "recordings": len(source), "classes": len(source.class_names),
+        "speakers": len(set(source.speakers or ())), "words": dict(words.most_common(20)),
+        "durations": source.word_seconds is not None, "not_taken": dict(source.not_taken), "seconds": sum(seconds),
+        "seconds_of": len(looked_at), "unreadable": bad, "first": source.names[0],
+    }  # fmt: skip
+    return Result("recordings", values)
 
 
 def _images(source: Source) -> Result:
@@ -155,7 +186,8 @@ def verify(path: Path) -> Result:
             return Result("the training state is intact", {**values, "kind": "training state", "step": int(step[1])})
         content = checkpoint.load(path)  # compares the weights with their digest
         kind = checkpoint.FORMATS[content["format"]]
-        {"generator": registry.load, "tokenizer": tokenizer_model.load, "judge": judge.load}[kind](path)
+        loaders = {"generator": registry.load, "tokenizer": tokenizer_model.load, "judge": judge.load}
+        {**loaders, "speech judge": speech_judge.load}[kind](path)
         return Result("the checkpoint is intact", {**values, "kind": kind, "digest": content["digest"]})
     if (path / samples.RECORD).is_file():
         images = samples.open_samples(path)

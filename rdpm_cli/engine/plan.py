@@ -22,20 +22,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from rdpm_cli import files, noise, runs
 from rdpm_cli.codes.heldout import open_heldout
 from rdpm_cli.codes.store import held_out
-from rdpm_cli.data.open import check_output, is_there, open_source
+from rdpm_cli.data.open import check_output, is_there
 from rdpm_cli.distributed import TrainStep, rank_rows
 from rdpm_cli.engine import watch
 from rdpm_cli.engine.train import default_folder, is_new, recipe_settings
 from rdpm_cli.engine.watch import GIB, GPUS, Gpu
-from rdpm_cli.errors import AbsentWeightsError
+from rdpm_cli.errors import AbsentWeightsError, UsageError
 from rdpm_cli.generator import registry
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.contract import GeneratorTask
 from rdpm_cli.recipes import Recipe, load_recipe
 from rdpm_cli.runs import Result
 from rdpm_cli.tokenizer import losses, model
-from rdpm_cli.tokenizer.config import TokenizerArchitecture, TokenizerConfig
+from rdpm_cli.tokenizer.config import MelConfig, TokenizerArchitecture, TokenizerConfig
 from rdpm_cli.tokenizer.importers import warm_start
+from rdpm_cli.tokenizer.inputs import inputs_of
 from rdpm_cli.tokenizer.losses import open_perceptual
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.quantizer import Chain, Quantizer
@@ -88,7 +89,7 @@ def generator_players(cfg: GeneratorConfig, codes: TokenizerArchitecture, classe
 def tokenizer_players(cfg: TokenizerConfig) -> Make:
     """A fresh tokenizer's players and micro-batches of images for them."""
 
-    def without_search(z_BCS: Tensor, eps_BTCS: Tensor) -> Chain:
+    def without_search(z_BCS: Tensor, eps_BTCS: Tensor, terms_B: Tensor | None = None) -> Chain:
         """z'_T = z. The search for codes needs their values; it keeps 1% of the memory that the networks keep."""
         zero = z_BCS.new_zeros(())
         return Chain(zero, z_BCS, zero, zero.view(1), zero, zero)
@@ -97,8 +98,7 @@ def tokenizer_players(cfg: TokenizerConfig) -> Make:
         tokenizer = Tokenizer(cfg, cfg.loss.weight).train()
         tokenizer.quantizer.forward = without_search  # type: ignore[method-assign]
         lpips = losses.Perceptual("vgg") if cfg.loss.perceptual != "none" else None
-        size = cfg.autoencoder.resolution
-        return players_of(tokenizer, cfg, lpips), torch.zeros(rows, 3, size, size, dtype=torch.uint8)
+        return players_of(tokenizer, cfg, lpips), tokenizer.inputs.blank_batch(rows)
 
     return make
 
@@ -257,6 +257,8 @@ def plan_generator(
         extractor = _if_here(lambda: watch.proxy_extractor(cfg.proxy, CPU))
         weights["proxy"] = extractor if isinstance(extractor, str) else extractor.name
     architecture: TokenizerArchitecture = loaded.tokenizer or TokenizerArchitecture()
+    if isinstance(architecture.autoencoder, MelConfig):
+        raise UsageError("--dry-run plans images; what sound costs depends on its lengths", "leave it out")
     images, classes = IMAGENET_IMAGES, IMAGENET_CLASSES
     assumed: str | None = f"no store {codes}: ImageNet's {images:,} images, {classes} classes"
     auto, T = architecture.autoencoder, architecture.quantizer.steps
@@ -299,7 +301,7 @@ def plan_tokenizer(
     assert cfg is not None
     final = (out or default_folder(loaded, "tokenizer")) / "tokenizer.pt"
     check_output(final.parent, images)
-    count = len(open_source(images, **(reading or {}))) if is_there(images) else None
+    count = len(inputs_of(cfg.autoencoder).open(images, **(reading or {}))) if is_there(images) else None
     weights: dict[str, Any] = {}
     binds: dict[str, Any] = {}  # settings of the run that come from files of weights
     perceptual = _if_here(lambda: open_perceptual(cfg))

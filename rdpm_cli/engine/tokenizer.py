@@ -15,22 +15,26 @@ from rdpm_cli.codes.store import MANIFEST, TOKENIZER, CodeStore, Manifest, read_
 from rdpm_cli.codes.write import StoreOptions as StoreOptions
 from rdpm_cli.codes.write import Work, is_finished, make_plan, write_store
 from rdpm_cli.data import folder, pictures
-from rdpm_cli.data.open import check_output, is_builtin, open_source
+from rdpm_cli.data.audio import AudioSource
+from rdpm_cli.data.open import check_output, is_builtin
 from rdpm_cli.data.pixels import TRANSFORM, Pixels, hwc, to_pixels
-from rdpm_cli.data.source import spread
+from rdpm_cli.data.source import ItemSource, Source, spread
 from rdpm_cli.distributed import is_first, one_thread, process_group, world
 from rdpm_cli.engine import plan, watch
+from rdpm_cli.engine.speech import reconstruct as reconstruct_speech
 from rdpm_cli.engine.train import Training, default_folder, is_new, recipe_settings, train_once
 from rdpm_cli.errors import CheckpointError, UsageError, rdpm_command
+from rdpm_cli.evaluation import speech_judge
 from rdpm_cli.evaluation.recon import PairScores, means, pair_scores, reconstructions
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, stop_on_signal, versions
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import TokenizerConfig
 from rdpm_cli.tokenizer.importers import BOOKS, Imported, warm_start
+from rdpm_cli.tokenizer.inputs import inputs_of
 from rdpm_cli.tokenizer.losses import Perceptual, open_perceptual
 from rdpm_cli.tokenizer.model import Tokenizer
-from rdpm_cli.tokenizer.training import ImageBatches, initialise_codebook, players_of
+from rdpm_cli.tokenizer.training import ItemBatches, initialise, players_of
 from rdpm_cli.training.log import last_metrics
 from rdpm_cli.training.loop import CHECKPOINTS
 
@@ -52,7 +56,7 @@ def train_tokenizer(
     assert cfg is not None
     final = (out or default_folder(resolved, "tokenizer")) / FINAL
     check_output(final.parent, images)
-    source = open_source(images, **(reading or {}))
+    source = inputs_of(cfg.autoencoder).open(images, **(reading or {}))
     perceptual = open_perceptual(cfg)
     origin: dict[str, Any] = {"data": source.record()}
     origin["perceptual"] = perceptual and perceptual.record()
@@ -68,7 +72,7 @@ def train_tokenizer(
             {"from_weights": _warm_start(training.out, origin["from_weights"], imported)} if from_weights else {}
         )
         has_books = imported is not None and BOOKS not in imported.fresh
-        trained = _train(training, tokenizer.to(training.device).train(), ImageBatches(source, cfg, resolved.seed),
+        trained = _train(training, tokenizer.to(training.device).train(), ItemBatches(source, cfg, resolved.seed),
                          perceptual, has_books)  # fmt: skip
         provenance = {"recipe": resolved.model_dump(mode="json"), **origin, **warm_start, **_counts(tokenizer)}
         return model.pack(trained, class_names=source.class_names, provenance={**provenance, **versions()})
@@ -98,16 +102,16 @@ def _warm_start(out: Path, identity: dict[str, Any], imported: Imported | None) 
 
 
 def _train(
-    training: Training, tokenizer: Tokenizer, batches: ImageBatches, perceptual: Perceptual | None, has_books: bool
+    training: Training, tokenizer: Tokenizer, batches: ItemBatches, perceptual: Perceptual | None, has_books: bool
 ) -> Tokenizer:
     """Train in the run folder, with its curves. has_books: the codebook is not to be initialised from the data."""
     cfg, source = tokenizer.cfg, batches.source
     assert isinstance(cfg, TokenizerConfig)
-    count = f"{len(source):,} images, {len(source.class_names):,} classes"
+    count = f"{len(source):,} items, {len(source.class_names):,} classes"
     progress.say(f"{count}; {model.parameters(tokenizer):,} parameters")
     if not (has_books or checkpoint.states(training.out / CHECKPOINTS)):
         first = batches.batch_at(0, range(cfg.train.batch))
-        initialise_codebook(tokenizer, first, training.seed)
+        initialise(tokenizer, first, training.seed)
     players = players_of(tokenizer, cfg, perceptual and perceptual.to(training.device))
     for player in players:
         player.model.to(training.device)
@@ -130,14 +134,18 @@ def find_tokenizer(path: Path | None) -> Path:
 
 def tokenize(
     images: str, out: Path, tokenizer: Path | None = None, options: StoreOptions | None = None, *,
-    workers: int | None = None, on_bad: str = "stop", max_bad: float = 0.0001, device: str = "auto",
-    reading: Reading | None = None,
+    workers: int | None = None, on_bad: str = "stop", max_bad: float = 0.0001, align: Path | None = None,
+    device: str = "auto", reading: Reading | None = None,
 ) -> Result:  # fmt: skip
-    """Images -> code store; resumes at the first missing shard. workers: processes. on_bad: stop or skip."""
+    """Items -> code store; resumes at the first missing shard. workers: processes. on_bad: stop or skip.
+
+    align: a judge of speech, which finds the durations of the words of texts."""
     path = find_tokenizer(tokenizer)
     check_output(out, images)
-    source = open_source(images, **(reading or {}))
     loaded, content = model.load(path)
+    source = loaded.inputs.open(images, **(reading or {}))
+    if align:
+        _align(source, align)
     saved = f"finished shards are kept in {out}"
     if workers is None:  # an equal share of the cores that this process may use
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -162,9 +170,23 @@ def tokenize(
         "store": str(out), "digest": m.digest(), "tokenizer": m.tokenizer, "images": m.images, "bad": m.bad,
         "classes": len(m.class_names), "views": m.views, "shape": [m.steps, *m.grid], "bytes": size,
         "bytes_per_image": round(size / m.images, 1),
-        "psnr": round(sum(item["psnr"] for item in m.samples) / len(m.samples), 2),
     }  # fmt: skip
+    fidelity = [name for name in m.samples[0] if name != "index"]
+    values |= {name: round(sum(item[name] for item in m.samples) / len(m.samples), 2) for name in fidelity}
     return Result("codes written", values, rdpm_command("train-gen", out, "--recipe", "NAME"))
+
+
+def _align(source: ItemSource, judge: Path) -> None:
+    """Set the durations of the words of all recordings."""
+    if not isinstance(source, AudioSource) or source.texts is None:
+        raise UsageError(f"--align is for recordings with texts, which {source.spec} is not", "leave it out")
+    recogniser, _ = speech_judge.load(judge)
+    seconds: list[list[float]] = []
+    with progress.Bar("align", len(source), "recordings") as bar:
+        for index, words in enumerate(source.texts):
+            seconds.append(recogniser.align(source.wave(index, recogniser.features.rate), words))
+            bar.advance(1)
+    source.word_seconds = seconds
 
 
 def reconstruct(
@@ -177,8 +199,11 @@ def reconstruct(
             raise UsageError("--seed is only for images: a code store has its own noise", "leave it out")
         return _decode_store(Path(target), out, tokenizer, limit, device)
     check_output(out, target)
-    source = open_source(target, **(reading or {}))
     loaded, content = model.load(find_tokenizer(tokenizer))
+    source = loaded.inputs.open(target, **(reading or {}))
+    if isinstance(source, AudioSource):
+        return reconstruct_speech(source, loaded, out, seed, spread(len(source), limit))
+    assert isinstance(source, Source)
     size, indices = loaded.cfg.autoencoder.resolution, spread(len(source), limit)
     labels = [None if source.labels is None else int(source.labels[i]) for i in indices]
     record = folder.picture_record(
@@ -197,6 +222,8 @@ def reconstruct(
 def _decode_store(root: Path, out: Path, tokenizer: Path | None, limit: int | None, device: str) -> Result:
     """Decode the first view of every item in a store."""
     loaded, content = model.load(tokenizer or root / TOKENIZER)
+    if Manifest.load(root).speech:
+        raise UsageError(f"{root} holds codes of sound", "name the recordings, with --tokenizer FILE")
     store = CodeStore(root, content["digest"])
     m, names, source = store.manifest, read_names(root), source_of(store.manifest)
     rows = np.array(spread(m.images, limit)) * m.views

@@ -91,7 +91,7 @@ def tune_sampling(
     with process_group(device) as picked:
         content, loaded = checkpoint.load(ckpt, registry.KIND), registry.load(ckpt).to(picked)
     loaded.check(SampleOptions(loaded.sampling, seed))
-    opened, size = open_extractor(extractor, weights, picked), loaded.tokenizer.cfg.autoencoder.resolution
+    size, opened = loaded.tokenizer.cfg.autoencoder.resolution, open_extractor(extractor, weights, picked)
     recorded = {"reference": loaded.provenance.get("reference")}
     drawn = ImageSet(str(ckpt), samples, size, None, loaded.class_names, lambda pieces: iter(()), recorded)
     reference = score.open_reference(ref, drawn, opened, reading)

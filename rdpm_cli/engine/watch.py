@@ -1,7 +1,6 @@
 """Observers of a training run: progress, machine numbers, alarms, previews, held-out measurements, curves, scores."""
 
 import contextlib
-import math
 import re
 import resource
 import sys
@@ -20,8 +19,7 @@ from rdpm_cli.codes.store import CodeStore, store_reference
 from rdpm_cli.data import pictures
 from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.data.pictures import Curve
-from rdpm_cli.data.pixels import Pixels, chw, hwc, to_model, to_pixels
-from rdpm_cli.data.source import Source
+from rdpm_cli.data.source import ItemSource, Source
 from rdpm_cli.distributed import is_first, one_thread, world
 from rdpm_cli.errors import UsageError
 from rdpm_cli.evaluation import features, judge, metrics, score
@@ -31,7 +29,8 @@ from rdpm_cli.generator import sampler
 from rdpm_cli.generator.config import GeneratorConfig, ProxyConfig
 from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions, held_out
 from rdpm_cli.progress import Bar, warn
-from rdpm_cli.tokenizer.config import TokenizerConfig
+from rdpm_cli.tokenizer.config import AutoencoderConfig, TokenizerConfig
+from rdpm_cli.tokenizer.inputs import Item
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.training.config import TrainConfig
 from rdpm_cli.training.log import read_metrics
@@ -112,7 +111,7 @@ def progress_bar(bar: Bar) -> Observer:
 def codebook_alarm(cfg: TokenizerConfig) -> Observer:
     """Warn, with a remedy, of a codebook usage or a variation of z that was low for ALARM_LINES logged steps."""
     q = cfg.quantizer
-    vectors = cfg.train.batch * math.prod(cfg.autoencoder.grid) * (q.steps if q.codebooks == "shared" else 1)
+    vectors = cfg.train.batch * cfg.autoencoder.positions * (q.steps if q.codebooks == "shared" else 1)
     even_usage = 1 - (1 - 1 / q.codes) ** vectors  # of a batch this small if it drew from the codes evenly
     low = {"usage": 0, "variation": 0}  # consecutive logged steps
 
@@ -139,12 +138,14 @@ def codebook_alarm(cfg: TokenizerConfig) -> Observer:
     return observe
 
 
-def tokenizer_preview(tokenizer: Tokenizer, source: Source, cfg: TrainConfig) -> Observer:
+def tokenizer_preview(tokenizer: Tokenizer, source: ItemSource, cfg: TrainConfig) -> Observer:
     """RUN/previews/: inputs, reconstructions and the T partial decodes, under held-out noise."""
-    count = min(PREVIEWS, len(source))
+    inputs, count = tokenizer.inputs, min(PREVIEWS, len(source))
     indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
-    images = np.stack([source.pixels(i, tokenizer.cfg.autoencoder.resolution) for i in indices])
-    eps = tokenizer.noise("heldout", 0, indices, [0] * count)
+    batch = inputs.windows(source, indices, np.full(count, 0.5, np.float32), flip=False)
+    x = inputs.to_model(batch)
+    length = None if isinstance(tokenizer.cfg.autoencoder, AutoencoderConfig) else tokenizer.latent_shape_of(x)[1]
+    eps = tokenizer.noise("heldout", 0, indices, [0] * count, length)
 
     @torch.no_grad()
     def observe(run: Run, logs: dict[str, float] | None) -> None:
@@ -153,26 +154,26 @@ def tokenizer_preview(tokenizer: Tokenizer, source: Source, cfg: TrainConfig) ->
         model: Any = run.ema.model if run.ema else tokenizer
         was_training = model.training
         model.eval()
-        codes = model.encode(to_model(chw(images)).to(run.device), eps.to(run.device))
-        rows = [images, *decode_prefixes(model, codes)]
+        codes = model.encode(x.to(run.device), eps.to(run.device))
+        rows = [inputs.items(x), *decode_prefixes(model, codes)]
         model.train(was_training)
         labels = ["input", *(f"t = {t}" for t in range(1, len(rows) - 1)), f"output, t = {len(rows) - 1}"]
-        sheet = pictures.grid(np.concatenate(rows), count, labels, f"step {run.step}")
+        sheet = pictures.grid(inputs.pixels(np.concatenate(rows)), count, labels, f"step {run.step}")
         pictures.save_png(run.folder / PREVIEW.format(run.step), sheet)
 
     return observe
 
 
 @torch.no_grad()
-def decode_prefixes(tokenizer: Tokenizer, codes_BTS: Tensor) -> list[Pixels]:
-    """D(z'_1)..D(z'_T) as uint8 (B, H, W, 3)."""
+def decode_prefixes(tokenizer: Tokenizer, codes_BTS: Tensor) -> list[Item]:
+    """D(z'_1)..D(z'_T), stacked items each: of images uint8 (B, H, W, 3)."""
     frames = []
     for t in range(1, tokenizer.quantizer.steps + 1):
         images = []
         with one_thread():  # as the sampler decodes, so that the last frame is the sample
             for codes in codes_BTS.split(DECODED_AT_ONCE):
                 z = tokenizer.quantizer.prefix(codes, torch.full((len(codes),), t, device=codes.device))
-                images.append(hwc(to_pixels(tokenizer.decode_latents(z))))
+                images.append(tokenizer.inputs.items(tokenizer.decode_latents(z)))
         frames.append(np.concatenate(images))
     return frames
 
@@ -219,6 +220,8 @@ def generator_monitor(
             for group, part in parts.items():
                 measured = held_out(generator, part, run.device, baselines)
                 values |= {f"{group}/{name}": value for name, value in measured.items()}
+            if manifest.speech:
+                return values
             samples = list(sampler.sample(generator, tokenizer, labels, SampleOptions(cfg.sampling), micro_batch))
         images = np.concatenate([s.pixels_BHWC for s in samples])
         sheet = pictures.grid(images, PREVIEWS, [class_names[c] for c in classes])
@@ -268,6 +271,8 @@ def proxy_extractor(cfg: ProxyConfig, device: torch.device) -> Extractor:
 
 def open_proxy(cfg: ProxyConfig, store: CodeStore, device: torch.device) -> tuple[Extractor, ImageSet]:
     """Extractor and reference of the proxy score. Raises DataError, and as `proxy_extractor`."""
+    if store.manifest.speech:
+        raise UsageError(f"proxy.samples={cfg.samples}: the score is of images", "give proxy.samples=0")
     extractor = proxy_extractor(cfg, device)
     judge.check_size(extractor.resolution, store.manifest.resolution)
     record = store_reference(store.root, store.manifest)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rdpm_cli import noise
-from rdpm_cli.data import mel
+from rdpm_cli.data import audio, mel
 from rdpm_cli.data.open import open_source
 from rdpm_cli.data.pixels import EXACT_PSNR, TRANSFORM, Pixels, chw, hwc, to_model, to_pixels, unreadable
 from rdpm_cli.data.source import ItemSource
@@ -146,9 +146,7 @@ class MelInputs(Inputs):
         self.rate: float = self.features.rate / (self.features.hop * self.stride)
 
     def open(self, spec: str, **reading: Any) -> ItemSource:
-        from rdpm_cli.data.audio import open_audio  # its packages are optional
-
-        return open_audio(spec, **reading)
+        return audio.open_audio(spec, **reading)
 
     def read(self, source: Any, index: int) -> Item:
         return mel.log_mel(source.wave(index, self.features.rate), self.features, self.stride)
@@ -160,8 +158,6 @@ class MelInputs(Inputs):
         return len(item) // self.stride
 
     def unreadable(self, source: str, name: str, reason: str) -> ItemError:
-        from rdpm_cli.data import audio
-
         return audio.unreadable(source, name, reason)
 
     def blank_batch(self, rows: int) -> Tensor:

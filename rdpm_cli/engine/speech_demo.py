@@ -1,0 +1,188 @@
+"""demo speech: from recordings of single words to scored speech, and a page to listen to.
+
+Words are spoken digits, joined into strings of one speaker. The prompt of a sample is the first two words of a string
+whose recordings no training saw; the sample says the other four, with their durations in that string."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+
+from rdpm_cli import files, progress
+from rdpm_cli.codes.store import held_out
+from rdpm_cli.data import audio, espeak, mel, pictures
+from rdpm_cli.data.audio import AudioSource, open_audio
+from rdpm_cli.data.strings import write_strings
+from rdpm_cli.engine.generator import train_gen
+from rdpm_cli.engine.judge import eval_judge
+from rdpm_cli.engine.speech import Line, sample_speech
+from rdpm_cli.engine.speech_scores import eval_speech
+from rdpm_cli.engine.tokenizer import StoreOptions, tokenize, train_tokenizer
+from rdpm_cli.recipes import load_recipe
+from rdpm_cli.runs import Result, versions
+from rdpm_cli.tokenizer.inputs import MelInputs, inputs_of
+
+RECIPES = {"rdpm": "speech8-sin", "resgen": "speech8-rvq"}
+STRINGS, HELD_OUT_STRINGS = 1800, 48  # of WORDS words; 48 give 192 target words
+WORDS, PROMPT_WORDS, HELD_OUT_PERCENT = 6, 2, 10
+HEARD = 6  # strings on the page
+SCORES = (
+    "word_accuracy",
+    "speaker_accuracy",
+    "wer",
+    "cer",
+    "sim_o",
+    "sim_r",
+    "frechet_distance",
+    "mel_distance",
+    "pesq",
+    "stoi",
+)
+ESTIMATE = "about 10 minutes on 2 CPU cores, 20 for both families"
+
+
+def run(out: Path, seed: int, family: str = "rdpm", data: str | None = None, overrides: Sequence[str] = ()) -> Result:
+    """Everything under `out`. The same command again continues. data: recordings of single words, named speakers."""
+    families = list(RECIPES) if family == "both" else [family]
+    if (out / "result.json").is_file():
+        previous: dict[str, Any] = files.read_json(out / "result.json")
+        if all(name in previous for name in families) and previous["seed"] == seed:
+            progress.say(f"{out}/ holds this demo already; remove it, or name another --out, to run it again")
+            return Result(f"demo of speech finished; listen to {out / 'index.html'}", previous)
+    start = time.monotonic()
+    progress.say(f"rdpm demo speech: recordings -> strings of words -> {' and '.join(families)}; {ESTIMATE}")
+    changes = [f"seed={seed}", *overrides]
+    source = open_audio(data) if data else espeak.write_digits(out / "espeak")
+    train, heldout, lines = _strings(source, out / "data", seed)
+    progress.say("[1] a judge: a recogniser of the words and speakers of real strings, which scores the samples later")
+    judge = eval_judge(str(train), out / "runs" / "judge", RECIPES["rdpm"], changes, heldout=str(heldout))
+
+    def scores(target: Path, **options: Any) -> dict[str, Any]:
+        values = eval_speech(str(target), judge.values["judge"], **options).values
+        return {name: values[name] for name in SCORES if values.get(name) is not None}
+
+    result: dict[str, Any] = {
+        "judge": {name: value for name, value in judge.values.items() if name.startswith("heldout")},
+        "real words joined": scores(heldout),
+    }
+    for name in families:
+        result[name] = _family(name, out, changes, train, heldout, lines, scores, seed)
+    facts = {"data": source.spec if data else "espeak: synthetic voices, easier than real ones", "seed": seed}
+    facts |= {"strings": HELD_OUT_STRINGS, "target_words": HELD_OUT_STRINGS * (WORDS - PROMPT_WORDS)}
+    result |= {**facts, "seconds": round(time.monotonic() - start, 1), "versions": versions()}
+    files.write_json(out / "result.json", result)
+    _page(out, families, lines, result)
+    return Result(f"demo of speech finished; listen to {out / 'index.html'}", result)
+
+
+def _strings(source: AudioSource, out: Path, seed: int) -> tuple[Path, Path, list[Line]]:
+    """Manifests of training and of held-out strings, which share no recording; and the lines to be said."""
+    held = held_out(np.arange(len(source)), HELD_OUT_PERCENT)
+    tokenizer = load_recipe(RECIPES["rdpm"], section="tokenizer").tokenizer
+    assert tokenizer is not None
+    inputs = inputs_of(tokenizer.autoencoder)
+    assert isinstance(inputs, MelInputs)
+    rate, step = inputs.features.rate, inputs.features.hop * inputs.stride
+    train = write_strings(source, np.flatnonzero(~held).tolist(), out / "train", STRINGS, WORDS, seed, rate, step)
+    heldout = write_strings(
+        source, np.flatnonzero(held).tolist(), out / "heldout", HELD_OUT_STRINGS, WORDS, seed, rate, step
+    )
+    lines, prompts = [], out / "prompts"
+    for number, text in enumerate(heldout.read_text("utf-8").splitlines()):
+        row = json.loads(text)
+        words, seconds = row["text"].split(), row["word_seconds"]
+        prompt = prompts / f"{number:06d}.wav"
+        wave = audio.read_wave(heldout.parent / row["audio_filepath"], rate)
+        audio.write_wav(prompt, wave[: round(sum(seconds[:PROMPT_WORDS]) * rate)], rate)
+        lines.append(Line(
+            " ".join(words[PROMPT_WORDS:]), str(prompt), " ".join(words[:PROMPT_WORDS]), row["speaker"],
+            tuple(seconds[:PROMPT_WORDS]), tuple(seconds[PROMPT_WORDS:]),
+        ))  # fmt: skip
+    return train, heldout, lines
+
+
+def _family(
+    name: str, out: Path, changes: Sequence[str], train: Path, heldout: Path, lines: list[Line],
+    scores: Callable[..., dict[str, Any]], seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, sample and score one family."""
+    recipe, runs = RECIPES[name], out / "runs"
+    progress.say(f"[{name}] train-tokenizer: log-mel spectrograms -> codes, recipe {recipe}")
+    tokenizer = Path(train_tokenizer(str(train), runs / f"{name}-tokenizer", recipe, changes).values["tokenizer"])
+    options = StoreOptions(views=load_recipe(recipe, changes).views, latents=True, seed=seed, text="words")
+    codes = out / "codes" / name
+    tokenize(str(train), codes, tokenizer, options)
+    progress.say(f"[{name}] train-gen: codes, texts and prompts -> transformer")
+    trained = train_gen(codes, runs / f"{name}-generator", recipe, changes)
+    ckpt = Path(trained.values["generator"])
+    progress.say(f"[{name}] sample and score: as the held-out strings; another text; the prompt of another speaker")
+    others = [next(x for x in lines[i:] + lines[:i] if x.speaker != line.speaker) for i, line in enumerate(lines)]
+    sets = {
+        "samples": lines,
+        "another text": [_replaced(line, text=_next_words(line.text, lines)) for line in lines],
+        "the wrong speaker's prompt": [
+            _replaced(line, prompt=o.prompt, prompt_text=o.prompt_text, prompt_seconds=o.prompt_seconds)
+            for line, o in zip(lines, others, strict=True)
+        ],
+    }
+    values: dict[str, Any] = {}
+    for title, rows in sets.items():
+        folder = out / name / title.replace(" ", "-").replace("'", "")
+        sample_speech(ckpt, rows, folder, seed=seed)
+        values[title] = scores(folder)
+    values["samples against shuffled texts"] = scores(_shuffled(out / name / "samples", out / name / "shuffled"))
+    values["reconstructions"] = scores(heldout, tokenizer=tokenizer)
+    main = values.pop("samples")
+    return {
+        "digit_accuracy": main["word_accuracy"], "speaker_accuracy": main["speaker_accuracy"], **main, **values,
+        "parameters": trained.values["parameters"],
+    }  # fmt: skip
+
+
+def _replaced(line: Line, **changes: Any) -> Line:
+    return Line(**{**vars(line), **changes})
+
+
+def _next_words(text: str, lines: Sequence[Line]) -> str:
+    """Each word replaced by the third one behind it, in sorted order."""
+    words = sorted({word for line in lines for word in line.text.split()})
+    return " ".join(words[(words.index(word) + 3) % len(words)] for word in text.split())
+
+
+def _shuffled(samples: Path, out: Path) -> Path:
+    """A folder that lists the same sounds, each with the text of the next one."""
+    record = files.read_json(samples / "samples.json")
+    rows = record["samples"]
+    texts = [row["text"] for row in rows[1:] + rows[:1]]
+    record["samples"] = [
+        {**row, "text": text, "file": f"../{samples.name}/{row['file']}", "prompt": None}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    out.mkdir(exist_ok=True)
+    files.write_json(out / "samples.json", record)
+    return out
+
+
+def _page(out: Path, families: Sequence[str], lines: Sequence[Line], result: dict[str, Any]) -> None:
+    """index.html: players and spectrograms of the first strings, and the scores."""
+    rows = []
+    for number, line in enumerate(lines[:HEARD]):
+        name = f"{number:06d}.wav"
+        sounds = {"prompt": out / "data" / "prompts" / name, "real": out / "data" / "heldout" / "wavs" / name}
+        sounds |= {family: out / family / "samples" / name for family in families}
+        sounds |= {f"{family}, another text": out / family / "another-text" / name for family in families}
+        for path in sounds.values():
+            picture = path.with_suffix(".png")
+            features = mel.PRESETS["speech8"]
+            pixels = mel.mel_pixels(mel.log_mel(audio.read_wave(path, features.rate), features)[None])[0]
+            pictures.save_png(picture, pixels)
+        rows.append({"line": line, "sounds": {title: str(path.relative_to(out)) for title, path in sounds.items()}})
+    template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(
+        "speech.html.jinja"
+    )
+    text = template.render(rows=rows, result=result, families=families)
+    files.write_atomic(out / "index.html", lambda file: file.write(text.encode()))
