@@ -202,6 +202,7 @@ def test_the_alarm_notices_a_collapsed_encoder(
     tokenizer = players[0].model
     assert isinstance(tokenizer, Tokenizer)
     if collapsed:
+        assert isinstance(tokenizer.quant_conv, nn.Conv2d)
         nn.init.zeros_(tokenizer.quant_conv.weight)
         tokenizer.quant_conv.bias = nn.Parameter(torch.arange(C).float())
     run = Run(tmp_path, 0, CPU, 8, 0, StopRequest())

@@ -83,7 +83,11 @@ def check(args: list[str]) -> None:
         return
     params = command.make_context(command.name, list(args)).params
     if command.name in SECTIONS:
-        recipes.load_recipe(params.get("recipe", "digits"), params["overrides"] or [], SECTIONS[command.name])
+        recipes.load_recipe(
+            params.get("recipe", "digits"),
+            [word for word in params["overrides"] or [] if word != "speech"],
+            SECTIONS[command.name],
+        )
     pairs = params.get("settings") or (params.get("arguments") if params.get("ckpt") else None) or []
     assert {pair.partition("=")[0] for pair in pairs} <= SAMPLING
 

@@ -78,7 +78,7 @@ def test_bf16_encodes_in_channels_last_and_quantises_in_fp32(making: Callable[..
     def note(_: object, __: object, y: Tensor) -> None:
         layouts.append(y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last))
 
-    tokenizer.encoder.conv_in.register_forward_hook(note)
+    tokenizer.encoder.get_submodule("conv_in").register_forward_hook(note)
     fp32, bf16 = (write.encode(tokenizer, plan, batch).arrays for plan in (exact, half))
     assert layouts == [False, True]
     a, b = fp32["latents"].astype(np.float32), bf16["latents"].astype(np.float32)

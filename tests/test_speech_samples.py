@@ -174,11 +174,12 @@ def test_odd_arguments_are_refused(
     (tmp_path / "empty.jsonl").write_text("")
     speech, wav = generators["resgen"], str(lines.parent / "a.wav")
     cases = [
-        (images, ["--text", "low"], "images.pt"), (speech, [], "sound"), (speech, ["--classes", "0"], "sound"),
+        (images, ["--text", "low"], "images.pt"), (speech, [], "--text"), (speech, ["--classes", "0"], "--text"),
+        (speech, ["--text", "low", "--classes", "0"], "--classes"),
         (speech, ["--list", str(tmp_path / "gone.jsonl")], "gone.jsonl"),
         (speech, ["--list", str(tmp_path / "empty.jsonl")], "empty.jsonl"),
         (speech, ["--text", "low", "--prompt", wav, "--prompt-text", "low high"], wav),
-        (speech, ["--text", "low", "--prompt", wav], "word"), (speech, ["--text", "low", "tau=2"], "tau"),
+        (speech, ["--text", "low", "--prompt", wav], "--prompt-text"), (speech, ["--text", "low", "tau=2"], "tau"),
         (speech, ["--text", "low", "--prompt-text", "high"], "prompt"),
     ]  # fmt: skip
     for number, (generator, args, token) in enumerate(cases):

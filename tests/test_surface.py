@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from tones import write_tones
 
 import rdpm_cli
 from rdpm_cli import recipes
@@ -130,7 +131,9 @@ def walk(
             shutil.copy(image_folder / "a" / name, Path("few") / name)
         write_tones(Path("tones"), 4, 0)
         sizes = ["width=8", "embedding=4", "train.steps=2", "train.batch=16"]
-        assert run(["eval", "judge", "tones", "tone-judge", "--recipe", "speech8-sin", "--heldout", "tones", *sizes]) == 0
+        assert (
+            run(["eval", "judge", "tones", "tone-judge", "--recipe", "speech8-sin", "--heldout", "tones", *sizes]) == 0
+        )
         Path("demo").mkdir()  # a finished one: test_pipeline.py runs a real one
         finished = {"recipe": recipes.load_recipe("digits").digest(), "class_accuracy": 1.0}
         Path("demo/result.json").write_text(json.dumps(finished))

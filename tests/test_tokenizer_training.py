@@ -57,7 +57,7 @@ def test_batches_hold_the_images_of_the_source_once_an_epoch() -> None:
     indices = epoch[:, 1, 0, 0].tolist()
     assert sorted(indices) == list(range(64))
     for image, index in zip(epoch, indices, strict=True):
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), batches.source.pixels(index, 16))
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), batches.inputs.read(batches.source, index))
     assert f"{indices[0]}.png" in batches.describe(0, range(1))
 
 

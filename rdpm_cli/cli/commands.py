@@ -163,9 +163,16 @@ def sample(
 
     sampling = {name: value for name in SAMPLING.split() if (value := shared.pop(name)) is not None}
     sampling |= engine.key_values(settings or ())
-    if text or lines:
+    if text is not None or lines or prompt:
         from rdpm_cli.engine import speech
 
+        others = {
+            "--classes": shared["classes"] != "all", "--per-class": shared["per_class"] != 8, "--init": init,
+            "--mask": mask, "--from-step": from_step, "--reject": reject, "--npz": npz, "--gif": gif,
+            "--no-png": no_png, "--shard": shard != "1/1",
+        }  # fmt: skip
+        if unused := [name for name, value in others.items() if value]:
+            raise UsageError(f"{unused[0]} is for images; --text, --prompt and --list are for sound", "leave it out")
         rows = speech.read_lines(lines) if lines else [speech.Line(text or "", prompt, prompt_text)]
         options = {name: shared[name] for name in ("preset", "device")}
         return speech.sample_speech(

@@ -55,9 +55,18 @@ def text_arrays(source: Any, plan: Plan, indices: Sequence[int], lengths: Sequen
             if len(words := text.normalise(source.texts[i]).split()) != len(source.word_seconds[i]):
                 reason = f"word_seconds has {len(source.word_seconds[i])} values for the words {' '.join(words)}"
                 raise DataError(f"{source.spec}: {source.names[i]}: {reason}", "give one value a word")
+        for i, S in zip(indices, lengths, strict=True):
+            if not fits(source.word_seconds[i], speech.rate, S):
+                reason = f"word_seconds sum to {sum(source.word_seconds[i]):.4g} s, of {S / speech.rate:.4g}"
+                raise DataError(f"{source.spec}: {source.names[i]}: {reason}", "count silence to the word before it")
         rows = [latents_of(source.word_seconds[i], speech.rate, S) for i, S in zip(indices, lengths, strict=True)]
         arrays["durations"] = np.array([duration for row in rows for duration in row])
     return arrays
+
+
+def fits(seconds: Sequence[float], rate: float, length: int) -> bool:
+    """Whether durations sum to a length in latents, to which a recording is padded."""
+    return abs(sum(seconds) * rate - length) <= 1.5
 
 
 def latents_of(seconds: Sequence[float], rate: float, length: int) -> list[int]:

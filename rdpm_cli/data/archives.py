@@ -104,7 +104,7 @@ class TarSource(Source):
         keyed: dict[str, Any] = {}
         folders: list[str] = []
         for number, (short, shard) in enumerate(shards.items()):
-            for path, offset, size, label in _members(shard):
+            for path, offset, size, label in members_of(shard):
                 name = f"{short}/{path}"
                 if size < 0:
                     folders.append(path)
@@ -132,7 +132,7 @@ class TarSource(Source):
         return open_image(io.BytesIO(read_at(self.paths[shard], offset, size)))
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int, Any]]:
+def members_of(path: Path) -> Iterator[tuple[str, int, int, Any]]:
     """(member, offset, size, label or None) of every file of a shard; size -1 for folders. Raises DataError."""
     name = "its beginning"
     try:

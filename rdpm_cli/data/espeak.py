@@ -10,9 +10,9 @@ import numpy as np
 from rdpm_cli import progress
 from rdpm_cli.data.audio import AudioSource, open_audio, resampled, write_wav
 from rdpm_cli.data.mel import Wave
+from rdpm_cli.data.recordings import DIGITS
 from rdpm_cli.errors import RunError, UsageError
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = ("m1", "m2", "m3", "m4", "m7", "f1", "f2", "f3", "f4", "f5")  # variants of the English voice
 TAKES = 12  # of each digit and voice, which differ in pitch and pace
 RATE = 8000  # samples a second, of the files

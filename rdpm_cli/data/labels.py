@@ -26,6 +26,7 @@ SPLIT = re.compile(
 )
 CLASSES, EDM, METADATA, SAMPLES = "classes.txt", "dataset.json", ("metadata.csv", "metadata.jsonl"), "samples.json"
 NOTES = {CLASSES, EDM, *METADATA}  # files about the images, in any case
+SOUND = (".wav", ".flac", ".ogg", ".mp3")
 MOST_CLASSES = 100_000  # unless there are more images: an identity number as label would make a table of that size
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "class_label", "target")  # the first one counts
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?(?:/|\Z))|__MACOSX(?:/|\Z))")  # a part that starts with '.', but '.' and '..'
@@ -80,7 +81,10 @@ def arrange(
     warnings = _check_ours(members, source, read, is_samples)
     names, notes, others, not_taken = _sort_out(members, head or read, is_samples)
     if not names:
-        raise DataError("; ".join(filter(None, [f"{source} holds no images", describe(not_taken)])), HINT)
+        is_sound = any(suffix in not_taken for suffix in SOUND)
+        hint = "recordings take a recipe of sound, such as speech8-sin, and are scored by `rdpm eval speech`"
+        message = "; ".join(filter(None, [f"{source} holds no images", describe(not_taken)]))
+        raise DataError(message, hint if is_sound else HINT)
     if notes[CLASSES]:
         lines = read_classes(read(min(notes[CLASSES], key=len)), source)
     tables = [name for base in METADATA for name in notes[base]]

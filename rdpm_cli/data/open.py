@@ -108,7 +108,7 @@ def open_item(spec: str) -> Image.Image:
 
 def _open_folder(root: Path, how: Reading) -> Source:
     """A folder of images, or of shards. Refuses one of both: neither is silently left out."""
-    members, folders = _walk(root, how.follow_links)
+    members, folders = walk(root, how.follow_links)
     visible = sorted(name for name in members if not is_hidden(name))
     if arrow := [name for name in visible if name.lower().endswith(".arrow")]:
         part = (root / arrow[0]).parent
@@ -132,7 +132,7 @@ def _open_folder(root: Path, how: Reading) -> Source:
     return opened
 
 
-def _walk(root: Path, follow_links: bool) -> tuple[list[str], list[str]]:
+def walk(root: Path, follow_links: bool) -> tuple[list[str], list[str]]:
     """(files, folders) below root, relative to it. Raises DataError for a link to a folder, OSError as os.walk."""
 
     def fail(error: OSError) -> None:

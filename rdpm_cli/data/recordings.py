@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rdpm_cli.data import labels
-from rdpm_cli.data.archives import LARGEST, LOCAL_HEADER, ZIP_FIELDS, _members, read_at
+from rdpm_cli.data.archives import LARGEST, LOCAL_HEADER, ZIP_FIELDS, members_of, read_at
 from rdpm_cli.data.labels import fold_path, is_hidden, member_name, split_key
-from rdpm_cli.data.open import _walk, expand
+from rdpm_cli.data.open import expand, walk
 from rdpm_cli.errors import DataError, UsageError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -90,7 +90,7 @@ def list_files(spec: str, follow_links: bool) -> Listing:
     """All files of what a user names. Raises UsageError where there is nothing, and DataError."""
     path = Path(spec)
     if path.is_dir() and spec:  # '' would be the working folder
-        names, folders = _walk(path, follow_links)
+        names, folders = walk(path, follow_links)
         shards = sorted(name for name in names if name.lower().endswith(".tar") and not is_hidden(name))
         if shards and not any(name.lower().endswith(SUFFIXES) for name in names):
             return _list_tar(str(path.resolve()), {name: path / name for name in shards})
@@ -132,7 +132,7 @@ def _list_tar(spec: str, shards: Mapping[str, Path]) -> Listing:
     locations: dict[str, Location] = {}
     folders: list[str] = []
     for short, shard in shards.items():
-        for path, offset, size, _ in _members(shard):
+        for path, offset, size, _ in members_of(shard):
             if size < 0:
                 folders.append(path)
             elif locations.setdefault(f"{short}/{path}", new := Location(shard, (offset, size))) is not new:

@@ -70,11 +70,8 @@ def train_gen(
     settings = {"command": "train-gen", "recipe": recipe_settings(resolved, "generator"), "store": m.digest()}
     train_once(final, resolved.seed, settings, device, make, track)
     loaded = registry.load(final)
-    values = {
-        "generator": str(final),
-        "digest": loaded.digest,
-        "parameters": parameters(loaded.generator.network),
-    }
+    count = parameters(loaded.generator.network)
+    values = {"generator": str(final), "digest": loaded.digest, "parameters": count}
     for names in REPORTED:
         values |= last_metrics(final.parent, names)
     asked = ("--text", " ".join(m.condition_names[:2]), "--prompt", "a.wav") if m.speech else ("--classes", "all")

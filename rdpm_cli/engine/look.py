@@ -222,10 +222,14 @@ def doctor() -> Result:
         except (ImportError, OSError, RuntimeError) as error:  # absent; a library is absent; built for another torch
             version = f"{FAILED}: {str(error)[:200]}"
             if extra:  # flash-attn is built here, against the installed torch
-                fix[f"extras.{extra[1]}"] = f"uv pip install 'rdpm[{extra[1]}]' --no-build-isolation"
+                option = " --no-build-isolation" if extra[1] == "flash" else ""
+                fix[f"extras.{extra[1]}"] = f"uv pip install 'rdpm[{extra[1]}]'{option}"
             else:
                 broken[f"versions.{name}"] = f"uv pip install --reinstall {name}"
-        (extras if extra else versions)[extra[1] if extra else name] = version
+        if not extra:
+            versions[name] = version
+        elif FAILED not in extras.get(extra[1], ""):  # of several packages the one that is missing counts
+            extras[extra[1]] = version
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text("utf-8")) if DRIVER.is_file() else None
     if not gpus and driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"}:

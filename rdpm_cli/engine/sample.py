@@ -113,6 +113,8 @@ def load(
 ) -> tuple[LoadedGenerator, SampleOptions, list[int]]:
     """The generator of a checkpoint, the options checked against it, and the labels of `classes`."""
     loaded = registry.load(ckpt)
+    if loaded.text:
+        raise UsageError(f"{ckpt} draws speech", "give --text or --list; score it by `rdpm eval speech`")
     options = SampleOptions(sampling_options(loaded.sampling, preset, sampling), seed)
     loaded.check(options)
     return loaded, options, parse_classes(classes, loaded.class_names)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rdpm_cli import files, progress
-from rdpm_cli.codes.ragged import latents_of
+from rdpm_cli.codes.ragged import fits, latents_of
 from rdpm_cli.data import audio, folder, mel, pictures
 from rdpm_cli.data import text as texts
 from rdpm_cli.distributed import one_thread, pick_device
@@ -29,7 +29,7 @@ from rdpm_cli.runs import Result, stop_on_signal
 from rdpm_cli.tokenizer.inputs import MelInputs
 from rdpm_cli.tokenizer.model import Tokenizer
 
-FORMAT = "rdpm-speech"
+FORMAT, RECONSTRUCTIONS = "rdpm-speech", "rdpm-speech-reconstructions"
 BUCKET = 32  # latents: lines are padded to whole ones, so that a sample does not depend on its neighbours' lengths
 SHOWN = 8  # spectrograms
 Seconds = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -74,8 +74,10 @@ def read_lines(path: Path) -> list[Line]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--list {path} cannot be read: {error}", "give a .jsonl file") from error
     for number, row in enumerate(rows, 1):
+        if not row.strip():
+            continue
         try:
-            line = Line(**json.loads(row))
+            line = Line(**dict(json.loads(row)))
         except (ValueError, TypeError) as error:
             reason = str(error)
             if isinstance(error, pydantic.ValidationError):
@@ -103,35 +105,49 @@ def sample_speech(
     aligner = speech_judge.load(judge)[0] if judge else None
     loaded.to(picked, options.sampling.compile)
     rows = [
-        {"file": f"{i:06d}.wav", "index": i, **{k: v for k, v in vars(line).items() if v}}
-        for i, line in enumerate(lines)
+        {"file": name_of(i), "index": i, **{k: v for k, v in vars(line).items() if v}} for i, line in enumerate(lines)
     ]
     recorded = {**options.sampling.model_dump(), "seed": seed, "duration_scale": duration_scale}
     record = folder.picture_record(FORMAT, {"checkpoint": loaded.digest}, recorded, rows=rows)
     prepared = [prepare(loaded, line, aligner, duration_scale) for line in lines]
     folder.claim(out, record)
-    made: list[dict[str, Any]] = []
-    with files.only_writer(out), stop_on_signal() as stop, progress.Bar("sample", len(lines), "lines") as bar:
-        for batch in batches_of([p.length for p in prepared], options.sampling.images_at_once(picked.type)):
-            absent = [i for i in batch if not (out / rows[i]["file"]).is_file()]
-            if absent:  # the whole batch: its shape is a part of what fixes a sample
-                for i, wave in zip(batch, waves(loaded, options, batch, [prepared[i] for i in batch]), strict=True):
-                    audio.write_wav(out / rows[i]["file"], wave, inputs.features.rate)
-            bar.advance(len(batch))
-            if bar.done < len(lines):
-                stop.leave(f"{bar.done} of {len(lines)} lines are in {out}")
-        for row, line, p in zip(rows, lines, prepared, strict=True):
-            prompt = f"prompts/{row['index']:06d}.wav" if line.prompt else None
-            if prompt:
-                audio.write_wav(out / prompt, p.wave, inputs.features.rate)
-            seconds = sum(p.durations[: p.known]) / inputs.rate
-            made.append({**row, "prompt": prompt, "prompt_seconds": seconds, "durations": p.durations, **p.source})
+    with files.only_writer(out):
+        _write_waves(out, loaded, options, prepared)
+        made = [_finished(out, row, p, inputs) for row, p in zip(rows, prepared, strict=True)]
         _spectrograms(out, rows, inputs)
         folder.finish(out, {**record, "rate": inputs.features.rate, "samples": made})
     seconds = sum(p.length for p in prepared) / inputs.rate
     values = {"folder": str(out), "samples": len(lines), "seconds": seconds, "checkpoint": loaded.digest, "seed": seed}
     values |= {"cfg": options.sampling.cfg, "durations": sorted({p.source["durations_from"] for p in prepared})}
     return Result("samples written", values, rdpm_command("eval", "speech", out, "--judge", judge or "judge.pt"))
+
+
+def name_of(index: int) -> str:
+    return f"{index:06d}.wav"
+
+
+def _write_waves(out: Path, loaded: LoadedGenerator, options: SampleOptions, lines: Sequence[Prepared]) -> None:
+    """Draw the lines that have no file yet, a batch at a time."""
+    inputs, device = loaded.tokenizer.inputs, loaded.tokenizer.quantizer.books.device
+    assert isinstance(inputs, MelInputs)
+    with stop_on_signal() as stop, progress.Bar("sample", len(lines), "lines") as bar:
+        for batch in batches_of([line.length for line in lines], options.sampling.images_at_once(device.type)):
+            # all of a batch, since its shape is part of what fixes a sample
+            if any(not (out / name_of(i)).is_file() for i in batch):
+                for i, wave in zip(batch, waves(loaded, options, batch, [lines[i] for i in batch]), strict=True):
+                    audio.write_wav(out / name_of(i), wave, inputs.features.rate)
+            bar.advance(len(batch))
+            if bar.done < len(lines):
+                stop.leave(f"{bar.done} of {len(lines)} lines are in {out}")
+
+
+def _finished(out: Path, row: dict[str, Any], line: Prepared, inputs: MelInputs) -> dict[str, Any]:
+    """The row of a sample in samples.json, after its prompt is written."""
+    prompt = f"prompts/{row['file']}" if line.known else None
+    if prompt:
+        audio.write_wav(out / prompt, line.wave, inputs.features.rate)
+    seconds = sum(line.durations[: line.known]) / inputs.rate
+    return {**row, "prompt": prompt, "prompt_seconds": seconds, "durations": line.durations, **line.source}
 
 
 def prepare(
@@ -147,6 +163,8 @@ def prepare(
     known: list[int] = []
     latents, wave, source = torch.zeros(loaded.tokenizer.latent_shape[0], 0), np.zeros(0, np.float32), {}
     if line.prompt:
+        if not line.prompt_text:
+            raise UsageError(f"what is said in {line.prompt} is not known", "give --prompt-text, or prompt_text")
         prompt_units = texts.encode(kind, loaded.class_names, line.prompt_text)
         wave = audio.read_wave(Path(line.prompt), inputs.features.rate)
         item = mel.log_mel(wave, inputs.features, inputs.stride)
@@ -160,6 +178,9 @@ def prepare(
                 raise UsageError(f"the durations of the words of {line.prompt} are not known", hint)
             seconds = aligner.align(wave, line.prompt_text)
         _one_each("prompt_seconds", line, seconds, prompt_units)
+        if not fits(seconds, rate, latents.shape[1]):
+            message = f"prompt_seconds of {line.prompt} sum to {sum(seconds):.4g} s, of {latents.shape[1] / rate:.4g}"
+            raise UsageError(message, "count silence to the word before it")
         known = latents_of(seconds, rate, latents.shape[1])
     elif line.prompt_text or line.prompt_seconds:
         raise UsageError(f"there is a prompt_text or prompt_seconds, but no prompt, of '{line.text}'", "give a prompt")
@@ -179,7 +200,7 @@ def prepare(
 def _one_each(name: str, line: Line, seconds: Sequence[float], units: Sequence[int]) -> None:
     """Raise UsageError if there are more or fewer values than words."""
     if len(seconds) != len(units):
-        raise UsageError(f"{name} of '{line.text}' has {len(seconds)} values for {len(units)} words", "one a word")
+        raise UsageError(f"{name} of '{line.text:.80}' has {len(seconds)} values for {len(units)} words", "one a word")
 
 
 @torch.no_grad()
@@ -256,7 +277,7 @@ def waves(
 
 
 def reconstruct(
-    source: audio.AudioSource, tokenizer: Tokenizer, out: Path, seed: int, indices: Sequence[int]
+    source: audio.AudioSource, tokenizer: Tokenizer, digest: str, out: Path, seed: int, indices: Sequence[int]
 ) -> Result:
     """Recordings through the tokenizer and back: out/NAME.wav and its spectrograms, and of the first D(z'_1)..D(z'_T).
 
@@ -264,6 +285,9 @@ def reconstruct(
     inputs, distances = tokenizer.inputs, list[float]()
     assert isinstance(inputs, MelInputs)
     rate = inputs.features.rate
+    rows = [{"file": name_of(index), "index": index, "source": source.names[index]} for index in indices]
+    record = folder.picture_record(RECONSTRUCTIONS, {"tokenizer": digest}, {"seed": seed}, rows=rows)
+    folder.claim(out, record)
     with files.only_writer(out), stop_on_signal() as stop, progress.Bar("reconstruct", len(indices), "sounds") as bar:
         for number, index in enumerate(indices):
             wave, name = source.wave(index, rate), f"{index:06d}"
@@ -285,7 +309,9 @@ def reconstruct(
                 pictures.save_png(out / "previews" / f"{name}.png", sheet)
             distances.append(mel.mel_distance(item, decoded[tokenizer.quantizer.steps]))
             bar.advance(1)
-            stop.leave(f"{bar.done} of {len(indices)} sounds are in {out}")
+            if bar.done < len(indices):
+                stop.leave(f"{bar.done} of {len(indices)} sounds are in {out}")
+        folder.finish(out, {**record, "rate": rate, "scores": {"mel_distance": float(np.mean(distances))}})
     values = {"folder": str(out), "n": len(indices), "seed": seed, "mel_distance": float(np.mean(distances))}
     return Result("sounds reconstructed", values)
 

@@ -19,7 +19,7 @@ from rdpm_cli.data.audio import AudioSource, open_audio
 from rdpm_cli.data.strings import write_strings
 from rdpm_cli.engine.generator import train_gen
 from rdpm_cli.engine.judge import eval_judge
-from rdpm_cli.engine.speech import Line, sample_speech
+from rdpm_cli.engine.speech import FORMAT, Line, name_of, sample_speech
 from rdpm_cli.engine.speech_scores import eval_speech
 from rdpm_cli.engine.tokenizer import StoreOptions, tokenize, train_tokenizer
 from rdpm_cli.recipes import load_recipe
@@ -67,8 +67,10 @@ def run(out: Path, seed: int, family: str = "rdpm", data: str | None = None, ove
 
     result: dict[str, Any] = {
         "judge": {name: value for name, value in judge.values.items() if name.startswith("heldout")},
-        "real words joined": scores(heldout),
+        "real words joined": scores(_real(lines, out / "real")),
     }
+    # the judge's statistics are those of these strings
+    del result["real words joined"]["frechet_distance"]
     for name in families:
         result[name] = _family(name, out, changes, train, heldout, lines, scores, seed)
     facts = {"data": source.spec if data else "espeak: synthetic voices, easier than real ones", "seed": seed}
@@ -95,7 +97,7 @@ def _strings(source: AudioSource, out: Path, seed: int) -> tuple[Path, Path, lis
     for number, text in enumerate(heldout.read_text("utf-8").splitlines()):
         row = json.loads(text)
         words, seconds = row["text"].split(), row["word_seconds"]
-        prompt = prompts / f"{number:06d}.wav"
+        prompt = prompts / name_of(number)
         wave = audio.read_wave(heldout.parent / row["audio_filepath"], rate)
         audio.write_wav(prompt, wave[: round(sum(seconds[:PROMPT_WORDS]) * rate)], rate)
         lines.append(Line(
@@ -153,6 +155,21 @@ def _next_words(text: str, lines: Sequence[Line]) -> str:
     return " ".join(words[(words.index(word) + 3) % len(words)] for word in text.split())
 
 
+def _real(lines: Sequence[Line], out: Path) -> Path:
+    """A folder that lists the real strings as if they were samples, with their first words as the prompt."""
+    data = Path("../data")
+    rows = [
+        {
+            "file": str(data / "heldout/wavs" / name_of(number)), "prompt": str(data / "prompts" / name_of(number)),
+            "text": line.text, "speaker": line.speaker, "prompt_seconds": sum(line.prompt_seconds or ()),
+        }
+        for number, line in enumerate(lines)
+    ]  # fmt: skip
+    out.mkdir(exist_ok=True)
+    files.write_json(out / "samples.json", {"format": FORMAT, "samples": rows})
+    return out
+
+
 def _shuffled(samples: Path, out: Path) -> Path:
     """A folder that lists the same sounds, each with the text of the next one."""
     record = files.read_json(samples / "samples.json")
@@ -171,7 +188,7 @@ def _page(out: Path, families: Sequence[str], lines: Sequence[Line], result: dic
     """index.html: players and spectrograms of the first strings, and the scores."""
     rows = []
     for number, line in enumerate(lines[:HEARD]):
-        name = f"{number:06d}.wav"
+        name = name_of(number)
         sounds = {"prompt": out / "data" / "prompts" / name, "real": out / "data" / "heldout" / "wavs" / name}
         sounds |= {family: out / family / "samples" / name for family in families}
         sounds |= {f"{family}, another text": out / family / "another-text" / name for family in families}

@@ -13,14 +13,15 @@ from pydantic import BaseModel, Field, ValidationError
 
 from rdpm_cli import files, progress
 from rdpm_cli.data import audio, mel
-from rdpm_cli.data.audio import AudioSource, open_audio
+from rdpm_cli.data.audio import AudioSource, open_audio, resampled
+from rdpm_cli.data.folder import is_unfinished
 from rdpm_cli.data.mel import Wave
 from rdpm_cli.data.source import spread
 from rdpm_cli.distributed import one_thread, process_group
 from rdpm_cli.errors import CheckpointError, DataError, UsageError, some_of
 from rdpm_cli.evaluation import metrics, speech, speech_judge
 from rdpm_cli.evaluation.score import rank_notes
-from rdpm_cli.evaluation.speech import Transcriber, Voices, normalise, resampled
+from rdpm_cli.evaluation.speech import Transcriber, Voices, normalise
 from rdpm_cli.evaluation.speech_judge import SpeechJudge
 from rdpm_cli.runs import Result, versions
 from rdpm_cli.tokenizer import model
@@ -73,6 +74,8 @@ def eval_speech(
                 message = "--tokenizer is for recordings: drawn sounds have been through their tokenizer"
                 raise UsageError(message, "leave it out")
             sounds, digest, pairs = drawn_sounds(Path(target), limit), files.sha256_file(Path(target) / RECORD), None
+        elif is_unfinished(Path(target)):
+            raise DataError(f"{target} holds samples that are not finished", "run the same `rdpm sample` again")
         else:
             source = open_audio(target, **(reading or {}))
             indices, digest, pairs = spread(len(source), limit), source.digest(), None

@@ -23,7 +23,7 @@ from rdpm_cli.distributed import is_first, one_thread, process_group, world
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.speech import reconstruct as reconstruct_speech
 from rdpm_cli.engine.train import Training, default_folder, is_new, recipe_settings, train_once
-from rdpm_cli.errors import CheckpointError, UsageError, rdpm_command
+from rdpm_cli.errors import AudioError, CheckpointError, UsageError, rdpm_command
 from rdpm_cli.evaluation import speech_judge
 from rdpm_cli.evaluation.recon import PairScores, means, pair_scores, reconstructions
 from rdpm_cli.recipes import load_recipe
@@ -145,7 +145,7 @@ def tokenize(
     loaded, content = model.load(path)
     source = loaded.inputs.open(images, **(reading or {}))
     if align:
-        _align(source, align)
+        _align(source, align, on_bad)
     saved = f"finished shards are kept in {out}"
     if workers is None:  # an equal share of the cores that this process may use
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -176,15 +176,22 @@ def tokenize(
     return Result("codes written", values, rdpm_command("train-gen", out, "--recipe", "NAME"))
 
 
-def _align(source: ItemSource, judge: Path) -> None:
-    """Set the durations of the words of all recordings."""
+def _align(source: ItemSource, judge: Path, on_bad: str) -> None:
+    """Set the durations of the words of all recordings; of one that cannot be read, and is to be skipped, none."""
     if not isinstance(source, AudioSource) or source.texts is None:
         raise UsageError(f"--align is for recordings with texts, which {source.spec} is not", "leave it out")
     recogniser, _ = speech_judge.load(judge)
     seconds: list[list[float]] = []
     with progress.Bar("align", len(source), "recordings") as bar:
         for index, words in enumerate(source.texts):
-            seconds.append(recogniser.align(source.wave(index, recogniser.features.rate), words))
+            try:
+                wave = source.wave(index, recogniser.features.rate)
+            except AudioError:
+                if on_bad == "stop":
+                    raise
+                seconds.append([])
+                continue
+            seconds.append(recogniser.align(wave, words))
             bar.advance(1)
     source.word_seconds = seconds
 
@@ -202,7 +209,7 @@ def reconstruct(
     loaded, content = model.load(find_tokenizer(tokenizer))
     source = loaded.inputs.open(target, **(reading or {}))
     if isinstance(source, AudioSource):
-        return reconstruct_speech(source, loaded, out, seed, spread(len(source), limit))
+        return reconstruct_speech(source, loaded, content["digest"], out, seed, spread(len(source), limit))
     assert isinstance(source, Source)
     size, indices = loaded.cfg.autoencoder.resolution, spread(len(source), limit)
     labels = [None if source.labels is None else int(source.labels[i]) for i in indices]

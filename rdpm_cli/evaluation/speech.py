@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rdpm_cli import files
 from rdpm_cli.data import text
+from rdpm_cli.data.audio import resampled
 from rdpm_cli.data.mel import Wave
+from rdpm_cli.data.recordings import DIGITS
 from rdpm_cli.errors import DataError, UsageError
 
 # The rule by which texts are compared. Change the number with the rule: scores by different rules do not compare.
 NORMALISER = "rdpm-words 1: lower case, letters, digits and apostrophes, each digit as a word"
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOST_WORDS = 2  # of a hypothesis, times those of its reference: recognisers repeat themselves on odd sounds
 PESQ_RATES = {8000: "nb", 16000: "wb"}  # ITU-T P.862 and P.862.2
 WHISPER_RATE = RESEMBLYZER_RATE = 16000
@@ -62,13 +62,6 @@ def similarity(a_NE: Embeddings, b_NE: Embeddings) -> float:
     """The mean cosine of pairs of embeddings."""
     lengths_N = np.linalg.norm(a_NE, axis=1) * np.linalg.norm(b_NE, axis=1)
     return float(((a_NE * b_NE).sum(1) / lengths_N).mean())
-
-
-def resampled(wave: Wave, stored: int, rate: int) -> Wave:
-    """A wave of `stored` samples a second at `rate`, by torchaudio's windowed sinc."""
-    from torchaudio.functional import resample  # an optional package
-
-    return wave if stored == rate else resample(torch.from_numpy(wave), stored, rate).numpy()
 
 
 def wave_scores(originals: Sequence[Wave], others: Sequence[Wave], rate: int) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class SpeechJudge(nn.Module):
 
     @torch.no_grad()
     def hear(self, waves: Sequence[Wave]) -> Iterator[Heard]:
-        """The outcome of each wave (n,), at the rate of `features`, as a batch of one without padding."""
+        """The outcome of each wave (n,), at the rate of `features`, whatever the lengths of the others."""
         device = self.real_mean_D.device
         for start in range(0, len(waves), BATCH):
             mels = [log_mel(wave, self.features, STRIDE) for wave in waves[start : start + BATCH]]

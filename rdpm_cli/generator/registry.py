@@ -59,7 +59,7 @@ def open_codes(root: Path, cfg: configs.GeneratorConfig, seed: int) -> Codes:
     store = open_store(root, content["digest"], manifest)
     if manifest.speech and not (manifest.speech.durations and manifest.latents):
         lacking = "latents" if manifest.speech.durations else "durations of words"
-        hint = "tokenize a source that has them (`word_seconds`) with --units words --keep latents"
+        hint = "tokenize with --units words --keep latents, and --align judge.pt where the source has no word_seconds"
         raise DataError(f"{root} keeps no {lacking}, which generators of speech learn from", hint)
     if cfg.sampling.cfg and (fault := configs.guidance_fault(None, len(manifest.condition_names))):
         raise UsageError(f"sampling.cfg={cfg.sampling.cfg:g} with {root}: {fault}", "give sampling.cfg=0")
