@@ -193,6 +193,7 @@ def test_the_digest_covers_every_column(tmp_path: Path) -> None:
         (encoded(sine(440, 60), "OGG")[:25000], "truncated"), (encoded(sine(440, 60), "MP3")[:25000], "truncated"),
         (encoded(sine(440), rate=44101), "44101"), (encoded(sine(440, 60), rate=1), "resampled"),
     ],
+    ids=range(12),  # the bytes of some hold the time
 )  # fmt: skip
 @pytest.mark.parametrize("packing", ["folder", "tar"])
 def test_odd_files_are_named_with_the_reason(content: bytes, reason: str, packing: str, tmp_path: Path) -> None:
