@@ -46,24 +46,26 @@ def uniform_rows(purpose: str, seed: int, indices: Integers, views: Integers, t:
     return np.stack([row.random(tuple(shape), dtype=np.float32) for row in streams])
 
 
-def normal_rows(purpose: str, seed: int, indices: Integers, views: Integers, ts: Integers, shape: Integers) -> Floats:
-    """One address a row: (len(indices), *shape)."""
-    addresses = zip(indices, views, ts, strict=True)
-    return np.stack([normal(purpose, seed, index, view, t, shape) for index, view, t in addresses])
+def normal_rows(
+    purpose: str, seed: int, indices: Integers, views: Integers, ts: Integers, shape: Integers,
+    by_position: bool = False,
+) -> Floats:  # fmt: skip
+    """One address a row: (len(indices), *shape).
+
+    by_position: shape is (C, S), drawn position by position: a longer item begins with the noise of a shorter."""
+    addresses, drawn = zip(indices, views, ts, strict=True), shape[::-1] if by_position else shape
+    rows = np.stack([normal(purpose, seed, index, view, t, drawn) for index, view, t in addresses])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)) if by_position else rows
 
 
 def normal_steps(
     purpose: str, seed: int, indices: Integers, views: Integers, steps: int, shape: Integers, by_position: bool = False
 ) -> Floats:
-    """All steps 1..T of each row: (len(indices), T, *shape). by_position: as `position_rows`."""
-    rows, ts = position_rows if by_position else normal_rows, [*range(1, steps + 1)] * len(indices)
+    """All steps 1..T of each row: (len(indices), T, *shape). by_position: as `normal_rows`."""
+    ts = [*range(1, steps + 1)] * len(indices)
     index_of, view_of = (np.repeat(np.asarray(x), steps).tolist() for x in (indices, views))
-    return rows(purpose, seed, index_of, view_of, ts, shape).reshape(len(indices), steps, *shape)
-
-
-def position_rows(purpose: str, seed: int, indices: Integers, views: Integers, ts: Integers, shape: Integers) -> Floats:
-    """`normal_rows` of shape (C, S), drawn position by position: a longer item begins with the noise of a shorter."""
-    return normal_rows(purpose, seed, indices, views, ts, (shape[1], shape[0])).swapaxes(1, 2)
+    rows = normal_rows(purpose, seed, index_of, view_of, ts, shape, by_position)
+    return rows.reshape(len(indices), steps, *shape)
 
 
 def fingerprint(seed: int) -> list[float]:
@@ -76,10 +78,15 @@ def _permutation(seed: int, epoch: int, count: int) -> Ints:
     return stream("epoch", seed, epoch).permutation(count)
 
 
-def epoch_rows(seed: int, step: int, batch: int, count: int) -> Ints:
-    """Rows of the global batch of a step: every row once an epoch, in an order of (seed, epoch). (batch,) int64."""
-    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), count)
-    return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
+def epoch_rows(seed: int, step: int, batch: int, count: int, rows: range | None = None) -> Ints:
+    """Rows of the global batch of a step: every row once an epoch, in an order of (seed, epoch). (batch,) int64.
+
+    rows: only these places of the batch."""
+    first, last = (rows.start, rows.stop) if rows is not None else (0, batch)
+    epochs, places = np.divmod(np.arange(step * batch + first, step * batch + last), count)
+    for epoch in np.unique(epochs):
+        places[epochs == epoch] = _permutation(seed, int(epoch), count)[places[epochs == epoch]]
+    return places
 
 
 def block_uniform(seed: int, step: int, rows: range, columns: int, purpose: str = "batch") -> Floats:

@@ -18,9 +18,9 @@ from rdpm_cli import checkpoint
 from rdpm_cli.cli.app import run
 from rdpm_cli.data.audio import open_audio, write_wav
 from rdpm_cli.data.mel import Wave
-from rdpm_cli.engine import speech_scores
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation import speech
+from rdpm_cli.evaluation.recon import encode_recording
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -163,8 +163,8 @@ def test_reconstructions_are_scored_next_to_their_originals(
     assert (record["pesq_mode"], record["sim_o_n"], record["sim_r"]) == ("nb", 4, None)
     assert record["sim_o"] < 0.999
     source, network = open_audio(unseen), model.load(tokenizer)[0]
-    pairs = [speech_scores.reconstruct(source.wave(i, RATE), i, network) for i in (0, 4, 8, 12)]
-    expected = np.mean([np.abs(a - b).mean() for a, b in pairs])
+    pairs = [encode_recording(network, source.wave(i, RATE), i, 0) for i in (0, 4, 8, 12)]
+    expected = np.mean([np.abs(a - network.decode(codes)[0].T.numpy()).mean() for a, codes in pairs])
     assert record["mel_distance"] == pytest.approx(float(expected), rel=1e-5)
 
 

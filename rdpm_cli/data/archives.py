@@ -9,7 +9,7 @@ import stat
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +39,18 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise OSError(f"{path.name} ends inside it")
     return data
+
+
+def open_zipped(path: Path, fields: Sequence[int], name: str = "member") -> BinaryIO:
+    """The content of a zip's member, by its ZIP_FIELDS. Raises OSError, or an error of its packing if it is damaged."""
+    offset, packed_size, size, checksum, method = fields
+    # The extra field of the local header may differ from that of the directory, so its length is read here.
+    name_size, extra = LOCAL_HEADER.unpack(read_at(path, offset, LOCAL_HEADER.size))
+    packed = read_at(path, offset + LOCAL_HEADER.size + name_size + extra, packed_size)
+    member = zipfile.ZipInfo(name)
+    member.compress_size, member.file_size, member.CRC, member.compress_type = packed_size, size, checksum, method
+    with zipfile.ZipExtFile(io.BytesIO(packed), "r", member) as file:
+        return io.BytesIO(file.read(LARGEST))  # up to its size it is compared with the checksum
 
 
 class ZipSource(Source):
@@ -81,14 +93,7 @@ class ZipSource(Source):
 
     def open(self, index: int) -> Image.Image:
         """Raises OSError, or an error of the member's packing, where its bytes are damaged."""
-        offset, packed_size, size, checksum, method = map(int, self.table[index])
-        # The extra field of the local header may differ from that of the directory, so its length is read here.
-        name, extra = LOCAL_HEADER.unpack(read_at(self.path, offset, LOCAL_HEADER.size))
-        packed = read_at(self.path, offset + LOCAL_HEADER.size + name + extra, packed_size)
-        member = zipfile.ZipInfo(self.names[index])
-        member.compress_size, member.file_size, member.CRC, member.compress_type = packed_size, size, checksum, method
-        with zipfile.ZipExtFile(io.BytesIO(packed), "r", member) as file:
-            return open_image(io.BytesIO(file.read(LARGEST)))  # up to its size it is compared with the checksum
+        return open_image(open_zipped(self.path, self.table[index].tolist(), self.names[index]))
 
 
 class TarSource(Source):

@@ -3,7 +3,6 @@
 Its packages, soundfile and torchaudio, are optional."""
 
 import contextlib
-import errno
 import importlib.util
 import io
 import math
@@ -18,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rdpm_cli import files, progress
+from rdpm_cli import files
 from rdpm_cli.data import labels, pixels
 from rdpm_cli.data.labels import is_hidden, split_key
 from rdpm_cli.data.mel import Wave
+from rdpm_cli.data.open import path_errors, warn_of
 from rdpm_cli.data.recordings import HINT, SUFFIXES, Listing, Recordings, find_recordings, list_files
 from rdpm_cli.data.source import UNLABELLED, Items, ItemSource, Reading
-from rdpm_cli.errors import AudioError, DataError, RdpmError, RunError, UsageError
+from rdpm_cli.errors import AudioError, DataError, RdpmError, UsageError
 
 MOST_SAMPLES = 1 << 28  # of a recording: damaged headers claim any number
 MOST_TAPS = 1 << 27  # of a resampling filter: damaged headers claim any rate, and 44,101 to 16,000 takes 3 GB
@@ -141,9 +141,7 @@ def audio_errors(source: str, name: str) -> Iterator[None]:
     except (RdpmError, MemoryError):
         raise
     except Exception as error:  # decoders of damaged bytes raise almost anything
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            kind = DataError if error.errno in pixels.ABSENT else RunError
-            raise kind(f"{source}: reading {name} failed: {error.strerror}", "run the command again") from error
+        pixels.raise_machine_fault(error, source, name)
         reason = getattr(error, "error_string", "") or str(error) or type(error).__name__
         raise unreadable(source, name, reason) from error
 
@@ -163,15 +161,9 @@ def open_audio(spec: str, **reading: Any) -> AudioSource:
         raise UsageError(f"{spec}: sound needs {' and '.join(absent)}", 'uv pip install "rdpm[audio]"')
     if how.image_column:
         raise UsageError("--image-column is for images", "leave it out")
-    try:
+    with path_errors(spec):
         opened = _arrange(list_files(spec, how.follow_links), how)
-    except OSError as error:
-        hint = "let this user read it, or remove it"
-        raise DataError(f"{error.filename or spec} cannot be read: {error.strerror}", hint) from error
-    for line in opened.warnings:
-        progress.warn(line, once=True)
-    if text := labels.describe({kind: count for kind, count in opened.not_taken.items() if kind != "hidden"}):
-        progress.warn(f"{opened.spec}: {text}", once=True)
+    warn_of(opened)
     return opened
 
 

@@ -19,6 +19,7 @@ from rdpm_cli.data.pixels import Pixels
 from rdpm_cli.errors import DataError, UsageError
 
 RECORD, NPZ, NOTES = "samples.json", "samples.npz", ".parts"
+SPEECH = "rdpm-speech"  # format of a record of drawn sounds
 SAMPLE_AGAIN = "sample again with `rdpm sample`"
 
 Record = dict[str, Any]

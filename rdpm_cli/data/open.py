@@ -1,5 +1,6 @@
 """Opening what a user names: a folder, an archive, a pattern of shards or a built-in set -> a Source."""
 
+import contextlib
 import glob
 import os
 import posixpath
@@ -7,7 +8,7 @@ import re
 import shlex
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rdpm_cli.data.archives import HEAD, ParquetSource, TarSource, ZipSource
 from rdpm_cli.data.labels import CLASSES, arrange, describe, is_hidden, read_classes, split_key
 from rdpm_cli.data.pixels import SUFFIXES, image_errors, open_image, to_rgb
 from rdpm_cli.data.shapes import ShapesSource
-from rdpm_cli.data.source import UNLABELLED, Reading, Source
+from rdpm_cli.data.source import UNLABELLED, ItemSource, Reading, Source
 from rdpm_cli.errors import DataError, UsageError
 
 SHARDS = (".tar", ".parquet")
@@ -42,20 +43,32 @@ def open_source(spec: str, **reading: Any) -> Source:
 
     Raises UsageError for a path that does not exist, DataError without images."""
     how = Reading(**reading)
-    try:
+    with path_errors(spec):
         opened = _open(spec, how)
-    except OSError as error:
-        hint = "let this user read it, or remove it"
-        raise DataError(f"{error.filename or spec} cannot be read: {error.strerror}", hint) from error
     if how.image_column and not isinstance(opened, ParquetSource):
         raise UsageError(f"--image-column is for parquet files, which {spec} is not", "leave it out")
     if how.unlabelled:
         opened.labels, opened.class_names, opened.factors = [0] * len(opened), [UNLABELLED], None
-    for line in opened.warnings:
-        progress.warn(line, once=True)
-    if text := describe({kind: count for kind, count in opened.not_taken.items() if kind != "hidden"}):
-        progress.warn(f"{opened.spec}: {text}", once=True)
+    warn_of(opened)
     return opened
+
+
+@contextlib.contextmanager
+def path_errors(spec: str) -> Iterator[None]:
+    """Turn an OSError of listing what `spec` names into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        hint = "let this user read it, or remove it"
+        raise DataError(f"{error.filename or spec} cannot be read: {error.strerror}", hint) from error
+
+
+def warn_of(source: ItemSource) -> None:
+    """Print a source's warnings, and what of its files is not taken."""
+    for line in source.warnings:
+        progress.warn(line, once=True)
+    if text := describe({kind: count for kind, count in source.not_taken.items() if kind != "hidden"}):
+        progress.warn(f"{source.spec}: {text}", once=True)
 
 
 def _open(spec: str, how: Reading) -> Source:

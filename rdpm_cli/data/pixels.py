@@ -81,13 +81,18 @@ def image_errors(source: str, name: str) -> Iterator[None]:
     except (RdpmError, MemoryError):
         raise
     except Exception as error:  # decoders of damaged bytes raise almost anything
-        # Pillow's own errors, and those of damaged bytes, carry no error number or EINVAL.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            kind = DataError if error.errno in ABSENT else RunError
-            raise kind(f"{source}: reading {name} failed: {error.strerror}", "run the command again") from error
+        raise_machine_fault(error, source, name)
         unknown = isinstance(error, UnidentifiedImageError)  # its text names the path, which no store should hold
         reason = "it is empty or of no known image format" if unknown else str(error) or type(error).__name__
         raise unreadable(source, name, reason) from error
+
+
+def raise_machine_fault(error: Exception, source: str, name: str) -> None:
+    """Raise a RunError, or a DataError for a deleted file, if reading an item failed by a fault of the machine."""
+    # The errors of decoders, and those of damaged bytes, carry no error number or EINVAL.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        kind = DataError if error.errno in ABSENT else RunError
+        raise kind(f"{source}: reading {name} failed: {error.strerror}", "run the command again") from error
 
 
 def unreadable(source: str, name: str, reason: str) -> ImageError:

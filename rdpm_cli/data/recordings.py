@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rdpm_cli.data import labels
-from rdpm_cli.data.archives import LARGEST, LOCAL_HEADER, ZIP_FIELDS, members_of, read_at
+from rdpm_cli.data.archives import LARGEST, ZIP_FIELDS, members_of, open_zipped, read_at
 from rdpm_cli.data.labels import fold_path, is_hidden, member_name, split_key
 from rdpm_cli.data.open import expand, walk
 from rdpm_cli.errors import DataError, UsageError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+SUFFIXES = labels.SOUND
 NOTES = (".cls", ".json", ".txt")  # next to a recording of the same key; of two texts the last one counts
 MANIFEST = "manifest.jsonl"
 TRANSCRIPTS = (".trans.txt", ".trans.tsv", "transcripts.txt")  # of LibriSpeech, LibriTTS and MLS
@@ -51,14 +51,7 @@ class Location:
             return self.path.open("rb")
         if len(self.member) == 2:
             return io.BytesIO(read_at(self.path, *self.member))
-        offset = self.member[0]
-        name, extra = LOCAL_HEADER.unpack(read_at(self.path, offset, LOCAL_HEADER.size))
-        packed = read_at(self.path, offset + LOCAL_HEADER.size + name + extra, self.member[1])
-        info = zipfile.ZipInfo()
-        for attribute, value in zip(ZIP_FIELDS, self.member, strict=True):
-            setattr(info, attribute, value)
-        with zipfile.ZipExtFile(io.BytesIO(packed), "r", info) as file:
-            return io.BytesIO(file.read(LARGEST))  # up to its size it is compared with the checksum
+        return open_zipped(self.path, self.member)
 
     def read(self) -> bytes:
         with self.open() as file:

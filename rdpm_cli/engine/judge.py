@@ -6,17 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rdpm_cli import checkpoint, progress
-from rdpm_cli.codes.store import held_out
 from rdpm_cli.data.audio import AudioSource, open_audio
 from rdpm_cli.data.open import check_output, open_source
 from rdpm_cli.data.source import Source
 from rdpm_cli.engine.train import Training, recipe_settings, train_once
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import judge, speech_judge
-from rdpm_cli.evaluation.judge import HELD_OUT_PERCENT, JudgeConfig
+from rdpm_cli.evaluation.judge import JudgeConfig
 from rdpm_cli.evaluation.score import crop_side
 from rdpm_cli.evaluation.speech_judge import SpeechBatches, SpeechJudge, SpeechJudgeConfig, SpeechJudgeTask
 from rdpm_cli.recipes import Recipe, load_recipe
@@ -94,11 +91,7 @@ def _speech_judge(
     cfg, whole = loaded.judge, open_audio(spec, **reading)
     assert isinstance(cfg, SpeechJudgeConfig)
     if heldout is None:
-        held = held_out(np.arange(len(whole)), HELD_OUT_PERCENT)
-        if held.all() or not held.any():
-            message = f"{whole.spec} holds {len(whole)} recordings, too few to hold some out"
-            raise DataError(message, "give --heldout RECORDINGS")
-        seen, unseen = (Recordings(whole, np.flatnonzero(part).tolist()) for part in (~held, held))
+        seen, unseen = (Recordings(whole, indices) for indices in judge.split_indices(whole))
     else:
         other = open_audio(heldout, **reading)
         seen, unseen = (Recordings(source, list(range(len(source)))) for source in (whole, other))

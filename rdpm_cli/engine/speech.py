@@ -21,6 +21,7 @@ from rdpm_cli.distributed import one_thread, pick_device
 from rdpm_cli.engine.sample import sampling_options
 from rdpm_cli.errors import UsageError, rdpm_command
 from rdpm_cli.evaluation import speech_judge
+from rdpm_cli.evaluation.recon import encode_recording
 from rdpm_cli.generator import registry
 from rdpm_cli.generator.contract import Known, SampleOptions
 from rdpm_cli.generator.registry import LoadedGenerator
@@ -29,7 +30,7 @@ from rdpm_cli.runs import Result, stop_on_signal
 from rdpm_cli.tokenizer.inputs import MelInputs
 from rdpm_cli.tokenizer.model import Tokenizer
 
-FORMAT, RECONSTRUCTIONS = "rdpm-speech", "rdpm-speech-reconstructions"
+RECONSTRUCTIONS = "rdpm-speech-reconstructions"
 BUCKET = 32  # latents: lines are padded to whole ones, so that a sample does not depend on its neighbours' lengths
 SHOWN = 8  # spectrograms
 Seconds = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -108,7 +109,7 @@ def sample_speech(
         {"file": name_of(i), "index": i, **{k: v for k, v in vars(line).items() if v}} for i, line in enumerate(lines)
     ]
     recorded = {**options.sampling.model_dump(), "seed": seed, "duration_scale": duration_scale}
-    record = folder.picture_record(FORMAT, {"checkpoint": loaded.digest}, recorded, rows=rows)
+    record = folder.picture_record(folder.SPEECH, {"checkpoint": loaded.digest}, recorded, rows=rows)
     prepared = [prepare(loaded, line, aligner, duration_scale) for line in lines]
     folder.claim(out, record)
     with files.only_writer(out):
@@ -244,7 +245,7 @@ def draw(
 ) -> list[Tensor]:
     """codes (T, S) of each line, its prompt's in front. The lines have one number of buckets."""
     micro_batch = options.sampling.images_at_once(loaded.tokenizer.quantizer.books.device.type)
-    padding = micro_batch - len(lines)  # on the CPU sums depend on the shape of a pass
+    count, padding = len(lines), micro_batch - len(lines)  # on the CPU sums depend on the shape of a pass
     lines, indices = [*lines, *[lines[-1]] * padding], [*indices, *[indices[-1]] * padding]
     length, device = -(-lines[0].length // BUCKET) * BUCKET, loaded.tokenizer.quantizer.books.device
     columns, tokenizer = columns_of(lines, length, device), loaded.tokenizer
@@ -256,9 +257,7 @@ def draw(
     with one_thread():
         known = Known(tokenizer.quantizer.encode(columns["latents"], eps), keep)
         codes_BTS = loaded.generator.sample(columns, torch.tensor(indices), options, known)
-    return [
-        codes[:, : line.length].cpu() for codes, line in zip(codes_BTS[: len(lines) - padding], lines, strict=False)
-    ]
+    return [codes_TS[:, : line.length].cpu() for codes_TS, line in zip(codes_BTS, lines, strict=True)][:count]
 
 
 @torch.no_grad()
@@ -282,7 +281,7 @@ def reconstruct(
     """Recordings through the tokenizer and back: out/NAME.wav and its spectrograms, and of the first D(z'_1)..D(z'_T).
 
     Partial decodes are out/partial/NAME-tNN.wav."""
-    inputs, distances = tokenizer.inputs, list[float]()
+    inputs, distances, T = tokenizer.inputs, list[float](), tokenizer.quantizer.steps
     assert isinstance(inputs, MelInputs)
     rate = inputs.features.rate
     rows = [{"file": name_of(index), "index": index, "source": source.names[index]} for index in indices]
@@ -291,29 +290,31 @@ def reconstruct(
     with files.only_writer(out), stop_on_signal() as stop, progress.Bar("reconstruct", len(indices), "sounds") as bar:
         for number, index in enumerate(indices):
             wave, name = source.wave(index, rate), f"{index:06d}"
-            item = mel.log_mel(wave, inputs.features, inputs.stride)
-            eps = tokenizer.noise("eval", seed, [index], [0], inputs.positions(item))
-            with torch.no_grad(), one_thread():
-                codes_BTS = tokenizer.encode(inputs.tensor([item]), eps)
-                steps = [tokenizer.quantizer.steps] if number else range(1, tokenizer.quantizer.steps + 1)
-                z = {t: tokenizer.quantizer.prefix(codes_BTS, torch.tensor([t])) for t in steps}
-                decoded = {t: inputs.items(tokenizer.decode_latents(z_BCS))[0] for t, z_BCS in z.items()}
-            for t, mels in decoded.items():
-                path = (
-                    out / f"{name}.wav" if t == tokenizer.quantizer.steps else out / "partial" / f"{name}-t{t:02d}.wav"
-                )
-                audio.write_wav(path, mel.griffin_lim(mels, inputs.features, len(wave)), rate)
+            item, codes_BTS = encode_recording(tokenizer, wave, index, seed)
+            for t in [T] if number else range(1, T + 1):
+                decoded = _decoded(tokenizer, inputs, codes_BTS, t)
+                path = out / f"{name}.wav" if t == T else out / "partial" / f"{name}-t{t:02d}.wav"
+                audio.write_wav(path, mel.griffin_lim(decoded, inputs.features, len(wave)), rate)
             if number < SHOWN:
-                pair = np.stack([item, decoded[tokenizer.quantizer.steps]])
-                sheet = pictures.grid(mel.mel_pixels(pair), 1, ["real", "recon"], source.names[index])
+                sheet = pictures.grid(
+                    mel.mel_pixels(np.stack([item, decoded])), 1, ["real", "recon"], source.names[index]
+                )
                 pictures.save_png(out / "previews" / f"{name}.png", sheet)
-            distances.append(mel.mel_distance(item, decoded[tokenizer.quantizer.steps]))
+            distances.append(mel.mel_distance(item, decoded))
             bar.advance(1)
             if bar.done < len(indices):
                 stop.leave(f"{bar.done} of {len(indices)} sounds are in {out}")
         folder.finish(out, {**record, "rate": rate, "scores": {"mel_distance": float(np.mean(distances))}})
     values = {"folder": str(out), "n": len(indices), "seed": seed, "mel_distance": float(np.mean(distances))}
     return Result("sounds reconstructed", values)
+
+
+@torch.no_grad()
+def _decoded(tokenizer: Tokenizer, inputs: MelInputs, codes_BTS: Tensor, t: int) -> mel.Mel:
+    """D(z'_t) of one recording, (F, M)."""
+    with one_thread():
+        z_BCS = tokenizer.quantizer.prefix(codes_BTS, torch.tensor([t], device=codes_BTS.device))
+        return inputs.items(tokenizer.decode_latents(z_BCS))[0]
 
 
 def _spectrograms(out: Path, rows: Sequence[dict[str, Any]], inputs: MelInputs) -> None:

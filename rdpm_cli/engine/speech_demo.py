@@ -9,54 +9,47 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from rdpm_cli import files, progress
-from rdpm_cli.codes.store import held_out
-from rdpm_cli.data import audio, espeak, mel, pictures
+from rdpm_cli.data import audio, espeak, folder, mel, pictures
 from rdpm_cli.data.audio import AudioSource, open_audio
 from rdpm_cli.data.strings import write_strings
 from rdpm_cli.engine.generator import train_gen
 from rdpm_cli.engine.judge import eval_judge
-from rdpm_cli.engine.speech import FORMAT, Line, name_of, sample_speech
+from rdpm_cli.engine.speech import Line, name_of, sample_speech
 from rdpm_cli.engine.speech_scores import eval_speech
 from rdpm_cli.engine.tokenizer import StoreOptions, tokenize, train_tokenizer
+from rdpm_cli.evaluation.judge import split_indices
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, versions
 from rdpm_cli.tokenizer.inputs import MelInputs, inputs_of
 
 RECIPES = {"rdpm": "speech8-sin", "resgen": "speech8-rvq"}
 STRINGS, HELD_OUT_STRINGS = 1800, 48  # of WORDS words; 48 give 192 target words
-WORDS, PROMPT_WORDS, HELD_OUT_PERCENT = 6, 2, 10
+WORDS, PROMPT_WORDS = 6, 2
 HEARD = 6  # strings on the page
-SCORES = (
-    "word_accuracy",
-    "speaker_accuracy",
-    "wer",
-    "cer",
-    "sim_o",
-    "sim_r",
-    "frechet_distance",
-    "mel_distance",
-    "pesq",
-    "stoi",
-)
+SCORES = ["word_accuracy", "speaker_accuracy", "wer", "cer", "sim_o", "sim_r", "frechet_distance"]
+SCORES += ["mel_distance", "pesq", "stoi"]  # of reconstructions
 ESTIMATE = "about 10 minutes on 2 CPU cores, 20 for both families"
 
 
 def run(out: Path, seed: int, family: str = "rdpm", data: str | None = None, overrides: Sequence[str] = ()) -> Result:
     """Everything under `out`. The same command again continues. data: recordings of single words, named speakers."""
     families = list(RECIPES) if family == "both" else [family]
+    changes = [f"seed={seed}", *overrides]
+    source = open_audio(data) if data else espeak.write_digits(out / "espeak")
+    facts: dict[str, Any] = {"data": source.spec if data else "espeak: synthetic voices, easier than real ones"}
+    facts |= {"seed": seed, "recipes": {name: load_recipe(RECIPES[name], changes).digest() for name in families}}
     if (out / "result.json").is_file():
         previous: dict[str, Any] = files.read_json(out / "result.json")
-        if all(name in previous for name in families) and previous["seed"] == seed:
+        made = {**facts, **{name: previous.get(name) for name in ("data", "seed")}}
+        made["recipes"] = {name: previous.get("recipes", {}).get(name) for name in families}
+        if made == facts:
             progress.say(f"{out}/ holds this demo already; remove it, or name another --out, to run it again")
             return Result(f"demo of speech finished; listen to {out / 'index.html'}", previous)
     start = time.monotonic()
     progress.say(f"rdpm demo speech: recordings -> strings of words -> {' and '.join(families)}; {ESTIMATE}")
-    changes = [f"seed={seed}", *overrides]
-    source = open_audio(data) if data else espeak.write_digits(out / "espeak")
     train, heldout, lines = _strings(source, out / "data", seed)
     progress.say("[1] a judge: a recogniser of the words and speakers of real strings, which scores the samples later")
     judge = eval_judge(str(train), out / "runs" / "judge", RECIPES["rdpm"], changes, heldout=str(heldout))
@@ -73,7 +66,6 @@ def run(out: Path, seed: int, family: str = "rdpm", data: str | None = None, ove
     del result["real words joined"]["frechet_distance"]
     for name in families:
         result[name] = _family(name, out, changes, train, heldout, lines, scores, seed)
-    facts = {"data": source.spec if data else "espeak: synthetic voices, easier than real ones", "seed": seed}
     facts |= {"strings": HELD_OUT_STRINGS, "target_words": HELD_OUT_STRINGS * (WORDS - PROMPT_WORDS)}
     result |= {**facts, "seconds": round(time.monotonic() - start, 1), "versions": versions()}
     files.write_json(out / "result.json", result)
@@ -83,16 +75,14 @@ def run(out: Path, seed: int, family: str = "rdpm", data: str | None = None, ove
 
 def _strings(source: AudioSource, out: Path, seed: int) -> tuple[Path, Path, list[Line]]:
     """Manifests of training and of held-out strings, which share no recording; and the lines to be said."""
-    held = held_out(np.arange(len(source)), HELD_OUT_PERCENT)
+    seen, unseen = split_indices(source)
     tokenizer = load_recipe(RECIPES["rdpm"], section="tokenizer").tokenizer
     assert tokenizer is not None
     inputs = inputs_of(tokenizer.autoencoder)
     assert isinstance(inputs, MelInputs)
     rate, step = inputs.features.rate, inputs.features.hop * inputs.stride
-    train = write_strings(source, np.flatnonzero(~held).tolist(), out / "train", STRINGS, WORDS, seed, rate, step)
-    heldout = write_strings(
-        source, np.flatnonzero(held).tolist(), out / "heldout", HELD_OUT_STRINGS, WORDS, seed, rate, step
-    )
+    train = write_strings(source, seen, out / "train", STRINGS, WORDS, seed, rate, step)
+    heldout = write_strings(source, unseen, out / "heldout", HELD_OUT_STRINGS, WORDS, seed, rate, step)
     lines, prompts = [], out / "prompts"
     for number, text in enumerate(heldout.read_text("utf-8").splitlines()):
         row = json.loads(text)
@@ -133,9 +123,9 @@ def _family(
     }
     values: dict[str, Any] = {}
     for title, rows in sets.items():
-        folder = out / name / title.replace(" ", "-").replace("'", "")
-        sample_speech(ckpt, rows, folder, seed=seed)
-        values[title] = scores(folder)
+        target = out / name / title.replace(" ", "-").replace("'", "")
+        sample_speech(ckpt, rows, target, seed=seed)
+        values[title] = scores(target)
     values["samples against shuffled texts"] = scores(_shuffled(out / name / "samples", out / name / "shuffled"))
     values["reconstructions"] = scores(heldout, tokenizer=tokenizer)
     main = values.pop("samples")
@@ -166,13 +156,13 @@ def _real(lines: Sequence[Line], out: Path) -> Path:
         for number, line in enumerate(lines)
     ]  # fmt: skip
     out.mkdir(exist_ok=True)
-    files.write_json(out / "samples.json", {"format": FORMAT, "samples": rows})
+    files.write_json(out / folder.RECORD, {"format": folder.SPEECH, "samples": rows})
     return out
 
 
 def _shuffled(samples: Path, out: Path) -> Path:
     """A folder that lists the same sounds, each with the text of the next one."""
-    record = files.read_json(samples / "samples.json")
+    record = files.read_json(samples / folder.RECORD)
     rows = record["samples"]
     texts = [row["text"] for row in rows[1:] + rows[:1]]
     record["samples"] = [
@@ -180,7 +170,7 @@ def _shuffled(samples: Path, out: Path) -> Path:
         for row, text in zip(rows, texts, strict=True)
     ]
     out.mkdir(exist_ok=True)
-    files.write_json(out / "samples.json", record)
+    files.write_json(out / folder.RECORD, record)
     return out
 
 

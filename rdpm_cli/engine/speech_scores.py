@@ -14,12 +14,13 @@ from pydantic import BaseModel, Field, ValidationError
 from rdpm_cli import files, progress
 from rdpm_cli.data import audio, mel
 from rdpm_cli.data.audio import AudioSource, open_audio, resampled
-from rdpm_cli.data.folder import is_unfinished
+from rdpm_cli.data.folder import RECORD, SPEECH, is_unfinished
 from rdpm_cli.data.mel import Wave
 from rdpm_cli.data.source import spread
 from rdpm_cli.distributed import one_thread, process_group
 from rdpm_cli.errors import CheckpointError, DataError, UsageError, some_of
 from rdpm_cli.evaluation import metrics, speech, speech_judge
+from rdpm_cli.evaluation.recon import encode_recording
 from rdpm_cli.evaluation.score import rank_notes
 from rdpm_cli.evaluation.speech import Transcriber, Voices, normalise
 from rdpm_cli.evaluation.speech_judge import SpeechJudge
@@ -28,7 +29,6 @@ from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.inputs import MelInputs
 from rdpm_cli.tokenizer.model import Tokenizer
 
-RECORD, FORMAT = "samples.json", "rdpm-speech"  # of a folder of drawn sounds
 NOISE_SEED = 0  # of the tokenizer's `eval` noise
 
 At = Callable[[int], Wave]  # rate -> the wave at this number of samples a second
@@ -113,7 +113,7 @@ def source_sounds(source: AudioSource, indices: Sequence[int]) -> list[Sound]:
 def drawn_sounds(folder: Path, limit: int | None) -> list[Sound]:
     """The sounds of a folder that `rdpm sample` wrote, without their prompts. Raises DataError."""
     record, hint = files.read_json(folder / RECORD), "sample again with `rdpm sample`"
-    if record.get("format") != FORMAT:
+    if record.get("format") != SPEECH:
         raise DataError(f"{folder / RECORD} is not a record of drawn sounds: {record.get('format')}", hint)
     try:
         rows = [SampleRow.model_validate(row) for row in record["samples"]]
@@ -157,7 +157,9 @@ def _reconstructed(
     with progress.Bar("reconstruct", len(indices), "sounds") as bar:
         for sound, index in zip(sounds, indices, strict=True):
             original = sound.wave(rate)
-            spectrum, recon = reconstruct(original, index, tokenizer)
+            spectrum, codes_BTS = encode_recording(tokenizer, original, index, NOISE_SEED)
+            with one_thread():
+                recon = tokenizer.inputs.items(tokenizer.decode(codes_BTS))[0]
             distances.append(mel.mel_distance(spectrum, recon))
             wave = mel.griffin_lim(recon, tokenizer.inputs.features, len(original))
             originals.append(original)
@@ -166,18 +168,6 @@ def _reconstructed(
             bar.advance(1)
     values = {"mel_distance": float(np.mean(distances)), **speech.wave_scores(originals, others, rate)}
     return recons, values
-
-
-def reconstruct(wave: Wave, index: int, tokenizer: Tokenizer) -> tuple[mel.Mel, mel.Mel]:
-    """The log-mel of a wave at the tokenizer's rate, and what the tokenizer makes of it under the `eval` noise."""
-    inputs = tokenizer.inputs
-    assert isinstance(inputs, MelInputs)
-    spectrum = mel.log_mel(wave, inputs.features, inputs.stride)
-    device = next(tokenizer.parameters()).device
-    eps_BTCS = tokenizer.noise("eval", NOISE_SEED, [index], [0], inputs.positions(spectrum)).to(device)
-    with one_thread():
-        codes_BTS = tokenizer.encode(inputs.to_model(inputs.tensor([spectrum])).to(device), eps_BTCS)
-        return spectrum, inputs.items(tokenizer.decode(codes_BTS))[0]
 
 
 def _scores(

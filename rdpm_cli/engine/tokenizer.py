@@ -19,7 +19,7 @@ from rdpm_cli.data.audio import AudioSource
 from rdpm_cli.data.open import check_output, is_builtin
 from rdpm_cli.data.pixels import TRANSFORM, Pixels, hwc, to_pixels
 from rdpm_cli.data.source import ItemSource, Source, spread
-from rdpm_cli.distributed import is_first, one_thread, process_group, world
+from rdpm_cli.distributed import is_first, one_thread, pick_device, process_group, world
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.speech import reconstruct as reconstruct_speech
 from rdpm_cli.engine.train import Training, default_folder, is_new, recipe_settings, train_once
@@ -185,13 +185,11 @@ def _align(source: ItemSource, judge: Path, on_bad: str) -> None:
     with progress.Bar("align", len(source), "recordings") as bar:
         for index, words in enumerate(source.texts):
             try:
-                wave = source.wave(index, recogniser.features.rate)
+                seconds.append(recogniser.align(source.wave(index, recogniser.features.rate), words))
             except AudioError:
                 if on_bad == "stop":
                     raise
                 seconds.append([])
-                continue
-            seconds.append(recogniser.align(wave, words))
             bar.advance(1)
     source.word_seconds = seconds
 
@@ -209,6 +207,7 @@ def reconstruct(
     loaded, content = model.load(find_tokenizer(tokenizer))
     source = loaded.inputs.open(target, **(reading or {}))
     if isinstance(source, AudioSource):
+        loaded.to(pick_device(device))
         return reconstruct_speech(source, loaded, content["digest"], out, seed, spread(len(source), limit))
     assert isinstance(source, Source)
     size, indices = loaded.cfg.autoencoder.resolution, spread(len(source), limit)

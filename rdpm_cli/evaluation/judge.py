@@ -19,14 +19,14 @@ from rdpm_cli import checkpoint, noise
 from rdpm_cli.codes.store import held_out
 from rdpm_cli.data.labels import match_classes
 from rdpm_cli.data.pixels import Pixels, chw, to_model
-from rdpm_cli.data.source import Source, Subset
+from rdpm_cli.data.source import ItemSource, Source, Subset
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import CheckpointError, DataError, some_of
 from rdpm_cli.evaluation import factors
 from rdpm_cli.evaluation.factors import PREDICTED
 from rdpm_cli.schema import Section
 from rdpm_cli.training.config import TrainConfig
-from rdpm_cli.training.loop import Player
+from rdpm_cli.training.loop import DeviceBatch, Player
 
 KIND = "rdpm-judge"
 GROUPS = 8  # of every GroupNorm
@@ -99,16 +99,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Judge, dict[st
 
 
 @dataclass
-class LabelledImages:
+class LabelledImages(DeviceBatch):
     """A batch of uint8 images, their classes, and where they are known their factors as the judge predicts them."""
 
     pixels_BCHW: Tensor
     labels_B: Tensor
     targets_BP: Tensor | None = None
-
-    def to(self, device: torch.device) -> "LabelledImages":
-        targets_BP = None if self.targets_BP is None else self.targets_BP.to(device)
-        return LabelledImages(self.pixels_BCHW.to(device), self.labels_B.to(device), targets_BP)
 
 
 class JudgeBatches:
@@ -140,8 +136,8 @@ class JudgeBatches:
         return f"images {some_of(self.source.names[index] for index in self._indices(step, rows))}"
 
     def _indices(self, step: int, rows: range) -> list[int]:
-        order = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))
-        return [int(index) for index in order[rows.start : rows.stop]]
+        indices: list[int] = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source), rows).tolist()
+        return indices
 
 
 class JudgeTask(Player):
@@ -163,13 +159,18 @@ class JudgeTask(Player):
         return loss, logs
 
 
-def split(source: Source) -> tuple[Source, Source]:
-    """(training images, about 10% held out by a hash of the source index). Raises DataError for too few images."""
+def split_indices(source: ItemSource) -> tuple[list[int], list[int]]:
+    """Indices of the training items, and of about 10% held out by a hash. Raises DataError for too few items."""
     held = held_out(np.arange(len(source)), HELD_OUT_PERCENT)
     if held.all() or not held.any():
-        raise DataError(f"{source.spec} holds {len(source)} images, too few to hold some out", "give --heldout IMAGES")
+        raise DataError(f"{source.spec} holds {len(source)} items, too few to hold some out", "give --heldout")
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
+
+
+def split(source: Source) -> tuple[Source, Source]:
+    """(training images, about 10% held out by a hash of the source index). Raises DataError for too few images."""
+    rest, unseen = split_indices(source)
     note = f"{HELD_OUT_PERCENT}% of the images, by a hash of the index"
-    rest, unseen = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
     return Subset(source, rest, f"without {note}"), Subset(source, unseen, note)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rdpm_cli import progress
+from rdpm_cli.data.mel import Mel, Wave, log_mel
 from rdpm_cli.data.pixels import EXACT_PSNR, Pixels, chw, hwc, to_model, to_pixels
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import gather, one_thread, world
@@ -19,6 +20,7 @@ from rdpm_cli.errors import AbsentWeightsError, UsageError
 from rdpm_cli.evaluation import features, judge, metrics
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.score import rank_notes
+from rdpm_cli.tokenizer.inputs import MelInputs
 from rdpm_cli.tokenizer.losses import BACKBONES, Net, Perceptual, load_perceptual
 from rdpm_cli.tokenizer.model import Tokenizer
 
@@ -50,6 +52,18 @@ def reconstructions(
                 mse_B = (decoded_BCS - z_BCS).square().flatten(1).mean(1)
                 recons.append((pixels[: len(batch)], mse_B[: len(batch)]))
         yield batch, originals[: len(batch)], recons
+
+
+@torch.no_grad()
+def encode_recording(tokenizer: Tokenizer, wave: Wave, index: int, seed: int) -> tuple[Mel, Tensor]:
+    """The log-mel (F, M) of a wave at the tokenizer's rate, and its codes (1, T, S) under the `eval` noise."""
+    inputs = tokenizer.inputs
+    assert isinstance(inputs, MelInputs)
+    item = log_mel(wave, inputs.features, inputs.stride)
+    device = next(tokenizer.parameters()).device
+    eps_BTCS = tokenizer.noise("eval", seed, [index], [0], inputs.positions(item)).to(device)
+    with one_thread():
+        return item, tokenizer.encode(inputs.to_model(inputs.tensor([item])).to(device), eps_BTCS)
 
 
 @torch.no_grad()

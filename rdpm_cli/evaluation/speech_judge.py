@@ -27,7 +27,7 @@ from rdpm_cli.evaluation.speech import word_scores
 from rdpm_cli.schema import Section
 from rdpm_cli.tokenizer.mel_networks import FrameNorm, Scale
 from rdpm_cli.training.config import TrainConfig
-from rdpm_cli.training.loop import Player
+from rdpm_cli.training.loop import DeviceBatch, Player
 
 KIND = "rdpm-speech-judge"
 STRIDE = 4  # frames a latent
@@ -206,7 +206,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[SpeechJudge, d
 
 
 @dataclass
-class SpeechBatch:
+class SpeechBatch(DeviceBatch):
     """Spectrograms and their frames, units (-1 behind the end of a text), and speakers.
 
     path_BS: the unit of each latent, where the durations of words are known; -1 behind the end of a sound."""
@@ -216,11 +216,6 @@ class SpeechBatch:
     units_BN: Tensor
     speakers_B: Tensor
     path_BS: Tensor | None = None
-
-    def to(self, device: torch.device) -> "SpeechBatch":
-        path_BS = None if self.path_BS is None else self.path_BS.to(device)
-        x_BMF, frames_B, units_BN = self.x_BMF.to(device), self.frames_B.to(device), self.units_BN.to(device)
-        return SpeechBatch(x_BMF, frames_B, units_BN, self.speakers_B.to(device), path_BS)
 
 
 class SpeechBatches:
@@ -257,8 +252,8 @@ class SpeechBatches:
         return f"recordings {some_of(self.source.names[index] for index in self._items(step, rows))}"
 
     def _items(self, step: int, rows: range) -> list[int]:
-        order = noise.epoch_rows(self.seed, step, self.batch, len(self.indices))
-        return [self.indices[place] for place in order[rows.start : rows.stop]]
+        places = noise.epoch_rows(self.seed, step, self.batch, len(self.indices), rows)
+        return [self.indices[place] for place in places]
 
     def _path(self, index: int, shift: int, frames: int) -> list[int]:
         """The unit of each latent of a recording that begins after `shift` frames; blank in a word's last latent.

@@ -56,10 +56,8 @@ class SpeechCondition(nn.Module):
         self.duration = DurationPredictor(width, channels, units)
 
     def forward(self, columns: Columns) -> Condition:
-        text_BN, at = (
-            columns["text"].clamp_min(0),
-            places(columns["durations"], columns["known"], columns["latents"].shape[2]),
-        )
+        text_BN, length = columns["text"].clamp_min(0), columns["latents"].shape[2]
+        at = places(columns["durations"], columns["known"], length)
         unit_BS = text_BN.gather(1, at.unit_BS)
         named_BS1 = ((unit_BS != self.null) & at.exists_BS).unsqueeze(-1)
         exists_BS1, known_BS1 = at.exists_BS.unsqueeze(-1), at.known_BS.unsqueeze(-1)

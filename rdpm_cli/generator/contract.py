@@ -20,7 +20,7 @@ from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import some_of
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.quantizer import Quantizer
-from rdpm_cli.training.loop import Player
+from rdpm_cli.training.loop import DeviceBatch, Player
 
 EVALUATED_ROWS, EVALUATED_AT_ONCE = 256, 32  # held-out rows of a store measured at most
 HELD_OUT_PROMPT = 3  # the prompt of a held-out row is a third of its units
@@ -110,15 +110,15 @@ class Generator(Protocol):
 
 
 @dataclass
-class Batch:
+class Batch(DeviceBatch):
     """A batch of one process; a family adds its fields."""
 
     codes_BTS: Tensor  # int64
     columns: dict[str, Tensor]  # conditions, (B,) each; the null class where a label was dropped
 
     def to(self, device: torch.device) -> Self:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors, columns={name: column.to(device) for name, column in self.columns.items()})
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return replace(super().to(device), columns=columns)
 
 
 class GeneratorBatches(ABC):
@@ -150,12 +150,14 @@ class GeneratorBatches(ABC):
         batches.purpose, batches.evaluated_rows = PURPOSE, len(images)
         return batches
 
-    def prompt_numbers(self, step: int, rows: range) -> noise.Floats:
-        """Uniform numbers that choose the prompts of these rows of a step's global batch."""
+    def prompt_numbers(self, step: int, rows: range) -> noise.Floats | None:
+        """Uniform numbers that choose the prompts of these rows of a step's global batch; None of images."""
+        if not isinstance(self.store, RaggedStore):
+            return None
         return noise.block_uniform(self.seed, step, rows, 1, "prompt")[:, 0]
 
     def rows_at(self, step: int, rows: range) -> noise.Ints:
-        return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows))[rows.start : rows.stop]]
+        return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows), rows)]
 
     def describe(self, step: int, rows: range) -> str:
         pairs = zip(*self.addresses(self.rows_at(step, rows)), strict=True)
@@ -195,15 +197,18 @@ class GeneratorBatches(ABC):
         chosen = 1 + np.floor(prompt_B.astype(np.float64) / max(share, 1e-9) * most).astype(np.int64)
         return np.where(prompt_B < share, np.minimum(chosen, most), 0)
 
-    def open_positions(self, step: int) -> float:
-        """The mean number of positions behind the prompts of a step's global batch; 0 of images."""
+    def extent(self, step: int) -> tuple[float, int | None]:
+        """Of a step's global batch: the mean number of positions behind the prompts, and S of the longest item.
+
+        Of images 0 and None."""
         if not isinstance(self.store, RaggedStore):
-            return 0.0
+            return 0.0, None
         rows = range(self.batch)
         store_rows = self.rows_at(step, rows)
         durations = self.store.durations(store_rows)
         known = self.known_units(store_rows, self.prompt_numbers(step, rows))
-        return float((durations * (np.arange(durations.shape[1]) >= known[:, None])).sum() / len(store_rows))
+        drawn = durations * (np.arange(durations.shape[1]) >= known[:, None])
+        return float(drawn.sum() / len(store_rows)), self.store.longest(store_rows)
 
     def held_out_rows(self) -> Iterator[noise.Ints]:
         most = self.evaluated_rows

@@ -78,8 +78,7 @@ class CodeBatches(GeneratorBatches):
         z = torch.from_numpy(self.store.latents(store_rows).astype(np.float32)) if has_z else None
         spread = torch.from_numpy(objective.perturb * uniform_B3[:, 2]) if objective.perturb else None
         codes, columns = self.read(store_rows, uniform_B3[:, 1], self.prompt_numbers(step, rows))
-        longest = self.store.longest(self.rows_at(step, range(self.batch)))
-        return CodeBatch(codes, columns, torch.from_numpy(t_BJ), eps, z, spread, self.open_positions(step), longest)
+        return CodeBatch(codes, columns, torch.from_numpy(t_BJ), eps, z, spread, *self.extent(step))
 
     def draw_t(self, uniform_B: noise.Floats) -> noise.Ints:
         """J values of t an image, one from each J-th of the distribution: their mixture follows the weights."""

@@ -326,11 +326,8 @@ class ResGen(Generator):
         """At each step predict all masked sums, requantise them, reveal the most confident tokens. codes_BTS."""
         self.check(options)
         condition, s, indices = self.condition(columns), options.sampling, indices_B.tolist()
-        device, coarse_first, exists_BL = (
-            condition.vector_BD.device,
-            bool(self.network.coarse_first),
-            condition.exists_BS,
-        )
+        device, coarse_first = condition.vector_BD.device, bool(self.network.coarse_first)
+        exists_BL = condition.exists_BS
         if exists_BL is None:
             exists_BL = torch.ones(len(indices), math.prod(self.quantizer.grid), dtype=torch.bool, device=device)
         masked_BLD = exists_BL.unsqueeze(-1).repeat(1, 1, self.quantizer.steps)

@@ -57,10 +57,8 @@ class Tokenizer(nn.Module):
 
     def latent_shape_of(self, x: Tensor) -> tuple[int, int]:
         """(C, S) of these items."""
-        C, S = self.latent_shape
-        return C, S if isinstance(self.cfg.autoencoder, AutoencoderConfig) else x.shape[
-            -1
-        ] // self.cfg.autoencoder.stride
+        (C, S), auto = self.latent_shape, self.cfg.autoencoder
+        return (C, S) if isinstance(auto, AutoencoderConfig) else (C, x.shape[-1] // auto.stride)
 
     def forward(
         self, x: Tensor, eps_BTCS: Tensor, shake_BCS: Tensor | None = None, terms_B: Tensor | None = None

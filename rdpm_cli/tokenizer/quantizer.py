@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,9 +129,8 @@ class Quantizer(nn.Module):
         length: int | None = None,
     ) -> Tensor:  # fmt: skip
         """eps of these addresses, (n, C, S) on the CPU. length: S of a grid that is as long as its item."""
-        rows = noise.normal_rows if length is None else noise.position_rows
         shape = self.books.shape[-1], math.prod(self.grid) if length is None else length
-        return torch.from_numpy(np.ascontiguousarray(rows(purpose, seed, indices, views, ts, shape)))
+        return torch.from_numpy(noise.normal_rows(purpose, seed, indices, views, ts, shape, length is not None))
 
     def book(self, t: int) -> Tensor:
         """The codebook of step t, (K, C)."""

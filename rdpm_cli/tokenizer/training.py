@@ -29,8 +29,8 @@ class ItemBatches:
         return self.inputs.windows(self.source, self._indices(step, rows), uniform_B, self.cfg.flip)
 
     def _indices(self, step: int, rows: range) -> list[int]:
-        order = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source))
-        return [int(index) for index in order[rows.start : rows.stop]]
+        indices: list[int] = noise.epoch_rows(self.seed, step, self.cfg.train.batch, len(self.source), rows).tolist()
+        return indices
 
     def describe(self, step: int, rows: range) -> str:
         """The names of those items, for an error about them."""

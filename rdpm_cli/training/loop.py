@@ -10,9 +10,9 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,16 @@ class Batches(Protocol):
 
     def batch_at(self, step: int, rows: range) -> Any: ...  # with a method `to(device)`
     def describe(self, step: int, rows: range) -> str: ...  # names of the images, for an error message
+
+
+@dataclass
+class DeviceBatch:
+    """A batch whose fields are tensors, None or numbers."""
+
+    def to(self, device: torch.device) -> Self:
+        """The batch with its tensors on this device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 class Player(ABC):
