@@ -182,14 +182,18 @@ def _page(out: Path, families: Sequence[str], lines: Sequence[Line], result: dic
         sounds = {"prompt": out / "data" / "prompts" / name, "real": out / "data" / "heldout" / "wavs" / name}
         sounds |= {family: out / family / "samples" / name for family in families}
         sounds |= {f"{family}, another text": out / family / "another-text" / name for family in families}
-        for path in sounds.values():
-            picture = path.with_suffix(".png")
-            features = mel.PRESETS["speech8"]
-            pixels = mel.mel_pixels(mel.log_mel(audio.read_wave(path, features.rate), features)[None])[0]
-            pictures.save_png(picture, pixels)
-        rows.append({"line": line, "sounds": {title: str(path.relative_to(out)) for title, path in sounds.items()}})
+        figures = [_figure(out, f"{number}-{place}", title, path) for place, (title, path) in enumerate(sounds.items())]
+        rows.append({"line": line, "figures": figures})
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(
         "speech.html.jinja"
     )
     text = template.render(rows=rows, result=result, families=families)
     files.write_atomic(out / "index.html", lambda file: file.write(text.encode()))
+
+
+def _figure(out: Path, name: str, title: str, sound: Path) -> dict[str, str]:
+    """A sound with its spectrogram, by paths below `out`."""
+    features, picture = mel.PRESETS["speech8"], out / "spectrograms" / f"{name}.png"
+    pixels = mel.mel_pixels(mel.log_mel(audio.read_wave(sound, features.rate), features)[None])[0]
+    pictures.save_png(picture, pixels)
+    return {"title": title, "sound": str(sound.relative_to(out)), "picture": str(picture.relative_to(out))}
