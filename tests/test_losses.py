@@ -48,7 +48,7 @@ def pair(cfg: TokenizerConfig) -> tuple[TokenizerTask, PatchDiscriminator]:
     """The task, and its critic made less indifferent than at its start."""
     task = tiny_players(cfg)[0]
     assert isinstance(task, TokenizerTask)
-    assert task.critic is not None
+    assert isinstance(task.critic, PatchDiscriminator)
     with torch.no_grad():
         for parameter in task.critic.parameters():
             parameter.mul_(3)

@@ -1,19 +1,23 @@
 """Training a tokenizer: its batches, its task, and the discriminator's."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, assert_same, digits, leaves, metrics, newest_state, tiny_config, tiny_players, train
+from helpers import CPU, TINY, assert_same, digits, leaves, metrics, newest_state, tiny_config, tiny_players, train
 from PIL import Image
+from sounds import TINY_MEL, strings, write_speech
 from torch import Tensor
 
+from rdpm_cli.data.audio import open_audio
 from rdpm_cli.data.pixels import to_model
-from rdpm_cli.data.source import Source
+from rdpm_cli.data.source import ItemSource, Source
 from rdpm_cli.distributed import TrainStep
+from rdpm_cli.tokenizer.config import TokenizerConfig
 from rdpm_cli.tokenizer.losses import discriminator_hinge
 from rdpm_cli.tokenizer.training import DiscriminatorTask, ItemBatches, Players, TokenizerTask, health
 
@@ -177,40 +181,83 @@ def test_each_micro_batch_meets_its_own_reconstructions() -> None:
     halves, batch = [range(16), range(16, 32)], digits(cfg).batch_at(0, range(32))
     for rows in halves:
         tokenizer.loss(batch[rows.start : rows.stop], step_of(0, rows))
-    for rows, (x, recon) in zip(halves, list(tokenizer.pairs), strict=True):
+    for rows, (x, recon, _) in zip(halves, list(tokenizer.pairs), strict=True):
         assert torch.equal(x, to_model(batch[rows.start : rows.stop]))
         assert not recon.requires_grad
         critic.loss(batch[rows.start : rows.stop], step_of(0, rows))
     assert not tokenizer.pairs
 
 
-def trained(folder: Path, steps: int, adversarial: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+@dataclass
+class Subject:
+    """A tiny tokenizer of images or of sound, and what it learns from."""
+
+    source: ItemSource
+    plain: dict[str, Any]
+
+    def config(self, **sections: dict[str, Any]) -> TokenizerConfig:
+        changed = {name: self.plain[name] | fields for name, fields in sections.items()}
+        return TokenizerConfig.model_validate({**self.plain, **changed})
+
+    def train(self, cfg: TokenizerConfig, folder: Path) -> Players:
+        players = tiny_players(cfg)
+        train(players, cfg, folder, ItemBatches(self.source, cfg, 0))
+        return players
+
+
+@pytest.fixture(scope="module", params=["images", "sound"])
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    if request.param == "images":
+        return Subject(digits(tiny_config()).source, TINY)
+    critic = TINY["discriminator"] | {"windows": (16, 32), "resolutions": (1, 2)}
+    plain = {
+        **TINY,
+        "autoencoder": TINY_MEL,
+        "quantizer": TINY["quantizer"] | {"bias": "none"},
+        "discriminator": critic,
+    }
+    plain["loss"] = {"adversarial": "hinge", "feature_matching": 2.0}
+    return Subject(open_audio(write_speech(tmp_path_factory.mktemp("sound"), strings(20))), plain)
+
+
+Trained = tuple[dict[str, Any], list[dict[str, Any]]]
+
+
+def trained(subject: Subject, folder: Path, steps: int, adversarial: str) -> Trained:
     """-> the tokenizer's state (parameters, codebook, optimiser, average) and the log of a run; start = 3."""
-    cfg = tiny_config(loss={"adversarial": adversarial}, discriminator={"start": 3}, train={"steps": steps})
-    train(tiny_players(cfg), cfg, folder)
+    cfg = subject.config(loss={"adversarial": adversarial}, discriminator={"start": 3}, train={"steps": steps})
+    subject.train(cfg, folder)
     state = newest_state(folder)
     return {"tokenizer": state["players"]["tokenizer"], "ema": state["ema"]}, metrics(folder)
 
 
-def test_until_its_start_a_run_is_the_one_without_and_then_it_differs(tmp_path: Path) -> None:
-    with_, without = (trained(tmp_path / name, 3, name) for name in ("hinge", "none"))
+def test_until_its_start_a_run_is_the_one_without_and_then_it_differs(subject: Subject, tmp_path: Path) -> None:
+    with_, without = (trained(subject, tmp_path / name, 3, name) for name in ("hinge", "none"))
     assert_same(with_[0], without[0])
     assert with_[1] == without[1]
-    started, never = (trained(tmp_path / f"{name}4", 4, name) for name in ("hinge", "none"))
+    started, never = (trained(subject, tmp_path / f"{name}4", 4, name) for name in ("hinge", "none"))
     a, b = leaves(started[0]["tokenizer"]), leaves(never[0]["tokenizer"])
     assert not all(torch.equal(v, b[k]) if isinstance(v, Tensor) else v == b[k] for k, v in a.items())
     assert started[1][:3] == never[1][:3]
     added = {name.partition("/")[0] for name in started[1][3].keys() - never[1][3].keys()}
-    assert added == {"gan", "gan_weight", "discriminator"}
+    assert added - {"feature_distance"} == {"gan", "gan_weight", "discriminator"}
 
 
-def test_the_discriminator_does_not_move_before_its_start(tmp_path: Path) -> None:
-    cfg = tiny_config(discriminator={"start": 2}, train={"steps": 2})
-    players = tiny_players(cfg)
-    weights = {name: value.clone() for name, value in players[1].model.state_dict().items()}
-    train(players, cfg, tmp_path)
-    assert_same(dict(players[1].model.state_dict()), weights)
+def test_the_discriminator_does_not_move_before_its_start(subject: Subject, tmp_path: Path) -> None:
+    cfg = subject.config(discriminator={"start": 2}, train={"steps": 2})
+    weights = dict(tiny_players(cfg)[1].model.state_dict())
+    assert_same(dict(subject.train(cfg, tmp_path)[1].model.state_dict()), weights)
     assert newest_state(tmp_path)["players"]["discriminator"]["optimizer"]["state"] == {}
+
+
+def test_a_run_of_both_players_resumes_exactly(subject: Subject, tmp_path: Path) -> None:
+    cfg = subject.config(loss={"adversarial": "least_squares"}, train={"steps": 4, "save_every": 2})
+    subject.train(cfg, tmp_path)
+    whole, log = newest_state(tmp_path), metrics(tmp_path)
+    (tmp_path / "checkpoints" / "step-000000004.pt").unlink()
+    subject.train(cfg, tmp_path)
+    assert_same(newest_state(tmp_path), whole)
+    assert metrics(tmp_path) == log
 
 
 @pytest.mark.parametrize(("step", "share"), [(4, 0.0), (5, 0.25), (6, 0.5), (8, 1.0), (100, 1.0)])

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from rdpm_cli.errors import UsageError
 from rdpm_cli.schema import FileName, Section, added
 from rdpm_cli.training.config import TrainConfig
+
+FEWEST_BANDS = 64  # of the log-mel presets
 
 
 class AutoencoderConfig(Section):
@@ -124,18 +126,29 @@ class TokenizerLossConfig(Section):
     perceptual: Literal["lpips", "none"] = Field("none", description="L_lpips: LPIPS with VGG16, or no such term")
     perceptual_factor: float = Field(1.0, ge=0, description="factor of L_lpips")
     perceptual_weights: FileName | None = Field(None, description="VGG16 weight file; default: searched, never fetched")
-    adversarial: Literal["hinge", "none"] = Field("none", description="L_gan against a PatchGAN discriminator")
+    adversarial: Literal["hinge", "least_squares", "none"] = Field(
+        "none", description="L_gan against a discriminator: VQGAN's, LSGAN's, or no such term"
+    )
     adversarial_factor: float = Field(0.75, ge=0, description="factor of w L_gan")
     adaptive: bool = Field(True, description="w from last-layer gradients, as VQGAN; false: 1")
+    feature_matching: Annotated[float, Field(ge=0)] = added(0.0, "of sound: factor of feature matching, inside L_gan")
 
 
 class DiscriminatorConfig(Section):
-    """The PatchGAN discriminator, where loss.adversarial is on."""
+    """The PatchGAN discriminator, where loss.adversarial is on; of sound one for each window and resolution."""
 
     width: int = Field(64, gt=0, multiple_of=8, description="channels of the first layer")
     layers: int = Field(3, ge=1, description="strided layers: 2 see patches of 34, 3 of 70 pixels")
     start: int = Field(0, ge=0, description="step from which the discriminator trains")
     warmup_steps: int = Field(0, ge=0, description="further steps before the tokenizer feels it fully: a linear ramp")
+    windows: tuple[PositiveInt, ...] = added((32, 64, 128), "of sound: frames of random windows, judged as a whole")
+    resolutions: tuple[PositiveInt, ...] = added((1, 2, 4), "of sound: frames and bands averaged, judged in patches")
+
+    @model_validator(mode="after")
+    def _some_critic(self) -> Self:
+        if not self.windows + self.resolutions:
+            raise ValueError("windows and resolutions are both empty; give one of them a value")
+        return self
 
 
 class TokenizerArchitecture(Section):
@@ -165,15 +178,23 @@ class TokenizerConfig(TokenizerArchitecture):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        q, auto, layers = self.quantizer, self.autoencoder, self.discriminator.layers
+        q, auto, critic = self.quantizer, self.autoencoder, self.discriminator
         if isinstance(auto, MelConfig):
             if q.bias != "none":  # beyond the end of an item its convolution would see padding
                 raise ValueError(f"quantizer.bias={q.bias} needs a fixed grid; give none for sound")
-            if self.loss.adversarial != "none" or self.loss.perceptual != "none":
-                raise ValueError("loss.adversarial and loss.perceptual are for images; leave them at none")
-        elif self.loss.adversarial != "none" and auto.resolution >> layers < 3:
-            side = f"{auto.resolution}×{auto.resolution}"
-            raise ValueError(f"discriminator.layers = {layers} leaves no patch of a {side} image; lower it")
+            if self.loss.perceptual != "none":
+                raise ValueError("loss.perceptual is for images; leave it at none")
+            if self.loss.adversarial != "none" and max(critic.windows, default=0) > auto.frames:
+                raise ValueError(f"discriminator.windows {critic.windows}: items have {auto.frames} frames")
+            coarsest = max(critic.resolutions, default=1)
+            side = min(*critic.windows, auto.frames // coarsest, FEWEST_BANDS // coarsest)
+            name = f"spectrogram of {side} frames or bands"
+        else:
+            if self.loss.feature_matching:
+                raise ValueError("loss.feature_matching is for sound; leave it at 0")
+            side, name = auto.resolution, f"{auto.resolution}×{auto.resolution} image"
+        if self.loss.adversarial != "none" and side >> critic.layers < 3:
+            raise ValueError(f"discriminator.layers = {critic.layers} leaves no patch of a {name}; lower it")
         vectors = self.train.batch * auto.positions * (1 if q.codebooks == "per_step" else q.steps)
         if q.init != "normal" and vectors < q.codes:
             raise ValueError(f"quantizer.init = {q.init}: {vectors} vectors for {q.codes} codes; raise train.batch")

@@ -1,7 +1,9 @@
 """Terms of the tokenizer's loss (arXiv 2412.18390 Eq. 5): VQGAN's hinge losses and their weight w (arXiv 2012.09841
-§3.1), and LPIPS (Zhang et al. 2018, version 0.1), a distance of two images in the features of a frozen classifier."""
+§3.1), least squares and feature matching, as CLaM-TTS has them (arXiv 2404.02781), and LPIPS (Zhang et al. 2018,
+version 0.1), a distance of two images in the features of a frozen classifier."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,6 +28,37 @@ def generator_hinge(fake_logits: Tensor) -> Tensor:
 def discriminator_hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """0.5 (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x')))."""
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
+
+
+def generator_squares(fake_logits: Tensor) -> Tensor:
+    """L_gan of LSGAN (arXiv 1611.04076) for the tokenizer: mean (1 - D(x'))²."""
+    return (1 - fake_logits.float()).square().mean()
+
+
+def discriminator_squares(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """0.5 (mean (1 - D(x))² + mean D(x')²)."""
+    return 0.5 * ((1 - real_logits.float()).square().mean() + fake_logits.float().square().mean())
+
+
+Judgement = list[list[Tensor]]  # of each critic: feature maps, and logits as the last
+GENERATOR: dict[str, Callable[[Tensor], Tensor]] = {"hinge": generator_hinge, "least_squares": generator_squares}
+DISCRIMINATOR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hinge": discriminator_hinge, "least_squares": discriminator_squares,
+}  # fmt: skip
+
+
+def mean_of(terms: Sequence[Tensor]) -> Tensor:
+    """The mean of scalars."""
+    return torch.stack(list(terms)).mean()
+
+
+def feature_distance(real: Judgement, fake: Judgement) -> Tensor:
+    """L_fm: the mean absolute difference of feature maps, a mean over critics and layers (HiFi-GAN has the sum).
+
+    Gradients reach `fake` only."""
+    critics = zip(real, fake, strict=True)
+    maps = [pair for a, b in critics for pair in zip(a[:-1], b[:-1], strict=True)]
+    return mean_of([F.l1_loss(b.float(), a.detach().float()) for a, b in maps])
 
 
 def adaptive_weight(recon_gradient: Tensor, gan_gradient: Tensor) -> Tensor:

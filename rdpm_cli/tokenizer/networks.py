@@ -139,18 +139,20 @@ def autoencoder(cfg: AutoencoderConfig | MelConfig) -> tuple[nn.Module, nn.Modul
 
 
 class PatchDiscriminator(nn.Module):
-    """x (B,3,H,W) -> logits (B,1,h',w'), one a patch, large means real: VQGAN's PatchGAN (arXiv 1611.07004)."""
+    """x (B,D,H,W) -> logits (B,1,h',w'), one a patch, large means real: VQGAN's PatchGAN (arXiv 1611.07004)."""
 
-    def __init__(self, cfg: DiscriminatorConfig) -> None:
+    def __init__(self, cfg: DiscriminatorConfig, channels: int = 3, whole: tuple[int, int] | None = None) -> None:
+        """channels: D. whole: (H, W), where the last layer is to see all of x: logits (B,1,1,1)."""
         super().__init__()
         widths = [cfg.width * min(2**level, 8) for level in range(cfg.layers + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
             stride = 1 if level == cfg.layers else 2
             # pix2pix has BatchNorm here, with which an image's loss depends on the batch and the process count
             group_norm = nn.GroupNorm(8, outputs)
             layers += [nn.Conv2d(inputs, outputs, 4, stride, 1, bias=False), group_norm, nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        height, width = [(side >> cfg.layers) - 1 for side in whole] if whole else (4, 4)
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, (height, width), padding=0 if whole else 1))
         self.gan_weight = nn.Buffer(torch.zeros(()))  # where gradients accumulate, w for the next step (TokenizerTask)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -158,5 +160,14 @@ class PatchDiscriminator(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.layers(x_BCHW)
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        return self.layers(x_BDHW)
+
+    def features(self, x_BDHW: Tensor) -> list[Tensor]:
+        """The output of each activation, then the logits."""
+        maps, y = [], x_BDHW
+        for layer in self.layers:
+            y = layer(y)
+            if isinstance(layer, nn.LeakyReLU):
+                maps.append(y)
+        return [*maps, y]

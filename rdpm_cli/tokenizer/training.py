@@ -10,11 +10,14 @@ from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import some_of
 from rdpm_cli.tokenizer.config import MelConfig, TokenizerConfig
 from rdpm_cli.tokenizer.inputs import inputs_of
-from rdpm_cli.tokenizer.losses import adaptive_weight, discriminator_hinge, generator_hinge
-from rdpm_cli.tokenizer.mel_networks import Scale
+from rdpm_cli.tokenizer.losses import DISCRIMINATOR, GENERATOR, Judgement, adaptive_weight, feature_distance, mean_of
+from rdpm_cli.tokenizer.mel_critics import MelCritics
+from rdpm_cli.tokenizer.mel_networks import MelEncoder, Scale
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.networks import PatchDiscriminator
 from rdpm_cli.training.loop import Player
+
+Critic = PatchDiscriminator | MelCritics
 
 
 class ItemBatches:
@@ -44,20 +47,21 @@ class TokenizerTask(Player):
 
     def __init__(
         self, tokenizer: Tokenizer, cfg: TokenizerConfig, perceptual: nn.Module | None = None,
-        critic: PatchDiscriminator | None = None,
+        critic: Critic | None = None,
     ) -> None:  # fmt: skip
         """perceptual: (x, x') -> LPIPS (B,), where the loss has it. critic: the one that `DiscriminatorTask` trains."""
         self.model, self.cfg, self.perceptual, self.critic = tokenizer, cfg, perceptual, critic
         self.step = -1
         self.passes: list[tuple[Tensor, Tensor]] = []  # codes and vectors of this step's micro-batches
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # (x, x') of this step's micro-batches, for the critic
+        # (x, x', place of the critics' windows in sound) of this step's micro-batches, for the critic
+        self.pairs: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.gradients: Tensor | None = None  # sum of this step's last-layer gradients of L_rec and L_gan
 
     def networks(self) -> list[nn.Module]:
-        """The parts that `compile` compiles: encoder and decoder, of images without the decoder's last layer."""
-        if isinstance(self.model.cfg.autoencoder, MelConfig):
-            return [self.model.encoder, self.model.decoder]
+        """The parts that `compile` compiles: encoder and decoder, without the decoder's last layer."""
         # the adaptive weight takes gradients through that layer twice, and a compiled backward pass runs only once
+        if isinstance(self.model.cfg.autoencoder, MelConfig):
+            return [self.model.encoder, self.model.decoder.up]
         return [self.model.encoder, self.model.decoder.mid, *self.model.decoder.up]
 
     def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
@@ -78,7 +82,10 @@ class TokenizerTask(Player):
             lpips = self.perceptual(x, recon).mean()
             perceived, logs["lpips"] = perceived + cfg.perceptual_factor * lpips, lpips.detach()
         if self.critic is not None and step.step >= self.cfg.discriminator.start:
-            self.pairs.append((x, recon.detach()))
+            place_BW = None
+            if isinstance(self.critic, MelCritics):
+                place_BW = torch.special.ndtr(step.normal(len(self.critic.windows)))
+            self.pairs.append((x, recon.detach(), place_BW))
             perceived = self._add_adversary(perceived, recon, self.critic, step, logs)
         self.passes.append((chain.codes_BTS, chain.vectors_TBSC))
         logs |= {f"latent_error/t{t:02d}": error for t, error in enumerate(chain.error_T, 1)}
@@ -97,12 +104,19 @@ class TokenizerTask(Player):
         return eps_BTCS, shake_BCS, terms_B
 
     def _add_adversary(
-        self, perceived: Tensor, recon: Tensor, critic: PatchDiscriminator, step: TrainStep, logs: dict[str, Tensor]
+        self, perceived: Tensor, recon: Tensor, critic: Critic, step: TrainStep, logs: dict[str, Tensor]
     ) -> Tensor:
         """perceived + 0.75 w L_gan, ramped; the critic's own parameters get no gradient from here."""
-        cfg, last = self.cfg, self.model.decoder.conv_out.weight
+        cfg, last, (x, _, place_BW) = self.cfg, self.model.decoder.conv_out.weight, self.pairs[-1]
         critic.requires_grad_(False)
-        gan = generator_hinge(critic(recon))
+        fake = judge(critic, recon, place_BW)
+        gan = mean_of([GENERATOR[cfg.loss.adversarial](maps[-1]) for maps in fake])
+        if cfg.loss.feature_matching:
+            with torch.no_grad():
+                real = judge(critic, x, place_BW)
+            distance = feature_distance(real, fake)
+            logs["feature_distance"] = distance.detach()
+            gan = gan + cfg.loss.feature_matching * distance
         critic.requires_grad_(True)  # it trains in this same step
         # The gradients of both terms at the image serve w and the training pass, so that the discriminator and LPIPS
         # are differentiated once a step. VQGAN differentiates them twice.
@@ -133,20 +147,26 @@ class TokenizerTask(Player):
         return {"restarted": torch.tensor(float(restarted), device=step.device), **logs}
 
 
+def judge(critic: Critic, x: Tensor, place_BW: Tensor | None) -> Judgement:
+    """Feature maps and logits of every critic; of images the logits only. place: of the windows in sound."""
+    return [[critic(x)]] if place_BW is None else critic(x, place_BW)
+
+
 class DiscriminatorTask(Player):
-    """The second player: tells images from the reconstructions that `TokenizerTask` made in the same step."""
+    """The second player: tells items from the reconstructions that `TokenizerTask` made in the same step."""
 
     name = "discriminator"
 
-    def __init__(self, critic: PatchDiscriminator, rival: TokenizerTask) -> None:
+    def __init__(self, critic: Critic, rival: TokenizerTask) -> None:
         self.model, self.rival, self.start = critic, rival, rival.cfg.discriminator.start
 
     def loss(self, batch: Tensor, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hinge loss on the next micro-batch's x and x', both (B,3,H,W); `batch` itself is not needed."""
-        x, recon = self.rival.pairs.pop(0)
-        real, fake = self.model(x), self.model(recon)
-        logs = {"logits_real": real.detach().float().mean(), "logits_fake": fake.detach().float().mean()}
-        return discriminator_hinge(real, fake), logs
+        """The mean over critics of their loss on the next micro-batch's x and x'; `batch` itself is not needed."""
+        x, recon, place_BW = self.rival.pairs.pop(0)
+        real, fake = ([maps[-1] for maps in judge(self.model, side, place_BW)] for side in (x, recon))
+        loss = mean_of(list(map(DISCRIMINATOR[self.rival.cfg.loss.adversarial], real, fake)))
+        means = (mean_of([logits.detach().float().mean() for logits in side]) for side in (real, fake))
+        return loss, dict(zip(("logits_real", "logits_fake"), means, strict=True))
 
 
 Players = list[TokenizerTask | DiscriminatorTask]
@@ -154,7 +174,13 @@ Players = list[TokenizerTask | DiscriminatorTask]
 
 def players_of(tokenizer: Tokenizer, cfg: TokenizerConfig, perceptual: nn.Module | None = None) -> Players:
     """The tokenizer, and its discriminator where the loss has an adversarial term."""
-    critic = PatchDiscriminator(cfg.discriminator) if cfg.loss.adversarial != "none" else None
+    critic: Critic | None = None
+    if cfg.loss.adversarial != "none":
+        if isinstance(cfg.autoencoder, MelConfig):
+            assert isinstance(tokenizer.encoder, MelEncoder)
+            critic = MelCritics(cfg.discriminator, cfg.autoencoder, tokenizer.encoder.scale)
+        else:
+            critic = PatchDiscriminator(cfg.discriminator)
     task = TokenizerTask(tokenizer, cfg, perceptual, critic)
     return [task, DiscriminatorTask(critic, task)] if critic else [task]
 
