@@ -105,6 +105,43 @@ def test_a_store_has_the_texts_speakers_and_durations_of_its_source(
     assert store.columns["speakers"].tolist() == [number // views % 2 for number in rows]
 
 
+def speaker_source(root: Path, speakers: int, each: int) -> AudioSource:
+    """Short recordings of many speakers, whose names do not depend on how many there are."""
+    spoken = [[("low", 1)]] * speakers * each
+    write_speech(root, spoken)
+    rows = [json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "speaker": f"reader {number % speakers}"}) for number, row in enumerate(rows)]
+    (root / "manifest.jsonl").write_text("\n".join(lines))
+    return open_audio(str(root))
+
+
+def test_whole_speakers_are_held_out_by_their_names(file: Path, tmp_path: Path) -> None:
+    """Speakers of rows are those of the manifest, counted by their index; one store has more of them than the other."""
+    held_of = []
+    for speakers in (60, 90):
+        source = speaker_source(tmp_path / f"sound{speakers}", speakers, 2)
+        settings = {"views": 2, "split": "speaker", "shard_images": 64}
+        store = finish(making(tmp_path / f"codes{speakers}", source, file, **settings))
+        training, held = store.split()
+        assert sorted([*training, *held]) == list(range(4 * speakers))
+        seen, unseen = (set((store.index[rows] % speakers).tolist()) for rows in (training, held))
+        assert not seen & unseen
+        assert 1 <= len(unseen) <= 0.1 * speakers
+        held_of.append(unseen)
+    assert held_of[0] == {number for number in held_of[1] if number < 60}
+
+
+def test_of_two_speakers_one_is_held_out_and_by_default_some_recordings(
+    source: AudioSource, file: Path, tmp_path: Path
+) -> None:
+    for split, speakers in (("speaker", 1), ("row", 2)):
+        store = finish(making(tmp_path / split, source, file, split=split))
+        training, held = store.split()
+        assert len(set(store.columns["speakers"][training])) == speakers
+        assert (len(held) == 5) == (split == "speaker")
+        assert ("split" in (tmp_path / split / "manifest.json").read_text()) == (split == "speaker")
+
+
 # ---- durations -----------------------------------------------------------------------------------------------------
 
 
@@ -218,8 +255,10 @@ def row(name: str, **values: Any) -> str:
         ([{}, {}], ["--units", "words"], 3, "texts"),
         ([{"text": "low"}, {"text": "..."}], ["--units", "words"], 2, "..."),
         ([{"text": "a-b", "word_seconds": [0.5]}, {"text": "c", "word_seconds": [1]}], ["--units", "words"], 3, "000"),
-        ([{"text": "low"}, {"text": "low"}], ["--units", "phones"], 2, "--units"),
+        ([{"text": "low"}, {"text": "low"}], ["--units", "letters"], 2, "--units"),
         ([{"text": "low"}, {"text": "low"}], ["--flip"], 2, "--flip"),
+        ([{"text": "low"}, {"text": "low"}], ["--split", "speaker"], 3, "speakers"),
+        ([{"text": "low", "speaker": "x"}] * 2, ["--split", "speaker"], 3, "speakers"),
     ],
 )  # fmt: skip
 def test_texts_that_cannot_be_kept_are_errors(
@@ -232,4 +271,15 @@ def test_texts_that_cannot_be_kept_are_errors(
     command = ["tokenize", str(tmp_path / "sound"), str(tmp_path / "codes"), "--tokenizer", str(file)]
     assert run_cli([*command, "--device", "cpu", "--quiet", *options]) == code
     assert token in capsys.readouterr().err
+    assert not (tmp_path / "codes" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("options", [["--units", "words"], ["--split", "speaker"]])
+def test_options_of_sound_are_refused_for_images(
+    options: list[str], image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    command = ["tokenize", str(image_folder), str(tmp_path / "codes"), "--tokenizer", str(tiny_tokenizer_file)]
+    assert run_cli([*command, "--device", "cpu", "--quiet", *options]) == 2
+    assert options[0] in capsys.readouterr().err
     assert not (tmp_path / "codes" / "manifest.json").exists()

@@ -1,4 +1,4 @@
-"""Images outside a store, encoded by its tokenizer, for measurements during training."""
+"""Images or recordings outside a store, encoded by its tokenizer, for measurements during training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,32 +6,71 @@ from typing import Any
 import numpy as np
 import torch
 
+from rdpm_cli.codes.ragged import RaggedStore
 from rdpm_cli.codes.store import CodeStore, Ints, Manifest
+from rdpm_cli.codes.write import MicroBatch, encode, shard_arrays
+from rdpm_cli.data import text
+from rdpm_cli.data.audio import AudioSource, open_audio
 from rdpm_cli.data.labels import match_classes
 from rdpm_cli.data.open import open_source
 from rdpm_cli.data.pixels import chw, to_model
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import one_thread
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError
 from rdpm_cli.tokenizer.model import Tokenizer
 
-LEAST, MOST, AT_ONCE = 256, 2000, 32  # images: fewer say little; of more some are taken, evenly spaced
+LEAST, MOST, AT_ONCE = 256, 2000, 32  # items: fewer say little; of more some are taken, evenly spaced
 PURPOSE = "heldout"  # of their noise
 
 
-def open_heldout(spec: str, manifest: Manifest, reading: Mapping[str, Any] | None = None) -> Source:
-    """Images of classes that the store has, with its numbers of them. Raises DataError for others, and for too few."""
-    if manifest.speech:
-        raise UsageError("--heldout is for images", "leave it out: 2% of the store are held out")
-    source = open_source(spec, **(reading or {}))
-    if len(source) < LEAST:
-        raise DataError(f"--heldout {spec} holds {len(source)} images, fewer than {LEAST}", "give more, or none")
+def open_heldout(spec: str, manifest: Manifest, reading: Mapping[str, Any] | None = None) -> Source | AudioSource:
+    """Images of classes that the store has, with its numbers of them; or recordings with texts of its units.
+
+    Raises DataError, or UsageError of a text, for others, and for too few."""
+    opened = (open_audio if manifest.speech else open_source)(spec, **(reading or {}))
+    if len(opened) < LEAST:
+        raise DataError(f"--heldout {spec} holds {len(opened)} items, fewer than {LEAST}", "give more, or none")
+    if isinstance(opened, AudioSource):
+        _check_texts(opened, manifest)
+        return opened
+    source = opened
     labels = source.need_labels()
     numbers, fault = match_classes(manifest.class_names, source.class_names, labels, "the store")
     if fault:
         raise DataError(f"--heldout {spec}: {fault}", "give images of its classes")
     source.labels, source.class_names = [numbers[label] for label in labels], list(manifest.class_names)
     return source
+
+
+def _check_texts(source: AudioSource, manifest: Manifest) -> None:
+    """Raise DataError unless recordings have texts and durations as the store's, UsageError for an unknown unit."""
+    assert manifest.speech is not None
+    assert manifest.speech.text is not None
+    if source.texts is None or (manifest.speech.durations and source.word_seconds is None):
+        lacking = "texts" if source.texts is None else "word_seconds"
+        raise DataError(f"--heldout {source.spec} has no {lacking}", "list them in a manifest.jsonl")
+    for sentence in source.texts:
+        text.encode(manifest.speech.text, manifest.speech.units, sentence)
+
+
+class EncodedRecordings(RaggedStore):
+    """Recordings in memory, one view each, held out as a whole. index: in the source, which addresses the noise."""
+
+    def __init__(self, source: AudioSource, tokenizer: Tokenizer, manifest: Manifest) -> None:
+        """source: of `open_heldout`. Raises AudioError, and DataError for durations that do not fit."""
+        numbers, inputs, encoded = spread(len(source), MOST), tokenizer.inputs, []
+        assert manifest.speech is not None
+        speech = manifest.speech.model_copy(update={"speakers": ()})  # those of the store may be others
+        changes = {"views": 1, "seed": 0, "class_names": (), "speech": speech, "rows": len(numbers)}
+        self.manifest = plan = manifest.model_copy(update=changes)
+        for number in numbers:
+            item = inputs.read(source, number)
+            eps_BTCS = tokenizer.noise(PURPOSE, plan.seed, [number], [0], inputs.positions(item))
+            arrays = {"items": item[None], "eps_VBTCS": eps_BTCS[None].numpy()}
+            with one_thread():
+                encoded.append(encode(tokenizer, plan, MicroBatch([number], [], arrays)))
+        self.offsets = np.array([0, len(numbers)])
+        self._hold([shard_arrays(encoded, source, plan)])
 
 
 class EncodedImages(CodeStore):

@@ -7,11 +7,12 @@ Legend: P sum of the rows' lengths S, U sum of the items' numbers of units N; n 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rdpm_cli import files
 from rdpm_cli.codes.store import CodeStore, Ints, Manifest, Plan, Speech
 from rdpm_cli.data import text
 from rdpm_cli.errors import DataError
@@ -19,14 +20,16 @@ from rdpm_cli.errors import DataError
 PADDING = -1  # unit ids behind the end of a text
 
 
-def conditions(source: Any, kind: text.Kind | None, rate: float) -> Speech:
-    """The table of units, and the speakers, of an AudioSource. rate: latents a second."""
+def conditions(source: Any, kind: text.Kind | None, split: Literal["row", "speaker"], rate: float) -> Speech:
+    """The table of units, and the speakers, of an AudioSource. rate: latents a second. Raises DataError."""
     if kind and source.texts is None:
         raise DataError(f"{source.spec} has no texts", "leave --units out, or name a source with texts")
     units = text.vocabulary(kind, source.texts) if kind else ()
     speakers = tuple(sorted(set(source.speakers or ())))
+    if split == "speaker" and len(speakers) < 2:
+        raise DataError(f"{source.spec} has {len(speakers)} speakers, too few to hold one out", "leave --split out")
     durations = bool(kind == "words" and source.word_seconds)
-    return Speech(text=kind, units=units, speakers=speakers, durations=durations, rate=rate)
+    return Speech(text=kind, units=units, speakers=speakers, durations=durations, rate=rate, split=split)
 
 
 def encoded_arrays(codes_nVTS: NDArray[np.uint16], z_nCS: NDArray[np.float16] | None) -> dict[str, NDArray[Any]]:
@@ -88,6 +91,14 @@ class RaggedStore(CodeStore):
         self._text = [arrays.get("text") for arrays in shards]
         self._durations = [arrays.get("durations") for arrays in shards]
         self._text_starts = [np.cumsum([0, *arrays.get("units", ())]) for arrays in shards]
+
+    @property
+    def split_keys(self) -> Ints:
+        """The source index, or a hash of the speaker's name, whatever other speakers a store has."""
+        speech = self.manifest.speech
+        if speech is None or speech.split == "row":
+            return self.index
+        return np.array([int(files.digest(name)[:15], 16) for name in speech.speakers])[self.columns["speakers"]]
 
     def longest(self, rows: Ints) -> int:
         return int(self.lengths[rows].max())

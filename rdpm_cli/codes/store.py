@@ -20,6 +20,7 @@ from rdpm_cli import files, noise
 from rdpm_cli.data.open import is_there, open_source
 from rdpm_cli.data.pixels import TRANSFORM
 from rdpm_cli.data.source import Source
+from rdpm_cli.data.text import Kind
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.schema import Section, added
 
@@ -49,11 +50,12 @@ class Speech(Section):
 
     durations: whether the lengths of the units are stored. rate: latents a second."""
 
-    text: Literal["words", "bytes"] | None
+    text: Kind | None
     units: tuple[str, ...]
     speakers: tuple[str, ...]
     durations: bool
     rate: float
+    split: Literal["row", "speaker"] = added("row", "held out of trainings: some recordings, or all of some speakers")
 
 
 class Plan(Section):
@@ -159,6 +161,14 @@ class Manifest(Plan):
     def write(self, root: Path) -> None:
         """Write root/manifest.json with its own checksum: the store is finished."""
         files.write_json(root / MANIFEST, {**self.model_dump(mode="json"), "sha256": self.digest()})
+
+    def facts(self) -> dict[str, Any]:
+        """The number of items; of sound also their duration, and the numbers of speakers and units."""
+        if self.speech is None:
+            return {"images": self.images}
+        seconds = sum(shard.positions for shard in self.shards) / self.views / self.speech.rate
+        facts = {"recordings": self.images, "seconds": round(seconds, 2), "speakers": len(self.speech.speakers)}
+        return {**facts, "text": self.speech.text, "units": len(self.speech.units)}
 
     def sums(self) -> dict[str, str]:
         """sha256 of every file but the manifest."""
@@ -281,13 +291,20 @@ class CodeStore:
             out[position] = shards[shard][row]
         return out
 
+    @property
+    def split_keys(self) -> Ints:
+        """A number a row by which it is held out: rows with the same number are on one side of the split."""
+        return self.index
+
     def split(self) -> tuple[Ints, Ints]:
-        """(training rows, held-out rows): 2% of the items, by a hash of the source index."""
-        held = held_out(self.index)
-        if held.all() or not held.any():  # too few items for the hash: hold out the last one
-            held = self.index == self.index.max(initial=-1)
+        """(training rows, held-out rows): 2% of the items, or of the speakers, by a hash."""
+        keys = self.split_keys
+        held = held_out(keys)
+        if held.all() or not held.any():  # too few keys for the hash: hold out the last one
+            held = keys == keys.max(initial=-1)
         if held.all():
-            raise DataError(f"{self.root} holds fewer than two items, which leaves none to train on", "tokenize more")
+            message = f"{self.root} holds fewer than two items or speakers, which leaves none to train on"
+            raise DataError(message, "tokenize more")
         rows = np.arange(len(self), dtype=np.int64)
         return rows[~held], rows[held]
 

@@ -27,6 +27,7 @@ from rdpm_cli import files, noise, runs
 from rdpm_cli.codes import ragged, store
 from rdpm_cli.codes.store import BadItem, DataOrigin, Manifest, Plan, Shard
 from rdpm_cli.data.source import ItemSource, spread
+from rdpm_cli.data.text import Kind
 from rdpm_cli.distributed import barrier, one_thread, world
 from rdpm_cli.errors import DataError, ItemError, RunError, UsageError, some_of
 from rdpm_cli.tokenizer.inputs import Inputs, Item
@@ -47,7 +48,8 @@ class StoreOptions:
     shard_images: int = 4096
     precision: Literal["fp32", "bf16"] | None = None
     micro_batch: int | None = None
-    text: Literal["words", "bytes"] | None = None  # units of the texts of sound
+    text: Kind | None = None  # units of the texts of sound
+    split: Literal["row", "speaker"] = "row"  # of sound: what trainings hold out
 
 
 def make_plan(
@@ -56,8 +58,10 @@ def make_plan(
     """Everything that fixes the store. digest: of the tokenizer. Raises UsageError, and DataError without classes."""
     cpu, auto, inputs, speech = device.type == "cpu", tokenizer.cfg.autoencoder, tokenizer.inputs, None
     if inputs.rate:
-        speech = ragged.conditions(source, options.text, inputs.rate)
+        speech = ragged.conditions(source, options.text, options.split, inputs.rate)
     else:
+        if options.text or options.split != "row":
+            raise UsageError(f"--units and --split are for sound, and {source.spec} holds images", "leave them out")
         source.need_labels()
     if options.flip and options.views % 2:
         raise UsageError(f"--flip mirrors every second view, but --views is {options.views}", "give an even number")
@@ -65,7 +69,7 @@ def make_plan(
         reason = "a store made on a CPU has the same bytes on every machine of its type"
         raise UsageError(f"--precision and --micro-batch are for GPUs: {reason}", "leave them out")
     quant, fixed = tokenizer.cfg.quantizer, asdict(options)
-    del fixed["text"]
+    del fixed["text"], fixed["split"]
     # Latent positions of a forward pass. Items of any length are encoded alone: padding would change their codes.
     batch = 1 if speech else max(1, (2048 if cpu else 16384) // math.prod(auto.grid))
     defaults = {"precision": "fp32" if cpu else "bf16", "micro_batch": batch}

@@ -20,11 +20,12 @@ from rdpm_cli.tokenizer.model import parameters
 from rdpm_cli.training.log import last_metrics
 
 # Values of the log in the result; each group is taken from the last line that has its first name.
+NAMED = ("heldout_images", "heldout_recordings")  # of --heldout
 HELDOUT = ("heldout/baseline", "heldout/class_mean", "heldout/linear", "heldout/gap")
 REPORTED = (
     ("ce", "accuracy"), ("nll",), ("heldout/accuracy", *HELDOUT), ("heldout/nll", "heldout/baseline"),
-    ("heldout_images/ce", "heldout_images/accuracy", *(name.replace("/", "_images/") for name in HELDOUT)),
-    ("heldout_images/nll", "heldout_images/baseline"),
+    *((f"{group}/ce", f"{group}/accuracy", *(name.replace("heldout", group) for name in HELDOUT)) for group in NAMED),
+    *((f"{group}/nll", f"{group}/baseline") for group in NAMED),
     ("proxy/frechet_distance", "proxy/class_accuracy"),
 )  # fmt: skip
 
@@ -39,7 +40,7 @@ def train_gen(
     assert cfg is not None
     opened = registry.open_codes(codes, cfg, resolved.seed)
     store, tokenizer, batches, m = opened.store, opened.tokenizer, opened.batches, opened.store.manifest
-    images = open_heldout(heldout, m, reading) if heldout else None
+    named = open_heldout(heldout, m, reading) if heldout else None
     kernel = registry.find_kernel(cfg, device)
     if cfg.proxy.samples:
         watch.open_proxy(cfg.proxy, store, torch.device("cpu"))  # fails, if it does, before the run folder is claimed
@@ -53,12 +54,13 @@ def train_gen(
         generator.network.to(training.device).train()
         registry.prepare(generator, cfg, kernel)
         measured = generator.begin(cfg, store)
-        progress.say(f"{parameters(generator.network):,} parameters, {batches.images:,} images × {m.views} views")
+        items = f"{batches.images:,} {'recordings' if m.speech else 'images'} × {m.views} views"
+        progress.say(f"{parameters(generator.network):,} parameters, {items}")
         draw = partial(watch.training_curves, training.out / "curves.png", generator_run=training.out)
-        observers = [watch.generator_monitor(generator, tokenizer, cfg, batches, images)]
+        observers = [watch.generator_monitor(generator, tokenizer, cfg, batches, named)]
         if cfg.proxy.samples:
             observers.append(watch.proxy_score(generator, tokenizer, cfg, store))
-        flops = 0 if m.speech else plan.generator_flops(cfg, tokenizer.cfg)  # those of sound depend on its length
+        flops = plan.generator_flops(cfg, tokenizer.cfg, plan.mean_of(store))
         players = [GeneratorTask(generator)]
         generator.network = training.fit(players, batches, cfg.train, batches.images, observers, flops, draw)
         provenance: dict[str, Any] = {"recipe": resolved.model_dump(mode="json")}

@@ -24,6 +24,7 @@ from rdpm_cli.data.audio import AudioSource, open_audio
 from rdpm_cli.data.open import ARCHIVES, expand, is_builtin, open_source
 from rdpm_cli.data.pixels import image_errors
 from rdpm_cli.data.source import Source, spread
+from rdpm_cli.engine.speech_scores import drawn_sounds
 from rdpm_cli.errors import AbsentWeightsError, AudioError, CheckpointError, DataError, ImageError, RdpmError
 from rdpm_cli.evaluation import features, judge, speech_judge
 from rdpm_cli.generator import registry
@@ -131,7 +132,9 @@ def _folder(path: Path) -> tuple[str, Values] | None:
         return "demo", files.read_json(path / "result.json")
     if (path / "manifest.json").is_file():
         manifest = store.Manifest.load(path)
-        return "code store", {"digest": manifest.digest(), **manifest.model_dump(mode="json")}
+        of_images = {"images", "resolution"} if manifest.speech else set[str]()
+        values = manifest.model_dump(mode="json", exclude=of_images)
+        return "code store", {"digest": manifest.digest(), **manifest.facts(), **values}
     if (path / samples.RECORD).is_file():
         record = files.read_json(path / samples.RECORD)
         return "samples", {**record, "samples": len(record["samples"])}
@@ -167,6 +170,8 @@ def _model_file(path: Path) -> tuple[str, Values]:
     values = {"file": str(path), "bytes": path.stat().st_size, **values}
     if kind == "generator":
         loaded = registry.load(path)
+        if loaded.text:
+            values |= {"text": loaded.text, "units": len(loaded.class_names), "unit_names": values.pop("class_names")}
         values["parameters"] = parameters(loaded.generator.network)
         values["sampling"] = loaded.sampling.model_dump(mode="json")
         values["tokenizer"] = {key: content["tokenizer"][key] for key in ("digest", "config")}
@@ -190,6 +195,9 @@ def verify(path: Path) -> Result:
         {**loaders, "speech judge": speech_judge.load}[kind](path)
         return Result("the checkpoint is intact", {**values, "kind": kind, "digest": content["digest"]})
     if (path / samples.RECORD).is_file():
+        if files.read_json(path / samples.RECORD).get("format") == samples.SPEECH:
+            sounds = drawn_sounds(path, None)  # raises DataError for the first file that is damaged
+            return Result("the samples are intact", {"folder": str(path), "samples": len(sounds)})
         images = samples.open_samples(path)
         for _ in images.read([range(i, min(i + 64, images.count)) for i in range(0, images.count, 64)]):
             pass  # reading raises DataError for the first file that is damaged
@@ -199,7 +207,7 @@ def verify(path: Path) -> Result:
     manifest = store.verify(path)
     names = [*manifest.files, *(name for shard in manifest.shards for name in shard.sha256)]
     values = {"store": str(path), "digest": manifest.digest()}
-    values |= {key: getattr(manifest, key) for key in ("tokenizer", "images", "bad", "rows")}
+    values |= {"tokenizer": manifest.tokenizer, **manifest.facts(), "bad": manifest.bad, "rows": manifest.rows}
     values |= {"shards": len(manifest.shards), "files": len(names) + 1}
     return Result("the code store is intact", {**values, "bytes": sum((path / n).stat().st_size for n in names)})
 

@@ -37,6 +37,7 @@ from rdpm_cli.tokenizer.model import Tokenizer
 CLASSES_SHOWN, SAMPLES_SHOWN = 16, 8  # classes in the previews, samples of each
 GRID, STEPS_GIF, STEPS_SHEET = "previews/grid.png", "previews/steps.gif", "previews/steps.png"
 WAIT_SECONDS = 0.2  # between two looks at the files of other processes
+UNFINISHED = "shard written; other shards are still missing"
 
 Draw = Callable[[Sequence[int], Sequence[int]], Samples]  # indices and labels -> samples
 # A process draws micro-batch `first` of every `stride`; it is `rank` of the `ranks` processes of its command.
@@ -129,50 +130,65 @@ def share_of(shard: str) -> Share:
     return (int(first) - 1) * ranks + rank, int(count) * ranks, rank, ranks
 
 
+def shared(
+    out: Path, share: Share, batches: Sequence[Sequence[int]], unit: str, is_missing: Callable[[Any], bool],
+    make: Callable[[Any], None], finish: Callable[[], None],
+) -> None:  # fmt: skip
+    """Make the batches of this process that are missing in `out`; the last process finishes. unit: of a sample."""
+    first, stride, rank, ranks = share
+    mine = batches[first::stride]
+    total = sum(map(len, mine))
+    with folder.writing(out, first, stride), stop_on_signal(interrupt=ranks > 1) as stop:
+        with progress.Bar("sample", total, unit) as bar:
+            for batch in mine:
+                if not is_missing(batch):
+                    bar.resume_at(bar.done + len(batch))
+                    continue
+                make(batch)
+                bar.advance(len(batch))
+                if bar.done < total:
+                    stop.leave(f"{bar.done} of {total} samples are in {out}")
+        if rank > 0:
+            return
+        for other in range(ranks):  # the first process of a command ends last
+            for batch in batches[first + other :: stride]:
+                while is_missing(batch):
+                    stop.leave(f"finished samples are in {out}")
+                    time.sleep(WAIT_SECONDS)
+        with folder.one_at_a_time(out):
+            if missing := sum(len(batch) for batch in batches if is_missing(batch)):
+                progress.say(f"{missing} samples of other shards are missing; the last shard writes {folder.RECORD}")
+                return
+            finish()
+
+
 def _work(
     files: SampleFiles, share: Share, job: sampler.Job, draw: Draw, labels: list[int], record: dict[str, Any],
     outputs: Outputs,
 ) -> None:  # fmt: skip
     """Draw the micro-batches of this process that have no files yet; the last process writes the job's record."""
-    first, stride, rank, ranks = share
     shown = previewed(labels)
     shown_codes: dict[int, Tensor] = {}  # (T, S) by index, of the samples drawn here
-    batches = files.batches[first::stride]
-    total = sum(map(len, batches))
-    with folder.writing(files.folder, first, stride), stop_on_signal(interrupt=ranks > 1) as stop:
-        with progress.Bar("sample", total, "images") as bar:
-            for batch in batches:
-                if not files.is_missing(batch):
-                    bar.resume_at(bar.done + len(batch))
-                    continue
-                pixels = files.read(batch)  # from the other kind of file, which an earlier run has written
-                if pixels is None:
-                    samples = draw(batch, [labels[index] for index in batch])
-                    shown_codes |= {i: codes for i, codes in zip(batch, samples.codes_BTS, strict=True) if i in shown}
-                    pixels = samples.pixels_BHWC
-                    files.note(job.made_with)
-                files.write(batch, pixels)
-                bar.advance(len(batch))
-                if bar.done < total:
-                    stop.leave(f"{bar.done} of {total} samples are in {files.folder}")
-        if rank > 0:
-            return
-        for other in range(ranks):  # the first process of a command ends last
-            for batch in files.batches[first + other :: stride]:
-                while files.is_missing(batch):
-                    stop.leave(f"finished samples are in {files.folder}")
-                    time.sleep(WAIT_SECONDS)
-        with folder.one_at_a_time(files.folder):
-            if missing := sum(len(batch) for batch in files.batches if files.is_missing(batch)):
-                progress.say(f"{missing} samples of other shards are missing; the last shard writes {folder.RECORD}")
-                return
-            _save_previews(files, job, draw, labels, shown_codes, record["class_names"], outputs)
-            if outputs.npz:
-                files.save_npz(record["resolution"], labels)
-            # The record lists all that the folder has, also the other kind of file of an earlier run.
-            packed = {"npz": folder.NPZ} if (files.folder / folder.NPZ).is_file() else {}
-            rows = folder.sample_rows(labels, all(map(files.has_pngs, files.batches)))
-            folder.finish(files.folder, {**record, **packed, "made_with": files.notes(), "samples": rows})
+
+    def make(batch: range) -> None:
+        pixels = files.read(batch)  # from the other kind of file, which an earlier run has written
+        if pixels is None:
+            samples = draw(batch, [labels[index] for index in batch])
+            shown_codes.update((i, codes) for i, codes in zip(batch, samples.codes_BTS, strict=True) if i in shown)
+            pixels = samples.pixels_BHWC
+            files.note(job.made_with)
+        files.write(batch, pixels)
+
+    def finish() -> None:
+        _save_previews(files, job, draw, labels, shown_codes, record["class_names"], outputs)
+        if outputs.npz:
+            files.save_npz(record["resolution"], labels)
+        # The record lists all that the folder has, also the other kind of file of an earlier run.
+        packed = {"npz": folder.NPZ} if (files.folder / folder.NPZ).is_file() else {}
+        rows = folder.sample_rows(labels, all(map(files.has_pngs, files.batches)))
+        folder.finish(files.folder, {**record, **packed, "made_with": files.notes(), "samples": rows})
+
+    shared(files.folder, share, files.batches, "images", files.is_missing, make, finish)
 
 
 def previewed(labels: Sequence[int]) -> list[int]:
@@ -228,7 +244,7 @@ def _result(out: Path, record: dict[str, Any], sampling: SamplingConfig, outputs
     values |= {"checkpoint": record["made_from"]["checkpoint"], **changed, "passes": passes}
     values |= {name: options[name] for name in ("seed", "edit", "reject") if name in options}
     if not finished:
-        return Result("shard written; other shards are still missing", values)
+        return Result(UNFINISHED, values)
     values |= {name: str(out / path) for name, path in paths.items()}
     return Result("samples written", values, rdpm_command("eval", "fid", out))
 

@@ -156,10 +156,11 @@ def tokenize(
         loaded.to(picked).to(memory_format=layout)
         work = Work(workers, "skip" if on_bad == "skip" else "stop", max_bad, lambda: bool(stop.name))
         pieces = write_store(out, source, loaded, path.read_bytes(), store_plan, work)
-        with progress.Bar("tokenize", len(source), "images") as bar, contextlib.closing(pieces):
+        item = "recording" if store_plan.speech else "image"
+        with progress.Bar("tokenize", len(source), f"{item}s") as bar, contextlib.closing(pieces):
             bar.resume_at(next(pieces))
             if is_first() and is_finished(out):
-                progress.say(f"{out} is finished already; the names of the images were compared, not their pixels")
+                progress.say(f"{out} is finished already; the names of the {item}s were compared, not their content")
             for count in pieces:
                 bar.advance(count)
                 if bar.done < len(source) or world()[1] > 1:  # else only the manifest is left to write
@@ -167,10 +168,12 @@ def tokenize(
     m = Manifest.load(out)
     size = sum((out / name).stat().st_size for shard in m.shards for name in shard.sha256)
     values = {
-        "store": str(out), "digest": m.digest(), "tokenizer": m.tokenizer, "images": m.images, "bad": m.bad,
+        "store": str(out), "digest": m.digest(), "tokenizer": m.tokenizer, **m.facts(), "bad": m.bad,
         "classes": len(m.class_names), "views": m.views, "shape": [m.steps, *m.grid], "bytes": size,
-        "bytes_per_image": round(size / m.images, 1),
+        f"bytes_per_{item}": round(size / m.images, 1),
     }  # fmt: skip
+    if m.speech:  # whose items have any length
+        values["shape"] = [m.steps]
     fidelity = [name for name in m.samples[0] if name != "index"]
     values |= {name: round(sum(item[name] for item in m.samples) / len(m.samples), 2) for name in fidelity}
     return Result("codes written", values, rdpm_command("train-gen", out, "--recipe", "NAME"))
@@ -196,19 +199,24 @@ def _align(source: ItemSource, judge: Path, on_bad: str) -> None:
 
 def reconstruct(
     target: str, out: Path, tokenizer: Path | None = None, *, seed: int = 0, limit: int | None = None,
-    device: str = "auto", reading: Reading | None = None,
+    vocoder: str | None = None, device: str = "auto", reading: Reading | None = None,
 ) -> Result:  # fmt: skip
-    """Images, or a code store, -> PNG files; where the images are known, a side-by-side grid, PSNR and SSIM too."""
+    """Images, or a code store, -> PNG files; where the images are known, a side-by-side grid, PSNR and SSIM too.
+
+    Recordings -> WAV files, by a vocoder; None: Griffin-Lim."""
     if not is_builtin(target) and (Path(target) / MANIFEST).is_file():
-        if seed:
-            raise UsageError("--seed is only for images: a code store has its own noise", "leave it out")
+        if seed or vocoder:
+            name = "--seed" if seed else "--vocoder"
+            raise UsageError(f"{name} is not for a code store: it has its own noise, and no sound", "leave it out")
         return _decode_store(Path(target), out, tokenizer, limit, device)
     check_output(out, target)
     loaded, content = model.load(find_tokenizer(tokenizer))
     source = loaded.inputs.open(target, **(reading or {}))
     if isinstance(source, AudioSource):
         loaded.to(pick_device(device))
-        return reconstruct_speech(source, loaded, content["digest"], out, seed, spread(len(source), limit))
+        return reconstruct_speech(source, loaded, content["digest"], out, seed, spread(len(source), limit), vocoder)
+    if vocoder:
+        raise UsageError(f"--vocoder is for sound, and {target} holds images", "leave it out")
     assert isinstance(source, Source)
     size, indices = loaded.cfg.autoencoder.resolution, spread(len(source), limit)
     labels = [None if source.labels is None else int(source.labels[i]) for i in indices]

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdpm_cli.codes.heldout import EncodedImages
+from rdpm_cli.codes.heldout import EncodedImages, EncodedRecordings
+from rdpm_cli.codes.ragged import RaggedStore
 from rdpm_cli.codes.store import CodeStore, store_reference
-from rdpm_cli.data import pictures
+from rdpm_cli.data import audio, mel, pictures
+from rdpm_cli.data.audio import AudioSource
 from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.data.pictures import Curve
-from rdpm_cli.data.source import ItemSource, Source
+from rdpm_cli.data.source import ItemSource, Source, spread
 from rdpm_cli.distributed import is_first, one_thread, world
 from rdpm_cli.errors import UsageError
 from rdpm_cli.evaluation import features, judge, metrics, score
@@ -27,10 +29,10 @@ from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
 from rdpm_cli.generator import sampler
 from rdpm_cli.generator.config import GeneratorConfig, ProxyConfig
-from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions, held_out
+from rdpm_cli.generator.contract import Generator, GeneratorBatches, Known, SampleOptions, held_out
 from rdpm_cli.progress import Bar, warn
 from rdpm_cli.tokenizer.config import AutoencoderConfig, TokenizerConfig
-from rdpm_cli.tokenizer.inputs import Item
+from rdpm_cli.tokenizer.inputs import Item, MelInputs
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.training.config import TrainConfig
 from rdpm_cli.training.log import read_metrics
@@ -40,6 +42,7 @@ DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampl
 PREVIEW = "previews/step-{:07d}.png"
 BASELINES = {"baseline": "model-free baseline", "class_mean": "class mean of z", "linear": "linear in z'_{t-1}"}
 PREVIEWS = 8  # images, or samples a class
+SOUNDS = 4  # held-out rows in a preview
 ALARM_LINES = 5  # logged steps of low codebook usage before a warning
 MIN_VARIATION = 0.02  # of an informative latent; healthy small runs had 0.15 to 0.63
 PROXY_REFERENCES = 10_000  # images of the store's data at most, evenly spaced
@@ -100,7 +103,7 @@ def progress_bar(bar: Bar) -> Observer:
     def observe(run: Run, logs: dict[str, float] | None) -> None:
         if bar.done == 0 and run.step > 1:
             bar.resume_at(run.step - 1)
-        text = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} images/s" if logs else ""
+        text = f"loss {logs['loss']:.4f}, {logs['images_per_second']:.0f} items/s" if logs else ""
         if logs and "utilisation" in logs:
             text += f", {logs['utilisation']:.0%} of peak"
         bar.advance(1, text)
@@ -130,7 +133,7 @@ def codebook_alarm(cfg: TokenizerConfig) -> Observer:
             )
         if low["variation"] == ALARM_LINES:
             warn(
-                f"at step {run.step} only {variation:.0%} of the latent varies over images and positions, {since}: "
+                f"at step {run.step} only {variation:.0%} of the latent varies over items and positions, {since}: "
                 "the encoder carries hardly any information. Lower train.lr, clip gradients (train.clip=1) or start "
                 "--from-weights"
             )
@@ -192,11 +195,11 @@ def averaged(generator: Generator, run: Run) -> Iterator[None]:
 
 def generator_monitor(
     generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, batches: GeneratorBatches,
-    images: Source | None = None,
+    named: Source | AudioSource | None = None,
 ) -> Observer:  # fmt: skip
-    """Held-out measurements with the baselines, norms of z'_t, and a grid of samples from fixed seeds.
+    """Held-out measurements with the baselines, norms of z'_t, and a grid of samples from fixed seeds, or sounds.
 
-    images: held-out ones, measured beside the store's own held-out rows."""
+    named: held-out images or recordings, measured in addition to the store's own held-out rows."""
     manifest = batches.store.manifest
     class_names = manifest.class_names
     classes, T = list(range(min(10, len(class_names)))), tokenizer.quantizer.steps
@@ -206,8 +209,10 @@ def generator_monitor(
     def fixed(device: torch.device) -> tuple[Any, dict[str, GeneratorBatches]]:
         """The baselines, and what is measured, by its name in the log."""
         measured = {"heldout": batches}
-        if images is not None:
-            measured["heldout_images"] = batches.of_images(EncodedImages(images, tokenizer, manifest, device))
+        if isinstance(named, AudioSource):
+            measured["heldout_recordings"] = batches.of_items(EncodedRecordings(named, tokenizer, manifest))
+        elif named is not None:
+            measured["heldout_images"] = batches.of_items(EncodedImages(named, tokenizer, manifest, device))
         return generator.fit_baselines(batches.store, batches.rows), measured
 
     def observe(run: Run, logs: dict[str, float] | None) -> dict[str, Any] | None:
@@ -220,7 +225,8 @@ def generator_monitor(
             for group, part in parts.items():
                 measured = held_out(generator, part, run.device, baselines)
                 values |= {f"{group}/{name}": value for name, value in measured.items()}
-            if manifest.speech:
+            if isinstance(batches.store, RaggedStore):
+                _sound_preview(run, generator, tokenizer, batches, SampleOptions(cfg.sampling))
                 return values
             samples = list(sampler.sample(generator, tokenizer, labels, SampleOptions(cfg.sampling), micro_batch))
         images = np.concatenate([s.pixels_BHWC for s in samples])
@@ -233,6 +239,37 @@ def generator_monitor(
         return {**values, "sampled/norm": norms}
 
     return observe
+
+
+@torch.no_grad()
+def _sound_preview(
+    run: Run, generator: Generator, tokenizer: Tokenizer, batches: GeneratorBatches, options: SampleOptions
+) -> None:
+    """RUN/previews/: samples with the texts and prompts of some held-out rows, and their spectrograms below the rows'.
+
+    Of a row what its codes decode to."""
+    store, inputs = batches.store, tokenizer.inputs
+    assert isinstance(store, RaggedStore)
+    assert isinstance(inputs, MelInputs)
+    rows = next(batches.held_out_rows())
+    rows = rows[spread(len(rows), SOUNDS)]
+    codes_BTS, columns = batches.read(rows)
+    codes_BTS, columns = codes_BTS.to(run.device), {name: column.to(run.device) for name, column in columns.items()}
+    is_known_BS = torch.from_numpy(store.exists(rows) & ~batches.open_positions(rows, None)).to(run.device)
+    eps_BTCS = tokenizer.noise("sample", options.seed, range(len(rows)), [0] * len(rows), codes_BTS.shape[2])
+    prompts_BTS = tokenizer.quantizer.encode(columns["latents"], eps_BTCS.to(run.device))
+    known = Known(prompts_BTS, is_known_BS[:, None].expand_as(prompts_BTS))
+    samples_BTS = generator.sample(columns, torch.arange(len(rows)), options, known)
+    sheet = np.repeat(inputs.blank()[:1], codes_BTS.shape[2] * inputs.stride, 0)[None].repeat(2 * len(rows), 0)
+    for row, length in enumerate(store.lengths[rows].tolist()):
+        for half, codes in enumerate((codes_BTS, samples_BTS)):
+            with one_thread():
+                item = inputs.items(tokenizer.decode(codes[row : row + 1, :, :length]))[0]
+            sheet[half * len(rows) + row, : len(item)] = item
+        path = (run.folder / PREVIEW.format(run.step)).with_suffix(f".{row}.wav")
+        audio.write_wav(path, mel.griffin_lim(item, inputs.features), inputs.features.rate)
+    picture = pictures.grid(inputs.pixels(sheet), len(rows), ["held out", "sample"], f"step {run.step}")
+    pictures.save_png(run.folder / PREVIEW.format(run.step), picture)
 
 
 def proxy_score(generator: Generator, tokenizer: Tokenizer, cfg: GeneratorConfig, store: CodeStore) -> Observer:
