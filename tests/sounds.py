@@ -141,6 +141,8 @@ def save_speech_generator(path: Path, root: Path, cfg: GeneratorConfig, generato
     """The file of a generator for a store, as train-gen writes it; default: an untrained one."""
     fresh, _, opened = open_generator(root, cfg)
     names = list(opened.store.manifest.condition_names)
-    content = registry.pack(generator or fresh, cfg, opened.content, names, provenance={}, text="words")
+    speech = opened.store.manifest.speech
+    assert speech is not None
+    content = registry.pack(generator or fresh, cfg, opened.content, names, provenance={}, text=speech.text)
     checkpoint.save(path, content)
     return path

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import CPU, tiny_config
+from sounds import FAMILIES, speech_store
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli import checkpoint, files
 from rdpm_cli.cli.app import run
@@ -20,6 +22,7 @@ from rdpm_cli.engine.train import recipe_settings
 from rdpm_cli.generator import registry
 from rdpm_cli.generator.contract import GeneratorTask
 from rdpm_cli.recipes import load_recipe
+from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.model import Tokenizer
 from rdpm_cli.tokenizer.networks import PatchDiscriminator
@@ -275,3 +278,36 @@ def test_a_plan_reads_the_tokenizer_of_the_store(
         checkpoint.save(copy, {**content, "weights": weights, "digest": digest})
     assert run(["train-gen", str(tmp_path / "codes"), "--recipe", "digits", "--dry-run"]) == 3
     assert "codes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("align", ["durations", "cross"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_of_speech_counts_a_mean_row_and_holds_the_longest(
+    family: str, align: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """Against the operations of a real batch of one row of the mean length."""
+    spoken = [[("low", 6), ("high", 4)], [("rise", 10), ("hiss", 20)]] * 2  # 10 and 30 latents of 2 words
+    store = speech_store(tmp_path, FAMILIES[family], spoken, latents=True)
+    recipe = {"rdpm": "speech8-sin", "resgen": "speech8-rvq"}[family]
+    small = ["network.depth=1", "network.width=32", "network.heads=2", f"network.align={align}", "train.batch=16"]
+    small += ["network.mixtures=8"] if family == "resgen" else []
+    values = plan_of(capsys, recipe, *small, codes=str(store.root))
+    cfg = load_recipe(recipe, small, "generator").generator
+    assert cfg is not None
+    opened = registry.open_codes(store.root, cfg, 0)
+    generator = registry.build(cfg, opened.tokenizer, len(store.manifest.condition_names))
+    registry.prepare(generator, cfg)
+    with FlopCounterMode(display=False) as counter:
+        task, family_of = GeneratorTask(generator), registry.FAMILIES[family]
+        batch = family_of.batches.blank(cfg, opened.tokenizer.quantizer, 1, (20, 2))
+        task.loss(batch, TrainStep(0, 0, range(1), 1, CPU))[0].backward()
+    assert values["flops"]["image"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert values["parameters"] == model.parameters(generator.network)
+    assert (values["images"], values["assumed"]) == (3, None)
+
+
+def test_a_plan_without_a_store_of_speech_assumes_libritts(capsys: Capture) -> None:
+    options = ["network.depth=1", "network.width=64", "network.heads=1", "train.batch=32"]
+    values = plan_of(capsys, "libritts-resgen", *options)
+    assert "LibriTTS" in values["assumed"]
+    assert values["hours"] * 3600 * values["images_per_second"] == pytest.approx(1_000_000 * 32)

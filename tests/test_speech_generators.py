@@ -3,32 +3,39 @@
 Legend: B rows, N units, T steps, S latents, C channels."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from generators import fixed_seed  # noqa: F401
-from sounds import FAMILIES, open_generator, speech_config, speech_store, strings
+from sounds import FAMILIES, STEP, open_generator, speech_config, speech_store, strings, write_speech
 from torch import Tensor
 
+from rdpm_cli.cli.app import run as run_cli
+from rdpm_cli.codes import heldout
+from rdpm_cli.codes.heldout import EncodedRecordings
 from rdpm_cli.codes.ragged import RaggedStore
+from rdpm_cli.data.audio import open_audio
 from rdpm_cli.distributed import TrainStep
-from rdpm_cli.engine import speech
-from rdpm_cli.engine.speech import Prepared
 from rdpm_cli.errors import DataError
-from rdpm_cli.generator.conditions import places
+from rdpm_cli.generator import speech_sampler as speech
+from rdpm_cli.generator.conditions import LengthPredictor, places
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.contract import Generator, GeneratorBatches, GeneratorTask, Known, SampleOptions
 from rdpm_cli.generator.rdpm import CodeBatch
 from rdpm_cli.generator.registry import Codes, LoadedGenerator
 from rdpm_cli.generator.resgen import MaskBatch, sampling_counts
+from rdpm_cli.generator.speech_sampler import Spoken
 
 CPU = torch.device("cpu")
 T, C = 3, 4
 families = pytest.mark.parametrize("family", FAMILIES)
+aligns = pytest.mark.parametrize("align", ["durations", "cross"])
 SPOKEN = [*strings(12), [("low", 9), ("hiss", 9), ("high", 9)], *strings(12, 1)]
 
 
@@ -58,18 +65,31 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: speech_store(root / family, kind, SPOKEN, latents=True).root for family, kind in FAMILIES.items()}
 
 
-def setup(stores: dict[str, Path], family: str, batch: int = 8, awake: bool = True, **sections: Any) -> Setup:
-    cfg = speech_config(family, batch, **sections)
+def setup(
+    stores: dict[str, Path], family: str, batch: int = 8, awake: bool = True, align: str = "durations", **sections: Any
+) -> Setup:
+    network = {"align": align} if align == "durations" else {"align": align, "text_depth": 1}
+    cfg = speech_config(family, batch, **{**sections, "network": network | sections.get("network", {})})
     return Setup(*open_generator(stores[family], cfg, awake), cfg)
 
 
-def line(store: RaggedStore, row: int, known: int) -> Prepared:
+def masks(columns: dict[str, Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Which positions exist, and which are known. (B, S) each."""
+    if "durations" in columns:
+        at = places(columns["durations"], columns["known"], length)
+        return at.exists_BS, at.known_BS
+    return torch.arange(length) < columns["lengths"][:, None], columns["known"]
+
+
+def line(store: RaggedStore, row: int, known: int, align: str = "durations") -> Spoken:
     """A row of the store as a line, of which some units are the prompt."""
     rows = np.array([row])
     durations = store.durations(rows)[0].astype(int).tolist()
     units = store.text(rows)[0].tolist()
     latents = torch.from_numpy(store.latents(rows)[0].astype(np.float32))[:, : sum(durations[:known])]
-    return Prepared(units, durations, known, latents, np.zeros(0, np.float32), {})
+    if align == "cross":
+        return speech.spoken(units, [latents.shape[1], sum(durations[known:])], latents, 1)
+    return speech.spoken(units, durations, latents, known)
 
 
 # ---- where a position is -------------------------------------------------------------------------------------------
@@ -107,6 +127,35 @@ def test_a_batch_begins_with_prompts_of_whole_units_that_leave_some_to_draw(
     assert {k for k, n in zip(known, units, strict=True) if n == 4} == {0, 1, 2, 3}
 
 
+def test_sorted_steps_draw_each_row_once_an_epoch_in_batches_with_less_padding(stores: dict[str, Path]) -> None:
+    padding = {}
+    for steps in (1, 4):
+        made, again = (setup(stores, "resgen", 4, objective={"sorted_steps": steps}) for _ in range(2))
+        rows, lengths = len(made.batches.rows), made.store.lengths
+        batches = [made.batches.rows_at(step, range(4)) for step in reversed(range(rows * 12 // 4))][::-1]
+        assert np.bincount(np.concatenate(batches))[made.batches.rows].tolist() == [12] * rows
+        assert again.batches.rows_at(7, range(1, 3)).tolist() == batches[7][1:3].tolist()
+        padding[steps] = np.mean([lengths[batch].max() * 4 / lengths[batch].sum() - 1 for batch in batches])
+    assert padding[4] < 0.6 * padding[1]
+
+
+@families
+def test_prompts_of_cross_alignment_are_prefixes_or_leave_a_stretch_between_known_ends(
+    family: str, stores: dict[str, Path]
+) -> None:
+    made = setup(stores, family, 16, align="cross", objective={"prompt": 0.8, "span": 0.25})
+    kinds, to_the_end = [], []
+    for step in range(60):
+        columns = made.batches.batch_at(step, range(16)).columns
+        for known_S, length in zip(columns["known"], columns["lengths"].tolist(), strict=True):
+            assert not bool(known_S[length:].any())
+            runs = [(key, len(list(run))) for key, run in itertools.groupby(known_S[:length].tolist())]
+            assert sum(not key for key, _ in runs) == 1  # one stretch is to be drawn
+            kinds.append(runs[-1][0])
+            to_the_end.append(1 - (1 - 1 / length) ** 2)  # the larger of two uniform places is the last one
+    assert np.mean(kinds) == pytest.approx(0.8 * 0.25 * (1 - np.mean(to_the_end)), abs=0.03)
+
+
 @pytest.mark.parametrize("order", ["coarse-to-fine", "random"])
 def test_no_slot_of_a_prompt_or_of_padding_is_masked_and_each_row_has_its_own_number(
     order: str, stores: dict[str, Path]
@@ -140,17 +189,21 @@ OBJECTIVES: dict[str, dict[str, Any]] = {"rdpm": {"perturb": 0.3, "steps_per_ima
 
 
 @families
-def test_garbage_behind_the_end_of_a_row_does_not_change_the_loss(family: str, stores: dict[str, Path]) -> None:
-    made = setup(stores, family, objective=OBJECTIVES[family])
+@aligns
+def test_garbage_behind_the_end_of_a_row_does_not_change_the_loss(
+    family: str, align: str, stores: dict[str, Path]
+) -> None:
+    made = setup(stores, family, align=align, objective=OBJECTIVES[family])
     clean, dirty = (made.batches.batch_at(3, range(8)) for _ in range(2))
-    at = places(clean.columns["durations"], clean.columns["known"], clean.codes_BTS.shape[2])
-    gone_B1S = ~at.exists_BS[:, None]
+    exists_BS, known_BS = masks(clean.columns, clean.codes_BTS.shape[2])
+    gone_B1S = ~exists_BS[:, None]
     assert bool(gone_B1S.any())
     dirty.codes_BTS = torch.where(gone_B1S, torch.randint(0, 32, clean.codes_BTS.shape), clean.codes_BTS)
-    unknown_B1S, z = ~at.known_BS[:, None], clean.columns["latents"]
+    unknown_B1S, z = ~known_BS[:, None], clean.columns["latents"]
     dirty.columns["latents"] = torch.where(unknown_B1S, 9 * torch.randn_like(z), z)
-    text = clean.columns["text"]
-    dirty.columns["text"] = torch.where(text < 0, torch.randint(0, 4, text.shape), text)
+    if align == "durations":
+        text = clean.columns["text"]
+        dirty.columns["text"] = torch.where(text < 0, torch.randint(0, 4, text.shape), text)
     if isinstance(dirty, CodeBatch):
         assert dirty.eps_BJCS is not None
         assert dirty.z_BCS is not None
@@ -160,11 +213,14 @@ def test_garbage_behind_the_end_of_a_row_does_not_change_the_loss(family: str, s
 
 
 @families
-def test_a_loss_reads_the_network_at_the_positions_to_be_predicted_only(family: str, stores: dict[str, Path]) -> None:
-    made = setup(stores, family, objective=OBJECTIVES[family])
+@aligns
+def test_a_loss_reads_the_network_at_the_positions_to_be_predicted_only(
+    family: str, align: str, stores: dict[str, Path]
+) -> None:
+    made = setup(stores, family, align=align, objective=OBJECTIVES[family])
     batch = made.batches.batch_at(3, range(8))
-    at = places(batch.columns["durations"], batch.columns["known"], batch.codes_BTS.shape[2])
-    open_BS1 = (at.exists_BS & ~at.known_BS).unsqueeze(-1)
+    exists_BS, known_BS = masks(batch.columns, batch.codes_BTS.shape[2])
+    open_BS1 = (exists_BS & ~known_BS).unsqueeze(-1)
     clean = loss_of(made, batch)
     which = {"at the others": ~open_BS1, "at these": open_BS1}
     changed = {}
@@ -201,11 +257,12 @@ def test_the_codes_to_come_at_known_positions_are_no_targets_of_rdpm(stores: dic
         ("rdpm", {"noise": "fresh-from-codes"}), ("resgen", {}), ("resgen", {"order": "random", "mog_loss": "nll"}),
     ],
 )  # fmt: skip
+@aligns
 def test_a_loss_does_not_depend_on_how_the_global_batch_is_shared(
-    family: str, objective: dict[str, Any], stores: dict[str, Path]
+    family: str, objective: dict[str, Any], align: str, stores: dict[str, Path]
 ) -> None:
     """Rows of 48 in shares of 48, of 32 and 16, and of 16: also the gradient of a weight of the trunk."""
-    made = setup(stores, family, 48, objective=objective)
+    made = setup(stores, family, 48, align=align, objective=objective | ({"span": 0.5} if align == "cross" else {}))
     losses, gradients = [], []
     for cuts in ([0, 48], [0, 32, 48], [0, 16, 32, 48]):
         made.generator.network.zero_grad()
@@ -229,37 +286,40 @@ def test_a_loss_does_not_depend_on_how_the_global_batch_is_shared(
 
 
 @families
+@aligns
 @pytest.mark.parametrize("cfg", [0.0, 1.5])
 def test_garbage_where_nothing_is_known_does_not_change_a_sample(
-    family: str, cfg: float, stores: dict[str, Path]
+    family: str, align: str, cfg: float, stores: dict[str, Path]
 ) -> None:
-    made = setup(stores, family)
-    _, options = made.loaded(cfg=cfg)
-    lines = [line(made.store, row, known) for row, known in ((0, 1), (3, 0), (5, 1))]
-    columns = speech.columns_of(lines, 32, CPU)
-    at = places(columns["durations"], columns["known"], 32)
-    keep = at.known_BS[:, None].repeat(1, T, 1)
+    made = setup(stores, family, align=align)
+    loaded, options = made.loaded(cfg=cfg)
+    lines = [line(made.store, row, known, align) for row, known in ((0, 1), (3, 0), (5, 1))]
+    columns = speech.columns_of(loaded, lines)
+    exists_BS, known_BS = masks(columns, 32)
+    keep = known_BS[:, None].repeat(1, T, 1)
     codes, noise = torch.randint(0, 32, (2, 3, T, 32)), 9 * torch.randn(3, C, 32)
-    dirty = {**columns, "latents": torch.where(at.known_BS[:, None], columns["latents"], noise)}
-    dirty["text"] = torch.where(columns["text"] < 0, 2, columns["text"])
+    dirty = {**columns, "latents": torch.where(known_BS[:, None], columns["latents"], noise)}
+    if align == "durations":
+        dirty["text"] = torch.where(columns["text"] < 0, 2, columns["text"])
     indices, other = torch.tensor([4, 7, 1]), torch.where(keep, codes[0], codes[1])
     a = made.generator.sample(columns, indices, options, Known(codes[0], keep))
     b = made.generator.sample(dirty, indices, options, Known(other, keep))
-    exists = at.exists_BS[:, None].expand_as(a)
+    exists = exists_BS[:, None].expand_as(a)
     assert torch.equal(a[exists], b[exists])
     assert torch.equal(a[keep], codes[0][keep])
     assert not torch.equal(a[exists], made.generator.sample(columns, indices + 1, options)[exists])
 
 
 @families
+@aligns
 @pytest.mark.parametrize("cfg", [0.0, 1.0])
 def test_a_sample_depends_on_its_line_and_index_and_not_on_its_neighbours(
-    family: str, cfg: float, stores: dict[str, Path]
+    family: str, align: str, cfg: float, stores: dict[str, Path]
 ) -> None:
     """One line alone against eight of other lengths, texts and prompts."""
-    made = setup(stores, family)
+    made = setup(stores, family, align=align)
     loaded, options = made.loaded(cfg=cfg, micro_batch=8)
-    lines = [line(made.store, row, row % 2) for row in range(8)]
+    lines = [line(made.store, row, row % 2, align) for row in range(8)]
     assert len({one.length for one in lines}) > 3
     together = speech.draw(loaded, options, range(10, 18), lines)
     reversed_ = speech.draw(loaded, options, range(17, 9, -1), lines[::-1])[::-1]
@@ -271,30 +331,33 @@ def test_a_sample_depends_on_its_line_and_index_and_not_on_its_neighbours(
 
 
 @families
-def test_a_prompt_keeps_its_codes_exactly_and_has_an_effect(family: str, stores: dict[str, Path]) -> None:
-    made = setup(stores, family)
+@aligns
+def test_a_prompt_keeps_its_codes_exactly_and_has_an_effect(family: str, align: str, stores: dict[str, Path]) -> None:
+    made = setup(stores, family, align=align)
     loaded, options = made.loaded(cfg=1.0)
-    one = line(made.store, 2, 1)
-    P = one.latents.shape[1]
+    one = line(made.store, 2, 1, align)
+    P = one.durations[0]
     codes = speech.draw(loaded, options, [6], [one])[0]
     eps = made.opened.tokenizer.noise("sample", 0, [6], [0], P)
-    assert torch.equal(codes[:, :P], made.opened.tokenizer.quantizer.encode(one.latents[None], eps)[0])
-    one.latents = one.latents.flip(0)
+    assert torch.equal(codes[:, :P], made.opened.tokenizer.quantizer.encode(one.latents_CS[None, :, :P], eps)[0])
+    one.latents_CS = one.latents_CS.flip(0)
     assert not torch.equal(speech.draw(loaded, options, [6], [one])[0][:, P:], codes[:, P:])
 
 
 @families
-def test_the_pass_without_text_keeps_the_prompt(family: str, stores: dict[str, Path]) -> None:
-    generator = (made := setup(stores, family)).generator
-    columns = speech.columns_of([line(made.store, row, 1) for row in (0, 2)], 32, CPU)
+@aligns
+def test_the_pass_without_text_keeps_the_prompt(family: str, align: str, stores: dict[str, Path]) -> None:
+    generator = (made := setup(stores, family, align=align)).generator
+    columns = speech.columns_of(made.loaded()[0], [line(made.store, row, 1, align) for row in (0, 2)])
     null = generator.null_condition(columns)
-    other_text = generator.null_condition({**columns, "text": (columns["text"] + 1) % 4})
+    other_text = generator.null_condition({**columns, "text": columns["text"].where(columns["text"] < 0, 3)})
     other_prompt = generator.null_condition({**columns, "latents": columns["latents"].flip(1)})
     assert torch.equal(null.known_BS, generator.condition(columns).known_BS)  # type: ignore[arg-type]
     for part in ("vector_BD", "latents_BSD"):
         assert torch.equal(getattr(null, part), getattr(other_text, part))
         assert not torch.equal(getattr(null, part), getattr(other_prompt, part))
-    assert not torch.equal(null.latents_BSD, generator.condition(columns).latents_BSD)  # type: ignore[arg-type]
+    text = "latents_BSD" if align == "durations" else "tokens_BMD"
+    assert not torch.equal(getattr(null, text), getattr(generator.condition(columns), text))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 40])
@@ -302,7 +365,7 @@ def test_resgen_takes_any_number_of_steps_also_of_rows_with_fewer_slots(steps: i
     made = setup(stores, "resgen")
     loaded, options = made.loaded(steps=steps)
     loaded.check(options)
-    short, long = line(made.store, 0, 0), line(made.store, 1, 1)
+    short, long = speech.spoken([2], [1], torch.zeros(C, 0), 0), line(made.store, 1, 1)
     short.units, short.durations = [2], [1]
     codes = speech.draw(loaded, options, [0, 1], [short, long])
     assert [one.shape for one in codes] == [(T, 1), (T, long.length)]
@@ -332,7 +395,7 @@ def overfit(made: Setup, steps: int, lr: float = 1e-2) -> float:
 @families
 def test_an_overfitted_model_says_the_text_and_another_one_when_it_is_swapped(family: str, tmp_path: Path) -> None:
     store = speech_store(tmp_path / family, FAMILIES[family], EASY * 4, latents=True)
-    sections = {"rdpm": {"objective": {"t_weights": "alpha"}}, "resgen": {}}[family]
+    sections: dict[str, Any] = {"objective": {"t_weights": "alpha"}} if family == "rdpm" else {}
     made = setup({family: store.root}, family, 16, awake=False, **sections)
     overfit(made, 100)
     loaded, options = made.loaded(micro_batch=8, **({} if family == "rdpm" else {"steps": 8}))
@@ -362,7 +425,8 @@ def test_durations_of_an_overfitted_set_are_predicted(family: str, tmp_path: Pat
     spoken = [[(name, lengths[name]) for name in (a, b)] for a in lengths for b in lengths]
     store = speech_store(tmp_path / family, FAMILIES[family], spoken, latents=True)
     made = setup({family: store.root}, family)
-    predictor = made.generator.network.trunk.speech.duration
+    loaded, _ = made.loaded()
+    predictor = made.generator.network.trunk.speech.predictor
     optimizer = torch.optim.Adam(predictor.parameters(), 1e-2)
     for step in range(100):
         optimizer.zero_grad()
@@ -371,8 +435,111 @@ def test_durations_of_an_overfitted_set_are_predicted(family: str, tmp_path: Pat
     names = store.manifest.condition_names
     for known in (0, 1):
         one = line(store, 3, known)
-        predicted = predictor(speech.columns_of([one], 32, CPU))[0].exp()[known:].round().int().tolist()
+        predicted = speech.predicted_durations(loaded, one)
         assert predicted == [lengths[names[unit]] for unit in one.units[known:]]
+
+
+@families
+def test_cross_attention_starts_at_nothing_and_lets_a_text_have_an_effect(family: str, stores: dict[str, Path]) -> None:
+    codes = {}
+    for awake in (False, True):
+        made = setup(stores, family, awake=awake, align="cross")
+        loaded, options = made.loaded()
+        trunk = made.generator.network.trunk
+        if not awake:
+            assert not any(bool(block.cross.proj.weight.any()) for block in trunk.blocks)
+            continue
+        one = line(made.store, 2, 1, "cross")
+        for units in ([0, 1, 2], [2, 1, 0], [0, 1]):
+            one.units = units
+            codes[tuple(units)] = speech.draw(loaded, options, [6], [one])[0]
+    assert not torch.equal(codes[0, 1, 2], codes[2, 1, 0])
+    assert not torch.equal(codes[0, 1, 2], codes[0, 1])
+
+
+@families
+def test_lengths_of_an_overfitted_set_are_predicted(family: str, tmp_path: Path) -> None:
+    lengths = {"low": 2, "high": 7, "hiss": 4}
+    spoken = [[(name, lengths[name]) for name in (a, b)] for a in lengths for b in lengths]
+    store = speech_store(tmp_path / family, FAMILIES[family], spoken, latents=True)
+    made = setup({family: store.root}, family, align="cross")
+    loaded, _ = made.loaded()
+    predictor = made.generator.network.trunk.speech.predictor
+    optimizer = torch.optim.Adam(predictor.parameters(), 1e-2)
+    for step in range(200):
+        optimizer.zero_grad()
+        predictor.loss(made.batches.batch_at(step, range(8)).columns).backward()
+        optimizer.step()
+    for row, string in enumerate(spoken):
+        one = line(store, row, row % 2, "cross")
+        known = int(one.known_S.sum())
+        assert abs(speech.predicted_length(loaded, one) + known - sum(latents for _, latents in string)) <= 1
+        one.known_S[:] = True
+        assert speech.predicted_length(loaded, one) == 1  # a line is longer than what is known of it
+
+
+def test_the_loss_of_lengths_is_the_logarithm_of_a_distribution_over_whole_numbers() -> None:
+    predictor = LengthPredictor(8, 2, 3)
+    text, known = torch.tensor([[0, 1, -1]]), torch.zeros(1, 5, dtype=torch.bool)
+    columns = {"text": text, "known": known, "latents": torch.zeros(1, 2, 5)}
+    losses = np.array([predictor.loss({**columns, "lengths": torch.tensor([S])}).item() for S in range(1, 4000)])
+    m, s = (x.exp().item() for x in predictor(columns))
+    below_a_half = 1 / (1 + (0.5 / m) ** (-1 / s))
+    assert np.exp(-losses).sum() + below_a_half == pytest.approx(1, abs=1e-2)
+    assert np.exp(-losses).cumsum()[round(m) - 1] == pytest.approx(0.5 - below_a_half, abs=0.2)
+
+
+# ---- held-out recordings, previews -----------------------------------------------------------------------------------
+
+
+def test_held_out_recordings_have_what_a_store_of_them_would(stores: dict[str, Path]) -> None:
+    """But for the noise of their codes; measured as rows of a store."""
+    made = setup(stores, "rdpm")
+    tokenizer, store = made.opened.tokenizer, made.store
+    held = EncodedRecordings(open_audio(str(stores["rdpm"].parent / "sound")), tokenizer, store.manifest)
+    rows = np.arange(len(SPOKEN))
+    assert len(held) == len(SPOKEN)
+    for read in ("text", "durations", "latents", "exists"):
+        assert np.array_equal(getattr(held, read)(rows), getattr(store, read)(rows))
+    for row in (0, 5):
+        z = torch.from_numpy(held.latents(np.array([row])).astype(np.float32))
+        codes = tokenizer.quantizer.encode(z, tokenizer.noise("heldout", 0, [row], [0], z.shape[2]))
+        assert np.array_equal(held.codes(np.array([row])), codes)
+    assert sum(len(batch.codes_BTS) for batch in made.batches.of_items(held).held_out_batches()) == len(SPOKEN)
+
+
+@families
+def test_training_measures_held_out_recordings_and_shows_held_out_rows(
+    family: str, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(heldout, "LEAST", 3)
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    cfg = speech_config(family, train={"steps": 2, "eval_every": 1, "log_every": 1})
+    recipe.write_text(json.dumps({"generator": cfg.model_dump(mode="json", exclude_none=True)}))
+    command = ["train-gen", str(stores[family]), "--recipe", str(recipe), "--out", str(run), "--device", "cpu"]
+    spoken, cases = [[("low", 2), ("high", 3)]] * 3, {"few": 2, "word": 3, "text": 3, "good": 3}
+    for name, count in cases.items():
+        path = Path(write_speech(tmp_path / name, spoken[:count])) / "manifest.jsonl"
+        changed = {"word": ("low high", "low mango"), "text": ('"text"', '"other"')}.get(name)
+        if changed:
+            path.write_text(path.read_text().replace(*changed))
+    for name, code, token in (("few", 3, "few"), ("word", 2, "mango"), ("text", 3, "texts")):
+        assert run_cli([*command, "--heldout", str(tmp_path / name)]) == code
+        assert token in capsys.readouterr().err
+        assert not run.exists()
+    assert run_cli([*command, "--heldout", str(tmp_path / "good"), "--quiet"]) == 0
+    loss = {"rdpm": "ce", "resgen": "nll"}[family]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if f"heldout/{loss}" in row]
+    assert len(measured) == 2
+    assert all(np.isfinite(row[f"heldout_recordings/{loss}"]).all() for row in measured)
+    store = open_generator(stores[family], cfg)[2].store
+    lengths = store.exists(store.split()[1]).sum(1).tolist()
+    for step in (1, 2):
+        shown = sorted((run / "previews").glob(f"step-{step:07d}.*.wav"))
+        assert [soundfile.info(path).frames for path in shown] == [STEP * length for length in lengths[:4]]
+        assert (run / "previews" / f"step-{step:07d}.png").is_file()
 
 
 # ---- refusals, and sound -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 from generators import save_generator
+from processes import run_all
 from sounds import FAMILIES, RATE, STEP, save_speech_generator, speech_config, speech_store, strings, word
 
 from rdpm_cli.cli.app import run as run_cli
@@ -125,6 +126,50 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("shards", "processes"), [([2, 1], 1), ([1], 2)])
+def test_shards_in_any_order_and_processes_of_torchrun_write_the_same_files(
+    shards: list[int], processes: int, generators: dict[str, Path], lines: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also where a shard is killed and begun again. The lines are of more than one batch."""
+    whole, cut = (command(generators["rdpm"], tmp_path / name, "--list", str(lines)) for name in ("whole", "cut"))
+    assert run_cli(whole) == 0
+    for number in shards:
+        args = [*cut, "--shard", f"{number}/{len(shards)}"]
+        if processes == 1:
+            monkeypatch.setattr(audio, "write_wav", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                run_cli(args)
+            monkeypatch.undo()
+        assert not (tmp_path / "cut" / "samples.json").exists()
+        assert (run_all(args, processes) if processes > 1 else [run_cli(args)]) == [0] * processes
+        drawn = len(list((tmp_path / "cut").glob("*.wav")))
+        assert (0 < drawn < len(ROWS)) == (number > 1)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def killed(*_: Any) -> None:
+    raise RuntimeError("killed")
+
+
+def test_a_generator_a_store_and_samples_are_described_and_verified(
+    generators: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    generator, out = generators["rdpm"], tmp_path / "out"
+    assert run_cli(command(generator, out, "--text", "low")) == 0
+    capsys.readouterr()
+    shown = {"recordings": 8, "speakers": 2, "text": "words", "units": 4}
+    for target in (generator, generator.parent / "rdpm" / "codes"):
+        assert run_cli(["inspect", str(target), "--json"]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert {name: values[name] for name in shown if name in values}.items() >= {"text": "words", "units": 4}.items()
+    assert {name: values[name] for name in shown} == shown
+    assert values["seconds"] == pytest.approx(sum(n for one in strings(8) for _, n in one) * STEP / RATE, abs=0.01)
+    assert run_cli(["verify", str(out)]) == 0
+    (out / "000000.wav").write_bytes(b"no sound")
+    assert run_cli(["verify", str(out)]) == 3
+
+
 def test_a_folder_of_another_list_or_of_other_options_is_refused(
     generators: dict[str, Path], lines: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -186,3 +231,109 @@ def test_odd_arguments_are_refused(
         assert run_cli(command(generator, tmp_path / str(number), *args)) == 2, args
         assert token in capsys.readouterr().err
         assert not list((tmp_path / str(number)).rglob("*.wav"))
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of untrained generators that attend to the bytes of a text, by family."""
+    root, files = tmp_path_factory.mktemp("crossed"), {}
+    for family, kind in FAMILIES.items():
+        store = speech_store(root / family, kind, strings(8), latents=True, text="bytes")
+        cfg = speech_config(family, network={"align": "cross", "text_depth": 1})
+        files[family] = save_speech_generator(root / f"{family}.pt", store.root, cfg)
+    return files
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_without_durations_has_the_length_of_its_seconds_of_the_prompts_rate_or_of_the_predictor(
+    family: str, crossed: dict[str, Path], lines: Path, tmp_path: Path
+) -> None:
+    prompt = ["--prompt", str(lines.parent / "a.wav"), "--prompt-text", "four"]  # 30 latents for 4 bytes
+    cases = {"seconds": ["--seconds", "0.8"], "rate": ["--length", "rate"], "predictor": []}
+    drawn = {}
+    for source, more in cases.items():
+        out = tmp_path / source
+        assert run_cli(command(crossed[family], out, "--text", "a new text!", *prompt, *more)) == 0
+        (sample,) = record(out)["samples"]
+        assert sample["durations_from"] == source
+        known, drawn[source] = sample["durations"]
+        assert (known, sample["prompt_seconds"]) == (30, 1.2)
+        assert soundfile.info(out / sample["file"]).frames == (known + drawn[source]) * STEP
+    assert (drawn["seconds"], drawn["rate"]) == (20, round(30 / 4 * len(" a new text")))
+    assert run_cli(command(crossed[family], tmp_path / "alone", "--text", "a")) == 0
+    (alone,) = record(tmp_path / "alone")["samples"]
+    assert (alone["durations"][0], alone["prompt"]) == (0, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stretch_of_a_recording_is_drawn_again_and_the_rest_stays(
+    family: str, crossed: dict[str, Path], lines: Path, tmp_path: Path
+) -> None:
+    """a.wav is 1.2 s, 30 latents. Around the stretch the decoded sound is that of the recording's own codes."""
+    init = ["--init", str(lines.parent / "a.wav"), "--from", "0.4", "--to", "0.8", "--text", "low rise high"]
+    waves = {}
+    for seconds in ("0.4", "0.8"):
+        out = tmp_path / seconds
+        assert run_cli(command(crossed[family], out, *init, "--seconds", seconds, "cfg=0")) == 0
+        (sample,) = record(out)["samples"]
+        assert sample["durations"] == [10, round(float(seconds) * 25), 10]
+        assert (sample["cut"], sample["prompt"], sample["prompt_seconds"]) == ([0.4, 0.8], None, 0)
+        waves[seconds] = soundfile.read(out / sample["file"])[0]
+    assert len(waves["0.8"]) - len(waves["0.4"]) == 10 * STEP
+
+
+def test_sentences_are_drawn_alone_and_joined_without_clicks(
+    crossed: dict[str, Path], lines: Path, tmp_path: Path
+) -> None:
+    text = "Low. High rise!  And hiss?"
+    asked = ["--text", text, "--prompt", str(lines.parent / "b.wav"), "--prompt-text", "hiss", "--sentences"]
+    assert run_cli(command(crossed["rdpm"], tmp_path / "out", *asked, "--duration-scale", "2")) == 0
+    samples = record(tmp_path / "out")["samples"]
+    assert [sample["text"] for sample in samples] == ["Low.", "High rise!", "And hiss?"]
+    whole, rate = soundfile.read(tmp_path / "out" / "joined" / "000000.wav")
+    drawn = [sample["durations"][1] * STEP for sample in samples]
+    pause = (len(whole) - sum(drawn)) // 2
+    assert 0.1 < pause / rate < 0.5
+    ends = [
+        place for n in range(3) for start in [sum(drawn[:n]) + n * pause] for place in (start, start + drawn[n] - 1)
+    ]
+    assert np.abs(whole[ends]).max() == 0
+    gaps = np.r_[drawn[0] : drawn[0] + pause, drawn[0] + pause + drawn[1] : len(whole) - drawn[2]]
+    assert np.abs(whole[gaps]).max() == 0 < np.abs(whole).max()
+
+
+@pytest.mark.parametrize(
+    ("args", "token"),
+    [
+        (["--text", "a", "--init", "A", "--from", "0.4"], "--to"),
+        (["--text", "a", "--from", "0", "--to", "1"], "--init"),
+        (["--text", "a", "--init", "A", "--from", "0.8", "--to", "0.8"], "0.8"), (["--seconds", "2"], "text"),
+        (["--text", "a", "--init", "A", "--from", "3", "--to", "4"], "3"), (["--text", ""], "text"),
+        (["--text", "a", "--prompt", "A", "--init", "A", "--from", "0", "--to", "1"], "--prompt"),
+        (["--text", "a", "--prompt", "A", "--length", "rate"], "rate"), (["--text", "a", "--seconds", "999"], "999"),
+        (["--text", "a. b.", "--seconds", "2", "--sentences"], "--sentences"),
+        (["--text", "a", "--prompt", "SHORT"], "short.wav"), (["--text", "a", "--prompt", "SILENT"], "silent.wav"),
+    ],
+)  # fmt: skip
+def test_wrong_options_of_a_text_are_refused(
+    args: list[str], token: str, crossed: dict[str, Path], lines: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    write_wav(tmp_path / "short.wav", word("low", 100), RATE)
+    write_wav(tmp_path / "silent.wav", np.zeros(9600, np.float32), RATE)
+    names = {"A": lines.parent / "a.wav", "SHORT": tmp_path / "short.wav", "SILENT": tmp_path / "silent.wav"}
+    words = [str(names.get(word, word)) for word in args]
+    assert run_cli(command(crossed["resgen"], tmp_path / "out", *words)) == 2
+    assert token in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.wav"))
+
+
+def test_generators_of_durations_draw_no_stretch_again_and_take_seconds(
+    generators: dict[str, Path], lines: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    init = ["--init", str(lines.parent / "a.wav"), "--from", "0.4", "--to", "0.8"]
+    assert run_cli(command(generators["rdpm"], tmp_path / "cut", "--text", "low", *init)) == 2
+    assert "cross" in capsys.readouterr().err
+    assert run_cli(command(generators["rdpm"], tmp_path / "out", "--text", "low high", "--seconds", "2")) == 0
+    (sample,) = record(tmp_path / "out")["samples"]
+    assert sample["durations_from"] == "seconds"
+    assert sum(sample["durations"]) == pytest.approx(50, abs=1)

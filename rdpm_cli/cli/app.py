@@ -32,17 +32,23 @@ Result = Any  # rdpm_cli.runs.Result, which cannot be imported without torch
 Images = Annotated[
     str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, digits, shapes")
 ]
-Heldout = Annotated[str | None, typer.Option(metavar="IMAGES", help="images to measure it on")]
+Heldout = Annotated[str | None, typer.Option(metavar="IMAGES", help="images or recordings to measure it on")]
 CKPT = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")
 Recipe = Annotated[str, typer.Option(metavar="NAME|FILE", help="shipped recipe, or a YAML file")]
 RunFolder = Annotated[Path | None, typer.Option(metavar="RUN", help="run folder; default runs/<recipe>-...")]
 SEED = typer.Option(min=0, max=2**63 - 1, help="of everything that is drawn at random")
 Seed = Annotated[int, SEED]
 PER_CLASS = typer.Option(min=1, help="samples a class")
+Judge = Annotated[str | None, typer.Option(metavar="FILE", help="judge.pt of `rdpm eval judge`")]
 Seeds = Annotated[int, typer.Option(min=1, help="number of seeds to average over, from --seed on")]
 
-# Options of several commands, and sampling options: type, default, declaration.
+# Options of several commands, sampling options and those of sound: type, default, declaration.
 SHARED: dict[str, tuple[Any, Any, Any]] = {
+    "asr": (
+        str,
+        None,
+        typer.Option(metavar="whisper:FOLDER|hubert-ctc:FILE", help="instead of the judge, for WER"),
+    ),
     "cfg": (float, None, typer.Option(min=0, help="guidance lambda; 0 = off")),
     "cfg_schedule": (str, None, typer.Option(help="over t: constant, linear, cosine, power, interval")),
     "classes": (str, "all", typer.Option(help="1,2,3 or 0-9 or name:goldfish or all")),
@@ -58,7 +64,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "gpus": (int, None, typer.Option(metavar="N", min=1, help="processes, one a GPU of this node; default: one")),
     "json": (bool, False, typer.Option("--json", help="print the result as JSON")),
     "keep": (int, None, typer.Option(metavar="N", min=2, help="checkpoints to keep, as train.keep=N")),
-    "limit": (int, None, typer.Option(min=1, help="only N images, evenly spaced")),
+    "limit": (int, None, typer.Option(min=1, help="only N items, evenly spaced")),
     "overrides": (list[str], [], typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides: train.steps=100")),
     "per_class": (int, 8, PER_CLASS),
     "preset": (str, None, typer.Option(help="raw, cfg, cfg-linear, gumbel: the paper's Table 3")),
@@ -73,6 +79,11 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "resolution": (int, None, typer.Option(min=8, help="crop size; default: recorded, a judge's, or the images' side")),
     "seed": (int, None, SEED),
     "skip_steps": (int, None, typer.Option(min=0, help="first steps without a network pass")),
+    "speaker": (
+        str,
+        None,
+        typer.Option(metavar="resemblyzer|wavlm-tdnn:FILE", help="compares voices in the judge's place"),
+    ),
     "steps": (int, None, typer.Option(min=1, help="resgen: network passes, whatever the depth")),
     "tau": (float, None, typer.Option(help="inverse temperature; 1 samples exactly, larger: greedier")),
     "tokenizer": (Path, None, typer.Option(metavar="FILE", help="default: $RDPM_TOKENIZER, else ./tokenizer.pt")),
@@ -80,7 +91,22 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "top_p": (float, None, typer.Option(help="draw among the fewest codes of this probability")),
     "track": (Literal["wandb"], None, typer.Option(help="also send the log to Weights & Biases")),
     "utilisation": (float, None, typer.Option(min=0.01, max=1, help="for --dry-run: share of bf16 peak; default 0.4")),
+    "vocoder": (str, None, typer.Option(metavar="KIND:FILE", help="bigvgan:FILE or vocos:FILE; default: Griffin-Lim")),
     "weights": (Path, None, typer.Option(metavar="FILE", help="Inception weight file")),
+    "text": (str, None, typer.Option(help="of sound: what is to be said")),
+    "prompt": (str, None, typer.Option(metavar="WAV", help="of sound: the voice that is to say it")),
+    "prompt_text": (str, "", typer.Option(help="what is said in --prompt")),
+    "lines": (Path, None, typer.Option("--list", metavar="JSONL", help="a text, prompt and prompt_text a line")),
+    "seconds": (float, None, typer.Option(min=0.01, help="of sound: how long --text lasts")),
+    "length": (
+        Literal["predictor", "rate"],
+        "predictor",
+        typer.Option(help="of sound without --seconds; rate: the prompt's pace, with network.align=cross"),
+    ),
+    "duration_scale": (float, 1.0, typer.Option(min=0.1, max=10, help="of sound: factor of the durations")),
+    "sentences": (bool, False, typer.Option("--sentences", help="of sound: draw each sentence alone, and join them")),
+    "start": (float, None, typer.Option("--from", min=0, help="of sound: second of --init from which it is drawn")),
+    "end": (float, None, typer.Option("--to", min=0, help="and second to which; --text is that of the whole")),
 }
 
 
@@ -131,6 +157,9 @@ def command(
     return add
 
 
+OPENED = ("title", "asr", "speaker", "vocoder")  # texts, and KIND:FILE, of which only the file is a path
+
+
 def _local(key: str, value: Any) -> Any:
     """A value that may be a path as a path of this machine. Raises UsageError for one that cannot be."""
     if isinstance(value, list):
@@ -139,7 +168,7 @@ def _local(key: str, value: Any) -> Any:
         path = Path(files.local_path(str(value)))
         files.check_name(path)
         return path
-    return files.local_path(value) if isinstance(value, str) and key not in ("title", "asr") else value
+    return files.local_path(value) if isinstance(value, str) and key not in OPENED else value
 
 
 def _answer(function: Callable[..., Result], section: str, values: dict[str, Any]) -> Result:

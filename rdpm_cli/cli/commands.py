@@ -18,6 +18,7 @@ app.add_typer(evaluation, name="eval")
 TRAINING = "overrides seed keep gpus track dry_run gpu utilisation print_config device"
 JUDGE = "overrides seed resolution print_config gpus device"
 SAMPLING = "cfg cfg_schedule tau top_k top_p skip_steps steps"
+SPEECH = "text prompt prompt_text lines seconds length duration_scale sentences start end vocoder"
 SCORING = "extractor weights download gpus device"
 
 METRICS = {
@@ -75,13 +76,16 @@ def tokenize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the code store")],
     views: Annotated[int, typer.Option(min=1, help="noise draws an image")] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="mirror the image in every second view")] = False,
-    units: Annotated[Literal["words", "bytes"] | None, typer.Option(help="of texts of sound: what is kept")] = None,
+    units: Annotated[Literal["words", "bytes", "phones"] | None, typer.Option(help="kept of texts")] = None,
     align: Annotated[Path | None, typer.Option(metavar="FILE", help="judge.pt: aligns words of sound")] = None,
+    split: Annotated[
+        Literal["row", "speaker"], typer.Option(help="of sound: train-gen holds out recordings, or whole speakers")
+    ] = "row",
     keep: Annotated[Literal["latents"] | None, typer.Option(help="store z too, for objective.noise=fresh")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 4096,
     seed: cli.Seed = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
-    on_bad: Annotated[Literal["stop", "skip"], typer.Option(help="stop at an unreadable image, or skip it")] = "stop",
+    on_bad: Annotated[Literal["stop", "skip"], typer.Option(help="stop at an unreadable item, or skip it")] = "stop",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="share that --on-bad skip may leave out")] = 0.0001,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="on a GPU; default there: bf16")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="images a forward pass, on a GPU")] = None,
@@ -92,14 +96,14 @@ def tokenize(
 
     options = engine.StoreOptions(
         views=views, flip=flip, latents=keep is not None, seed=seed, shard_images=shard_size, precision=precision,
-        micro_batch=micro_batch, text=units,
+        micro_batch=micro_batch, text=units, split=split,
     )  # fmt: skip
     return engine.tokenize(
         images, out, options=options, workers=workers, on_bad=on_bad, max_bad=max_bad, align=align, **shared
     )
 
 
-@command(app, "reconstruct imagenet/ out/recon --limit 64", f"tokenizer limit device {READING}")
+@command(app, "reconstruct imagenet/ out/recon --limit 64", f"tokenizer vocoder limit device {READING}")
 def reconstruct(
     target: Annotated[str, typer.Argument(metavar="IMAGES|CODES", help="images, or a code store to decode")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the PNGs")],
@@ -122,13 +126,15 @@ def train_gen(
 ) -> cli.Result:
     """Train a generator on CODES. The same command again resumes.
 
-    It is measured on the 2% of the images that are held out of CODES, and on 256 or more of --heldout."""
+    It is measured on the 2% of the items that are held out of CODES, and on 256 or more of --heldout."""
     from rdpm_cli.engine import generator
 
     return generator.train_gen(codes, out, recipe, heldout=heldout, **shared)
 
 
-@command(app, "sample --ckpt d16.pt --classes 1,2,3 --cfg 1.5", f"classes per_class {SAMPLING} preset gpus device")
+@command(
+    app, "sample --ckpt d16.pt --classes 1,2,3 --cfg 1.5", f"classes per_class {SAMPLING} {SPEECH} preset gpus device"
+)
 def sample(
     ckpt: Annotated[Path, cli.CKPT],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as draw=inverse")] = None,
@@ -138,46 +144,36 @@ def sample(
     mask: Annotated[str | None, typer.Option(metavar="MASK", help="draw --init again where this is white")] = None,
     from_step: Annotated[int | None, typer.Option(metavar="K", help="draw --init again from step K on")] = None,
     reject: Annotated[str | None, typer.Option(metavar="keep=RATE", help="keep=0.25: the best of 4 by --judge")] = None,
-    judge: Annotated[str | None, typer.Option(metavar="FILE", help="judge.pt of `rdpm eval judge`")] = None,
+    judge: cli.Judge = None,
     npz: Annotated[bool, typer.Option("--npz", help="also samples.npz, in ADM's format")] = False,
     no_png: Annotated[bool, typer.Option("--no-png", help="no PNG a sample")] = False,
     grid: Annotated[bool, typer.Option(help="labelled grid under previews/")] = True,
     gif: Annotated[bool, typer.Option("--gif", help="GIF and contact sheet of the T partial decodes")] = False,
     shard: Annotated[str, typer.Option(metavar="I/N", help="only part I of N: 1/4 to 4/4")] = "1/1",
-    text: Annotated[str | None, typer.Option(help="of sound: what is to be said")] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="WAV", help="of sound: the voice that is to say it")] = None,
-    prompt_text: Annotated[str, typer.Option(help="what is said in --prompt")] = "",
-    lines: Annotated[
-        Path | None, typer.Option("--list", metavar="JSONL", help="a text, prompt and prompt_text a line")
-    ] = None,
-    duration_scale: Annotated[
-        float, typer.Option(min=0.1, max=10, help="of sound: factor of the words' durations")
-    ] = 1.0,
     **shared: Any,
 ) -> cli.Result:
     """Draw samples. Sampling options that are left out are those recorded in the checkpoint.
 
     Each family has options of its own, given as KEY=VALUE. The same command again resumes. Generators of sound take
-    --text and --prompt, or --list, instead of --classes; --judge aligns the words of the prompt."""
+    --text and --prompt, or --list, instead of --classes; --judge aligns the words of the prompt. With --init SOUND
+    --from and --to name the stretch that is drawn again."""
     from rdpm_cli.engine import sample as engine
 
     sampling = {name: value for name in SAMPLING.split() if (value := shared.pop(name)) is not None}
     sampling |= engine.key_values(settings or ())
-    if text is not None or lines or prompt:
+    words = {name: shared.pop(name) for name in SPEECH.split()}
+    if any(value != cli.SHARED[name][1] for name, value in words.items()):
         from rdpm_cli.engine import speech
 
-        others = {
-            "--classes": shared["classes"] != "all", "--per-class": shared["per_class"] != 8, "--init": init,
-            "--mask": mask, "--from-step": from_step, "--reject": reject, "--npz": npz, "--gif": gif,
-            "--no-png": no_png, "--shard": shard != "1/1",
+        images = {
+            "--classes": shared["classes"] != "all", "--per-class": shared["per_class"] != 8, "--mask": mask,
+            "--from-step": from_step, "--reject": reject, "--npz": npz, "--gif": gif, "--no-png": no_png,
         }  # fmt: skip
-        if unused := [name for name, value in others.items() if value]:
+        if unused := [name for name, value in images.items() if value]:
             raise UsageError(f"{unused[0]} is for images; --text, --prompt and --list are for sound", "leave it out")
-        rows = speech.read_lines(lines) if lines else [speech.Line(text or "", prompt, prompt_text)]
-        options = {name: shared[name] for name in ("preset", "device")}
-        return speech.sample_speech(
-            ckpt, rows, out, seed=seed, sampling=sampling, judge=Path(judge) if judge else None,
-            duration_scale=duration_scale, **options,
+        return speech.sample_words(
+            ckpt, out, words, init, seed=seed, sampling=sampling, preset=shared["preset"], judge=judge, shard=shard,
+            device=shared["device"],
         )  # fmt: skip
     return engine.sample(
         ckpt, out=out, seed=seed, sampling=sampling,
@@ -322,26 +318,53 @@ def judge(
     return engine.eval_judge(images, out, recipe, heldout=heldout, **shared)
 
 
-@command(evaluation, "eval speech samples/ --judge runs/judge/judge.pt", f"tokenizer limit device {READING}")
+@command(
+    evaluation,
+    "eval speech samples/ --judge runs/judge/judge.pt",
+    f"asr speaker tokenizer vocoder limit device {READING}",
+)
 def speech(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="recordings with texts, or samples of sound")],
-    judge: Annotated[str | None, typer.Option(metavar="FILE", help="judge.pt of `rdpm eval judge`")] = None,
-    asr: Annotated[str | None, typer.Option(metavar="whisper:FOLDER", help="instead of the judge, for WER")] = None,
-    speaker: Annotated[
-        str | None, typer.Option(metavar="resemblyzer", help="compares voices in the judge's place")
-    ] = None,
+    judge: cli.Judge = None,
     **shared: Any,
 ) -> cli.Result:
     """Scores of TARGET: error rates of words and characters, speaker accuracy, similarity of the voice to that of the
     prompt (SIM-o: the original, SIM-r: as decoded), Fréchet distance of the judge's features to real recordings.
 
-    The judge is one that `rdpm eval judge` trained on recordings. With --tokenizer, which has no default here,
-    recordings are passed through it and Griffin-Lim: scores of these, and mel distance, PESQ and STOI."""
+    The judge is one that `rdpm eval judge` trained on recordings; --asr and --speaker together do without it. Papers
+    take hubert-ctc and wavlm-tdnn. With --tokenizer, which has no default here,
+    recordings are passed through it and a vocoder: scores of these, and mel distance, PESQ and STOI."""
     from rdpm_cli.engine import speech_scores as engine
 
-    if judge is None:
-        raise UsageError("eval speech needs a judge of speech", "give --judge FILE, of `rdpm eval judge`")
-    return engine.eval_speech(target, judge, asr=asr, speaker=speaker, **shared)
+    return engine.eval_speech(target, judge, **shared)
+
+
+@command(
+    evaluation,
+    "eval tts generator.pt LibriSpeech/test-clean --asr hubert-ctc:hubert_fairseq_large_ll60k_asr_ls960.pth"
+    " --speaker wavlm-tdnn:wavlm_large_finetune.pth --task cross --out tts",
+    f"asr speaker vocoder limit device {READING}",
+)
+def tts(
+    ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="generator checkpoint")],
+    recordings: Annotated[str, typer.Argument(metavar="RECORDINGS", help="of sentences, with texts and speakers")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="sampling: cfg=1.5")] = None,
+    task: Annotated[
+        Literal["continuation", "cross"], typer.Option(help="prompt: 3 s of the utterance, or of another one")
+    ] = "continuation",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of prompts and samples")] = Path("tts"),
+    seed: cli.Seed = 0,
+    judge: cli.Judge = None,
+    **shared: Any,
+) -> cli.Result:
+    """Zero-shot speech as papers test it: draw the utterances of 4 to 10 s of RECORDINGS, each in the voice of 3 s of
+    sound; score them and the recordings by the same judges, next to published numbers.
+
+    Generators with network.align=durations need to know when the words of a prompt are said, those with cross only for
+    --task cross: by word_seconds of RECORDINGS, by --judge, or by --asr hubert-ctc. The same command again resumes."""
+    from rdpm_cli.engine import speech_protocol as engine
+
+    return engine.eval_tts(ckpt, recordings, out, task, settings=settings or (), judge=judge, seed=seed, **shared)
 
 
 @command(evaluation, "eval report demo score.json -o report.html")

@@ -21,13 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli import files, noise, runs
 from rdpm_cli.codes.heldout import open_heldout
-from rdpm_cli.codes.store import held_out
+from rdpm_cli.codes.ragged import RaggedStore
+from rdpm_cli.codes.store import CodeStore, Manifest, held_out
 from rdpm_cli.data.open import check_output, is_there
 from rdpm_cli.distributed import TrainStep, rank_rows
 from rdpm_cli.engine import watch
 from rdpm_cli.engine.train import default_folder, is_new, recipe_settings
 from rdpm_cli.engine.watch import GIB, GPUS, Gpu
-from rdpm_cli.errors import AbsentWeightsError, UsageError
+from rdpm_cli.errors import AbsentWeightsError
 from rdpm_cli.generator import registry
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.contract import GeneratorTask
@@ -45,11 +46,14 @@ from rdpm_cli.training.config import TrainConfig, binding
 from rdpm_cli.training.loop import Player
 
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+# LibriTTS (arXiv 1904.02882): training parts of 555 h. Seconds of the longest are those of the corpus' rule, 35.
+LIBRITTS_RECORDINGS, LIBRITTS_SECONDS, LIBRITTS_LONGEST, BYTES_A_SECOND = 354_780, 5.63, 35, 15
 USABLE = 0.9  # of a GPU's memory: the rest is for CUDA itself, kernels' workspaces and gaps between tensors
 TITLE = "dry run: nothing was run or written"
 CPU = torch.device("cpu")
 
 T = TypeVar("T")
+Spoken = tuple[int, int] | None  # latents and units of a row of sound; None of images
 Make = Callable[[int], tuple[Sequence[Player], Any]]  # rows -> the players, and a micro-batch
 
 
@@ -72,7 +76,7 @@ def fake_tensors() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def generator_players(cfg: GeneratorConfig, codes: TokenizerArchitecture, classes: int) -> Make:
+def generator_players(cfg: GeneratorConfig, codes: TokenizerArchitecture, classes: int, spoken: Spoken = None) -> Make:
     """A fresh generator's player and micro-batches for it. codes: the tokenizer that made the codes."""
 
     def make(rows: int) -> tuple[Sequence[Player], Any]:
@@ -81,7 +85,7 @@ def generator_players(cfg: GeneratorConfig, codes: TokenizerArchitecture, classe
         family = registry.FAMILIES[cfg.family]
         generator = family.make(cfg.network, quantizer, classes)
         registry.prepare(generator, cfg)
-        return [GeneratorTask(generator)], family.batches.blank(cfg, quantizer, rows)
+        return [GeneratorTask(generator)], family.batches.blank(cfg, quantizer, rows, spoken)
 
     return make
 
@@ -114,14 +118,14 @@ def tokenizer_flops(cfg: TokenizerConfig) -> int:
     return sum(step_flops(tokenizer_players(cfg), cfg.train, cfg.discriminator.start).values())
 
 
-def generator_flops(cfg: GeneratorConfig, codes: TokenizerArchitecture) -> int:
-    """Operations of a generator's training step per image. codes: the tokenizer that made the codes."""
-    return sum(_generator_passes(cfg, codes).values())
+def generator_flops(cfg: GeneratorConfig, codes: TokenizerArchitecture, spoken: Spoken = None) -> int:
+    """Operations of a generator's training step per item. codes: the tokenizer that made the codes."""
+    return sum(_generator_passes(cfg, codes, spoken).values())
 
 
-def _generator_passes(cfg: GeneratorConfig, codes: TokenizerArchitecture) -> dict[str, int]:
+def _generator_passes(cfg: GeneratorConfig, codes: TokenizerArchitecture, spoken: Spoken) -> dict[str, int]:
     # Without recompute: activations that are computed twice are no progress.
-    return step_flops(generator_players(cfg.model_copy(update={"recompute": False}), codes, 1), cfg.train)
+    return step_flops(generator_players(cfg.model_copy(update={"recompute": False}), codes, 1, spoken), cfg.train)
 
 
 def step_flops(make: Make, cfg: TrainConfig, step: int = 0) -> dict[str, int]:
@@ -257,28 +261,73 @@ def plan_generator(
         extractor = _if_here(lambda: watch.proxy_extractor(cfg.proxy, CPU))
         weights["proxy"] = extractor if isinstance(extractor, str) else extractor.name
     architecture: TokenizerArchitecture = loaded.tokenizer or TokenizerArchitecture()
-    if isinstance(architecture.autoencoder, MelConfig):
-        raise UsageError("--dry-run plans images; what sound costs depends on its lengths", "leave it out")
-    images, classes = IMAGENET_IMAGES, IMAGENET_CLASSES
-    assumed: str | None = f"no store {codes}: ImageNet's {images:,} images, {classes} classes"
-    auto, T = architecture.autoencoder, architecture.quantizer.steps
-    # uint16 codes and fp16 latents of one view, a label and an index
-    image_size = 2 * math.prod(auto.grid) * (T + auto.channels * cfg.uses_latents) + 12
     if codes.exists():
-        opened = registry.open_codes(codes, cfg, loaded.seed)
-        architecture, manifest = opened.tokenizer.cfg, opened.store.manifest
-        images, classes, assumed = manifest.images, len(manifest.class_names), None
+        data = _stored(registry.open_codes(codes, cfg, loaded.seed))
+        architecture = data.architecture
         if heldout and is_there(heldout):
-            open_heldout(heldout, manifest, reading)
-        image_size = manifest.image_bytes()
-    trained = images - max(1, int(held_out(np.arange(images)).sum()))
+            open_heldout(heldout, Manifest.load(codes), reading)
+    elif isinstance(architecture.autoencoder, MelConfig):
+        data = _libritts(codes, architecture)
+    else:
+        data = _imagenet(codes, architecture, cfg)
+    trained = data.items - max(1, int(held_out(np.arange(data.items)).sum()))
     with fake_tensors():
         frozen = 4 * model.parameters(Tokenizer(architecture))
-    times = timing(cfg.train, trained, _generator_passes(cfg, architecture), hardware)
-    sizes = memory(generator_players(cfg, architecture, classes), cfg.train, hardware, frozen)
-    sizes["store_gb"] = images * image_size / 1e9
+    times = timing(cfg.train, trained, _generator_passes(cfg, architecture, data.mean), hardware)
+    sizes = memory(generator_players(cfg, architecture, data.classes, data.longest), cfg.train, hardware, frozen)
+    sizes["store_gb"] = data.items * data.bytes_an_item / 1e9
+    assumed = data.assumed
     values = {"recipe": loaded.name, "assumed": assumed, **times, **sizes, **folder}
     return Result(TITLE, {**values, "weights": weights})
+
+
+@dataclass
+class Data:
+    """What a generator is trained on. mean, longest: rows of sound. assumed: why these numbers, without a store."""
+
+    architecture: TokenizerArchitecture
+    items: int
+    classes: int
+    bytes_an_item: float
+    mean: Spoken = None
+    longest: Spoken = None
+    assumed: str | None = None
+
+
+def mean_of(store: CodeStore) -> Spoken:
+    """Mean latents and units of a store's rows of sound."""
+    if not isinstance(store, RaggedStore):
+        return None
+    return round(float(store.lengths.mean())), round(
+        sum(s.units for s in store.manifest.shards) / store.manifest.images
+    )
+
+
+def _stored(opened: registry.Codes) -> Data:
+    m, mean = opened.store.manifest, mean_of(opened.store)
+    data = Data(opened.tokenizer.cfg, m.images, len(m.condition_names), m.image_bytes(), mean)
+    if mean and isinstance(opened.store, RaggedStore):
+        longest = int(opened.store.lengths.max())
+        data.longest = longest, round(mean[1] * longest / mean[0])
+    return data
+
+
+def _imagenet(codes: Path, architecture: TokenizerArchitecture, cfg: GeneratorConfig) -> Data:
+    auto, T = architecture.autoencoder, architecture.quantizer.steps
+    # uint16 codes and fp16 latents of one view, a label and an index
+    size = 2 * math.prod(auto.grid) * (T + auto.channels * cfg.uses_latents) + 12
+    assumed = f"no store {codes}: ImageNet's {IMAGENET_IMAGES:,} images, {IMAGENET_CLASSES} classes"
+    return Data(architecture, IMAGENET_IMAGES, IMAGENET_CLASSES, size, assumed=assumed)
+
+
+def _libritts(codes: Path, architecture: TokenizerArchitecture) -> Data:
+    auto, T = architecture.autoencoder, architecture.quantizer.steps
+    rate = inputs_of(auto).rate
+    assert rate is not None
+    mean, longest = ((round(s * rate), round(s * BYTES_A_SECOND)) for s in (LIBRITTS_SECONDS, LIBRITTS_LONGEST))
+    assumed = f"no store {codes}: the {LIBRITTS_RECORDINGS:,} recordings of LibriTTS, {LIBRITTS_SECONDS} s each, bytes"
+    size = 2 * mean[0] * (T + auto.channels) + 4 * mean[1]
+    return Data(architecture, LIBRITTS_RECORDINGS, 256, size, mean, longest, assumed)
 
 
 def _if_here(load: Callable[[], T]) -> T | str:

@@ -1,7 +1,9 @@
-"""What samples of sound are asked to be: a text with the durations of its units, and a prompt, which is a prefix.
+"""What samples of sound are asked to be: a text, and a prompt, whose latents are known.
 
+A text's place in the sound comes from the durations of its units, or cross-attention finds it (`align`).
 Legend: B rows, N units of a text, U units in all (number U: no text), S positions, C code width, D hidden width."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from rdpm_cli.generator.contract import Columns, Condition
 
 PLACES = 4  # numbers that say where in its unit a position is
+LONGEST = 8192  # positions of an item of any length: 5 minutes at 25 a second
 
 
 class Places(NamedTuple):
@@ -69,6 +72,10 @@ class SpeechCondition(nn.Module):
         voice_BD = self.voice(mean_latent(z_BSC, known_BS1))
         return Condition(voice_BD, latents_BSD=x_BSD, exists_BS=at.exists_BS, known_BS=at.known_BS)
 
+    @property
+    def predictor(self) -> "DurationPredictor":
+        return self.duration
+
 
 def mean_latent(z_BSC: Tensor, known_BS1: Tensor) -> Tensor:
     """The mean latent of the prompt, (B, C); 0 without one."""
@@ -77,6 +84,8 @@ def mean_latent(z_BSC: Tensor, known_BS1: Tensor) -> Tensor:
 
 class DurationPredictor(nn.Module):
     """Logarithms of the durations of units, in latents, by the unit, the mean latent and the pace of the prompt."""
+
+    name = "duration_error"  # of its loss in the log
 
     def __init__(self, width: int, channels: int, units: int) -> None:
         super().__init__()
@@ -102,3 +111,82 @@ class DurationPredictor(nn.Module):
         wanted_BN = (number_N >= columns["known"][:, None]) & (columns["durations"] > 0)
         error_BN = (self(columns) - columns["durations"].clamp_min(1).log()).square()
         return ((error_BN * wanted_BN).sum(1) / wanted_BN.sum(1).clamp_min(1)).mean()
+
+
+def sinusoids(place: Tensor, width: int) -> Tensor:
+    """Cosines and sines of places, with periods of 2 pi to 20,000 pi: (..., width)."""
+    speeds = torch.exp(-math.log(10000.0) * torch.arange(width // 2, device=place.device) / (width // 2))
+    angles = place.float().unsqueeze(-1) * speeds
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class TextCondition(nn.Module):
+    """Columns of a store -> Condition. A text encoder makes tokens for cross-attention; the text's mean goes to AdaLN.
+
+    columns: `text` (B, N) of 0..U, -1 behind the end, of the prompt and of what is to be said; `lengths` (B,), of the
+    sound in latents; `known` (B, S) bool, the positions of the prompt; `latents` (B, C, S), of which these count."""
+
+    def __init__(self, width: int, heads: int, depth: int, channels: int, units: int) -> None:
+        super().__init__()
+        self.width = width
+        self.units = nn.Embedding(units + 1, width)
+        self.encoder = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.pooled = nn.Linear(width, width)
+        self.latent = nn.Linear(channels, width)
+        self.voice = nn.Linear(channels, width)
+        self.predictor = LengthPredictor(width, channels, units)
+
+    def forward(self, columns: Columns) -> Condition:
+        text_BN, known_BS1 = columns["text"], columns["known"].unsqueeze(-1)
+        said_BN = text_BN >= 0
+        place_N = torch.arange(text_BN.shape[1], device=text_BN.device)
+        x_BND = self.units(text_BN.clamp_min(0)) + sinusoids(place_N, self.width)
+        for layer in self.encoder:
+            x_BND = layer(x_BND, src_key_padding_mask=~said_BN)
+        x_BND = self.norm(x_BND)
+        z_BSC = columns["latents"].mT * known_BS1
+        vector_BD = self.pooled(mean_latent(x_BND, said_BN.unsqueeze(-1))) + self.voice(mean_latent(z_BSC, known_BS1))
+        exists_BS = torch.arange(z_BSC.shape[1], device=z_BSC.device) < columns["lengths"][:, None]
+        known_BSD = self.latent(z_BSC) * known_BS1
+        return Condition(vector_BD, x_BND, said_BN, known_BSD, exists_BS, columns["known"])
+
+
+class LengthPredictor(nn.Module):
+    """A distribution of the length of an item, in latents, by its text and the prompt: log-logistic, of m and s.
+
+    m starts at the log of the sum of a duration a unit."""
+
+    name = "length_ce"  # of its loss in the log
+
+    def __init__(self, width: int, channels: int, units: int) -> None:
+        super().__init__()
+        self.duration = nn.Embedding(units + 1, 1)  # of each unit, through a softplus
+        self.voice = nn.Linear(channels + 2, width)
+        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+
+    def forward(self, columns: Columns) -> tuple[Tensor, Tensor]:
+        """m and log s, (B,) each. columns: as `TextCondition`, without `lengths`."""
+        text_BN, known_BS1 = columns["text"], columns["known"].unsqueeze(-1)
+        duration_BN = F.softplus(self.duration(text_BN.clamp_min(0)).squeeze(-1)) * (text_BN >= 0)
+        sum_B, known_B = duration_BN.sum(1).log(), known_BS1.sum((1, 2)).float().log1p()
+        voice_BC = mean_latent(columns["latents"].mT * known_BS1, known_BS1)
+        more_B2 = self.layers(self.voice(torch.cat([voice_BC, sum_B.unsqueeze(1), known_B.unsqueeze(1)], 1)))
+        return sum_B + more_B2[:, 0], more_B2[:, 1]
+
+    def loss(self, columns: Columns) -> Tensor:
+        """Cross-entropy over whole lengths, as in arXiv 2406.11427: the mean over rows, 0 for those without text."""
+        (m_B, log_s_B), length_B = self(columns), columns["lengths"]
+        # F(S + 1/2) - F(S - 1/2) with F(x) = sigmoid((log x - m) / s), as sigmoid(a) sigmoid(-b) (1 - exp(b - a))
+        b_B, a_B = (((length_B + half).log() - m_B) * (-log_s_B).exp() for half in (-0.5, 0.5))
+        ce_B = F.softplus(-a_B) + F.softplus(b_B) - (-(b_B - a_B).expm1()).log()
+        return (ce_B * (columns["text"][:, 0] < self.duration.num_embeddings - 1)).mean()
+
+    def median(self, columns: Columns) -> Tensor:
+        """(B,), a real number."""
+        return self(columns)[0].exp()

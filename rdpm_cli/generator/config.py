@@ -27,6 +27,10 @@ class TransformerConfig(Section):
     class_tokens: int = Field(0, ge=0, description="in-context tokens a class, dropped before the head")
     mlp: Literal["rounded", "exact"] = added("rounded", "SwiGLU's width 8D/3 in whole 64s, or int(8D/3)")
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys, a head at a time")
+    align: Literal["durations", "cross"] = added(
+        "durations", "of speech: units last as long as their durations say, or attention to the text finds them"
+    )
+    text_depth: int = added(4, "transformer layers of the text encoder of align: cross")
 
     @property
     def hidden(self) -> int:
@@ -126,6 +130,8 @@ class ObjectiveConfig(Section):
     perturb: float = Field(0.0, ge=0, description="a in z' + a·U·N(0,1), one U an image, targets unchanged")
     label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
     prompt: float = added(0.8, "share of sounds that begin with a known prompt")
+    span: float = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
+    sorted_steps: int = added(1, "steps whose rows of sound are sorted by length, so that batches have little padding")
 
 
 class RDPMSampling(SamplingConfig):
@@ -198,6 +204,8 @@ class ResGenObjective(Section):
     sigma_psi: float | None = Field(None, gt=0, description="RMS of the quantisation error; default: measured")
     label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
     prompt: float = added(0.8, "share of sounds that begin with a known prompt")
+    span: float = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
+    sorted_steps: int = added(1, "steps whose rows of sound are sorted by length, so that batches have little padding")
 
 
 class ResGenSampling(SamplingConfig):

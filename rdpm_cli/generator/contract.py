@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rdpm_cli import noise
-from rdpm_cli.codes.heldout import PURPOSE, EncodedImages
+from rdpm_cli.codes.heldout import PURPOSE, EncodedImages, EncodedRecordings
 from rdpm_cli.codes.ragged import RaggedStore
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep
@@ -30,7 +31,7 @@ class Condition(NamedTuple):
     """What samples are asked to be, embedded, one row each. `Transformer.condition` makes it of columns."""
 
     vector_BD: Tensor  # added to the embedding of t, for AdaLN
-    tokens_BMD: Tensor | None = None  # to attend to, in front of the positions
+    tokens_BMD: Tensor | None = None  # to attend to, in front of the positions, or by cross-attention where it is text
     mask_BM: Tensor | None = None  # bool, True where such a token exists; None: all do
     latents_BSD: Tensor | None = None  # added to the input of the positions
     exists_BS: Tensor | None = None  # bool, True where the row has a position; None: it has all
@@ -85,7 +86,8 @@ class Generator(Protocol):
     def null_condition(self, columns: Columns) -> Condition:
         """The condition of the same rows when they are asked for no class, or no text, for guidance."""
         name = "text" if "text" in columns else "labels"
-        return self.condition({**columns, name: torch.full_like(columns[name], self.classes)})
+        column = columns[name]  # -1 behind the end of a text stays
+        return self.condition({**columns, name: torch.where(column < 0, column, self.classes)})
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and logs of one of the family's batches, without that of the durations of units."""
@@ -126,14 +128,27 @@ class GeneratorBatches(ABC):
 
     def __init__(self, store: CodeStore, cfg: Any, quantizer: Quantizer, seed: int) -> None:
         self.store, self.objective, self.batch, self.seed = store, cfg.objective, cfg.train.batch, seed
+        self.align = cfg.network.align
         self.rows, self.held_out = store.split()
         self.images = len(self.rows) // store.manifest.views  # the unit of an epoch
         self.purpose, self.evaluated_rows = "encode", EVALUATED_ROWS  # of the codes' noise; held-out rows at most
+        self._sorted: tuple[int, noise.Ints] | None = None  # steps, and the rows of their batches
 
     @staticmethod
     @abstractmethod
-    def blank(cfg: Any, quantizer: Quantizer, rows: int) -> Any:
-        """A batch without content, for measuring what a step costs."""
+    def blank(cfg: Any, quantizer: Quantizer, rows: int, spoken: tuple[int, int] | None = None) -> Any:
+        """A batch without content, for measuring what a step costs. spoken: latents and units of a row of sound."""
+
+    @staticmethod
+    def blank_columns(cfg: Any, channels: int, rows: int, spoken: tuple[int, int] | None) -> dict[str, Tensor]:
+        """Columns without content. spoken: latents and units of a row of sound, None of images."""
+        if spoken is None:
+            return {"labels": torch.zeros(rows).long()}
+        S, N = spoken
+        columns = {"text": torch.zeros(rows, N).long(), "latents": torch.zeros(rows, channels, S)}
+        if cfg.network.align == "cross":
+            return {**columns, "lengths": torch.full((rows,), S), "known": torch.zeros(rows, S, dtype=torch.bool)}
+        return {**columns, "durations": torch.full((rows, N), S // N), "known": torch.zeros(rows).long()}
 
     @abstractmethod
     def batch_at(self, step: int, rows: range) -> Any:
@@ -143,11 +158,11 @@ class GeneratorBatches(ABC):
     def held_out_batches(self) -> Iterator[Any]:
         """Batches of images and draws that training never saw, for `Generator.held_out`."""
 
-    def of_images(self, images: EncodedImages) -> Self:
-        """The same family's held-out batches, of all these images."""
+    def of_items(self, items: EncodedImages | EncodedRecordings) -> Self:
+        """The same family's held-out batches, of all these images or recordings."""
         batches = copy.copy(self)
-        batches.store, batches.held_out = images, np.arange(len(images))
-        batches.purpose, batches.evaluated_rows = PURPOSE, len(images)
+        batches.store, batches.held_out = items, np.arange(len(items))
+        batches.purpose, batches.evaluated_rows = PURPOSE, len(items)
         return batches
 
     def prompt_numbers(self, step: int, rows: range) -> noise.Floats | None:
@@ -157,7 +172,16 @@ class GeneratorBatches(ABC):
         return noise.block_uniform(self.seed, step, rows, 1, "prompt")[:, 0]
 
     def rows_at(self, step: int, rows: range) -> noise.Ints:
-        return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows), rows)]
+        """The store's rows of these rows of a step's global batch."""
+        steps = self.objective.sorted_steps
+        if steps == 1 or not isinstance(self.store, RaggedStore):
+            return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows), rows)]
+        number, place = divmod(step, steps)
+        if self._sorted is None or self._sorted[0] != number:
+            drawn = self.rows[noise.epoch_rows(self.seed, number, steps * self.batch, len(self.rows))]
+            batches = drawn[np.argsort(self.store.lengths[drawn], kind="stable")].reshape(steps, self.batch)
+            self._sorted = number, noise.stream("sorted", self.seed, number).permutation(batches)
+        return self._sorted[1][place, rows.start : rows.stop]
 
     def describe(self, step: int, rows: range) -> str:
         pairs = zip(*self.addresses(self.rows_at(step, rows)), strict=True)
@@ -181,10 +205,13 @@ class GeneratorBatches(ABC):
             return codes_BTS, {"labels": torch.from_numpy(labels)}
         text = store.text(store_rows).astype(np.int64)
         text = np.where(drop_B[:, None] & (text >= 0), len(store.manifest.condition_names), text)
-        arrays = {
-            "text": text, "durations": store.durations(store_rows).astype(np.int64),
-            "known": self.known_units(store_rows, prompt_B), "latents": store.latents(store_rows).astype(np.float32),
-        }  # fmt: skip
+        arrays = {"text": text, "latents": store.latents(store_rows).astype(np.float32)}
+        if self.align == "durations":
+            durations = store.durations(store_rows).astype(np.int64)
+            arrays |= {"durations": durations, "known": self.known_units(store_rows, prompt_B)}
+        else:
+            open_BS = self.open_positions(store_rows, prompt_B)
+            arrays |= {"lengths": store.lengths[store_rows], "known": store.exists(store_rows) & ~open_BS}
         return codes_BTS, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def known_units(self, store_rows: noise.Ints, prompt_B: noise.Floats | None) -> noise.Ints:
@@ -193,22 +220,40 @@ class GeneratorBatches(ABC):
         most = (self.store.text(store_rows) >= 0).sum(1) - 1
         if prompt_B is None:
             return (most + 1) // HELD_OUT_PROMPT
-        share = self.objective.prompt
-        chosen = 1 + np.floor(prompt_B.astype(np.float64) / max(share, 1e-9) * most).astype(np.int64)
-        return np.where(prompt_B < share, np.minimum(chosen, most), 0)
+        return prefix_of(most, prompt_B, self.objective.prompt)
+
+    def open_positions(self, store_rows: noise.Ints, prompt_B: noise.Floats | None) -> NDArray[np.bool_]:
+        """The positions of sound that are to be drawn, (B, S): all behind the prompt, or those between known ends."""
+        assert isinstance(self.store, RaggedStore)
+        lengths = self.store.lengths[store_rows]
+        ends = lengths
+        if self.align == "durations":
+            durations = self.store.durations(store_rows).astype(np.int64)
+            is_known = np.arange(durations.shape[1]) < self.known_units(store_rows, prompt_B)[:, None]
+            starts = (durations * is_known).sum(1)
+        elif prompt_B is None:
+            starts = lengths // HELD_OUT_PROMPT
+        else:
+            # The numbers below `spans` choose a stretch between known ends, those below `prompt` a prefix.
+            prompt, spans = self.objective.prompt, self.objective.prompt * self.objective.span
+            starts = prefix_of(lengths - 1, prompt_B - spans, prompt - spans)
+            place = prompt_B.astype(np.float64) / max(spans, 1e-9)
+            first, last = np.divmod((place * lengths * lengths).astype(np.int64), lengths)
+            starts = np.where(place < 1, np.minimum(first, last), starts)
+            ends = np.where(place < 1, np.maximum(first, last) + 1, lengths)
+        position = np.arange(self.store.longest(store_rows))
+        return (position >= starts[:, None]) & (position < ends[:, None])
 
     def extent(self, step: int) -> tuple[float, int | None]:
-        """Of a step's global batch: the mean number of positions behind the prompts, and S of the longest item.
+        """Of a step's global batch: the mean number of positions to be drawn, and S of the longest item.
 
         Of images 0 and None."""
         if not isinstance(self.store, RaggedStore):
             return 0.0, None
         rows = range(self.batch)
         store_rows = self.rows_at(step, rows)
-        durations = self.store.durations(store_rows)
-        known = self.known_units(store_rows, self.prompt_numbers(step, rows))
-        drawn = durations * (np.arange(durations.shape[1]) >= known[:, None])
-        return float(drawn.sum() / len(store_rows)), self.store.longest(store_rows)
+        open_BS = self.open_positions(store_rows, self.prompt_numbers(step, rows))
+        return float(open_BS.sum() / len(store_rows)), self.store.longest(store_rows)
 
     def held_out_rows(self) -> Iterator[noise.Ints]:
         most = self.evaluated_rows
@@ -226,13 +271,19 @@ class GeneratorTask(Player):
         self.generator, self.model = generator, generator.network
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
-        """The family's loss, and of sound that of the predictor of durations."""
+        """The family's loss, and of sound that of the predictor of durations or of lengths."""
         loss, logs = self.generator.loss(batch, step)
         speech = self.model.trunk.speech
         if speech is None:
             return loss, logs
-        durations = speech.duration.loss(batch.columns)
-        return loss + durations, {**logs, "duration_error": durations.detach()}
+        more = speech.predictor.loss(batch.columns)
+        return loss + more, {**logs, speech.predictor.name: more.detach()}
+
+
+def prefix_of(most: noise.Ints, uniform_B: noise.Floats, share: float) -> noise.Ints:
+    """For numbers below `share` any of 1 to `most`, else 0."""
+    length = 1 + np.floor(uniform_B.astype(np.float64) / max(share, 1e-9) * most).astype(np.int64)
+    return np.where(uniform_B < share, np.minimum(length, most), 0)
 
 
 def held_out(

@@ -62,12 +62,17 @@ class CodeBatches(GeneratorBatches):
         self.cumulative = np.cumsum(weights / weights.sum())
 
     @staticmethod
-    def blank(cfg: RDPMConfig, quantizer: Quantizer, rows: int) -> CodeBatch:
+    def blank(cfg: RDPMConfig, quantizer: Quantizer, rows: int, spoken: tuple[int, int] | None = None) -> CodeBatch:
         C, S, J = quantizer.books.shape[-1], math.prod(quantizer.grid), cfg.objective.steps_per_image
-        codes, labels = torch.zeros(rows, quantizer.steps, S).long(), torch.zeros(rows).long()
+        S = spoken[0] if spoken else S
+        codes, columns = (
+            torch.zeros(rows, quantizer.steps, S).long(),
+            GeneratorBatches.blank_columns(cfg, C, rows, spoken),
+        )
         eps = torch.zeros(rows, J, C, S)  # also for fresh noise, whose drawing leaves nothing in memory
         spread = torch.zeros(rows) if cfg.objective.perturb else None
-        return CodeBatch(codes, {"labels": labels}, torch.ones(rows, J).long(), eps, spread_B=spread)
+        z = torch.zeros(rows, C, S) if spoken else None
+        return CodeBatch(codes, columns, torch.ones(rows, J).long(), eps, z, spread, float(S), S)
 
     def batch_at(self, step: int, rows: range) -> CodeBatch:
         objective, store_rows = self.objective, self.rows_at(step, rows)

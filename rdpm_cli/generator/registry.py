@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from rdpm_cli import checkpoint
 from rdpm_cli.codes.ragged import open_store
 from rdpm_cli.codes.store import TOKENIZER, CodeStore, Manifest
+from rdpm_cli.data.text import Kind
 from rdpm_cli.errors import CheckpointError, DataError, UsageError
 from rdpm_cli.generator import config as configs
 from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
@@ -57,10 +58,15 @@ def open_codes(root: Path, cfg: configs.GeneratorConfig, seed: int) -> Codes:
     manifest = Manifest.load(root)  # before its tokenizer is read: a missing store has the clearer error
     tokenizer, content = tokenizer_model.load(root / TOKENIZER)
     store = open_store(root, content["digest"], manifest)
-    if manifest.speech and not (manifest.speech.durations and manifest.latents):
-        lacking = "latents" if manifest.speech.durations else "durations of words"
-        hint = "tokenize with --units words --keep latents, and --align judge.pt where the source has no word_seconds"
-        raise DataError(f"{root} keeps no {lacking}, which generators of speech learn from", hint)
+    if manifest.speech and not (manifest.speech.text and manifest.latents):
+        lacking = "latents" if manifest.speech.text else "texts"
+        raise DataError(
+            f"{root} keeps no {lacking}, which generators of speech learn from",
+            "tokenize with --units words --keep latents",
+        )
+    if manifest.speech and not manifest.speech.durations and cfg.network.align == "durations":
+        hint = "tokenize with --units words --align judge.pt, or give network.align=cross, which needs more recordings"
+        raise DataError(f"{root} keeps no durations of words", hint)
     if cfg.sampling.cfg and (fault := configs.guidance_fault(None, len(manifest.condition_names))):
         raise UsageError(f"sampling.cfg={cfg.sampling.cfg:g} with {root}: {fault}", "give sampling.cfg=0")
     family = FAMILIES[cfg.family]
@@ -114,7 +120,7 @@ class LoadedGenerator:
     class_names: list[str]  # or the names of the units of text
     digest: str
     provenance: dict[str, Any]
-    text: Literal["words", "bytes"] | None = None  # kind of the units of sound
+    text: Kind | None = None  # kind of the units of sound
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this generator cannot use."""

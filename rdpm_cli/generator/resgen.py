@@ -21,7 +21,6 @@ from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep, full_precision
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.generator import mixture
-from rdpm_cli.generator.conditions import places
 from rdpm_cli.generator.config import MaskSchedule, ResGenConfig, ResGenNetwork, ResGenObjective
 from rdpm_cli.generator.contract import Batch, Columns, Condition, Generator, GeneratorBatches, Known, SampleOptions
 from rdpm_cli.generator.drawing import guidance_at, guide
@@ -98,10 +97,10 @@ class MaskBatches(GeneratorBatches):
         self._last: tuple[int, Tensor, noise.Floats] | None = None
 
     @staticmethod
-    def blank(cfg: ResGenConfig, quantizer: Quantizer, rows: int) -> MaskBatch:
-        L, D = math.prod(quantizer.grid), quantizer.steps
-        codes, labels = torch.zeros(rows, D, L).long(), torch.zeros(rows).long()
-        return MaskBatch(codes, {"labels": labels}, torch.ones(rows, L, D).bool(), L, L * D)
+    def blank(cfg: ResGenConfig, quantizer: Quantizer, rows: int, spoken: tuple[int, int] | None = None) -> MaskBatch:
+        L, D = spoken[0] if spoken else math.prod(quantizer.grid), quantizer.steps
+        columns = GeneratorBatches.blank_columns(cfg, quantizer.books.shape[-1], rows, spoken)
+        return MaskBatch(torch.zeros(rows, D, L).long(), columns, torch.ones(rows, L, D).bool(), L, L * D)
 
     def batch_at(self, step: int, rows: range) -> MaskBatch:
         store_rows, part = self.rows_at(step, rows), slice(rows.start, rows.stop)
@@ -119,10 +118,8 @@ class MaskBatches(GeneratorBatches):
         """The slots of each row that exist and are not of its prompt. (B, L, D) bool."""
         if not isinstance(self.store, RaggedStore):
             return torch.ones(len(store_rows), *self.shape, dtype=torch.bool)
-        durations = torch.from_numpy(self.store.durations(store_rows).astype(np.int64))
-        known = torch.from_numpy(self.known_units(store_rows, prompt_B))
-        at = places(durations, known, self.store.longest(store_rows))
-        return (at.exists_BS & ~at.known_BS).unsqueeze(-1).repeat(1, 1, self.shape[1])
+        open_BS = torch.from_numpy(self.open_positions(store_rows, prompt_B))
+        return open_BS.unsqueeze(-1).repeat(1, 1, self.shape[1])
 
     def _mask(self, keys: noise.Floats, open_BLD: Tensor, r_B: list[float]) -> Tensor:
         """The mask at r of each item, by its uniform keys."""

@@ -4,6 +4,7 @@ Legend: B rows, S positions of the flattened grid, M tokens of the condition, N 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,22 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from rdpm_cli.errors import UsageError
-from rdpm_cli.generator.conditions import SpeechCondition
+from rdpm_cli.generator.conditions import LONGEST, SpeechCondition, TextCondition, sinusoids
 from rdpm_cli.generator.config import TransformerConfig
 from rdpm_cli.generator.contract import Columns, Condition
 
 # q, k, v (B, A, N, E) and a mask of keys (B, 1, 1, N) bool, None for all -> (B, A, N, E)
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-LONGEST = 8192  # positions of an item of any length: 5 minutes at 25 a second
 Turns = tuple[Tensor, Tensor] | None  # cosine and sine of RoPE's angles, (N, E / 2) each
+
+
+class Text(NamedTuple):
+    """What cross-attention sees: tokens, which of them exist, and the angles of positions and tokens."""
+
+    tokens_BMD: Tensor
+    mask: Tensor  # (B, 1, 1, M) bool
+    position_turns: tuple[Tensor, Tensor]  # (B, 1, S, E / 2) each
+    token_turns: tuple[Tensor, Tensor]  # (M, E / 2) each
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -78,6 +87,25 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention from the positions to the tokens of a text."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BSD: Tensor, text: Text) -> Tensor:
+        (k, v), q = (self._heads(x) for x in self.kv(text.tokens_BMD).chunk(2, -1)), self._heads(self.q(x_BSD))
+        q, k = rotate(q, *text.position_turns).to(v.dtype), rotate(k, *text.token_turns).to(v.dtype)
+        return self.proj(sdpa(q, k, v, text.mask).transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BND: Tensor) -> Tensor:
+        """(B, A, N, E)."""
+        return x_BND.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
 class SwiGLU(nn.Module):
     """W3 (silu(W1 x) · W2 x)."""
 
@@ -94,19 +122,25 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """AdaLN-Zero: shift, scale and gate of both branches from the condition, starting as the identity."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, mlp: int) -> None:
-        """mlp: hidden width of SwiGLU."""
+    def __init__(self, width: int, heads: int, qk_norm: bool, mlp: int, cross: bool) -> None:
+        """mlp: hidden width of SwiGLU. cross: attend to a text, too; what this adds starts at zero."""
         super().__init__()
         self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = SwiGLU(width, mlp)
         self.modulation = nn.Linear(width, 6 * width)
+        self.cross_norm = nn.RMSNorm(width, eps=1e-6) if cross else None
+        self.cross = CrossAttention(width, heads) if cross else None
 
-    def forward(self, x_BND: Tensor, cond_BD: Tensor, turns: Turns, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, cond_BD: Tensor, turns: Turns, mask: Tensor | None, text: Text | None = None
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(cond_BD)).chunk(6, -1)
         attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), turns, mask)
         x_BND = torch.addcmul(x_BND, gate1.unsqueeze(1), attended)
+        if self.cross is not None and self.cross_norm is not None and text is not None:
+            x_BND = x_BND + self.cross(self.cross_norm(x_BND), text)
         return torch.addcmul(x_BND, gate2.unsqueeze(1), self.mlp(modulate(self.norm2(x_BND), shift2, scale2)))
 
 
@@ -118,9 +152,7 @@ class StepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        speeds = torch.exp(-math.log(10000.0) * torch.arange(128, device=t_B.device) / 128)
-        angles = t_B.float()[:, None] * speeds
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+        return self.mlp(sinusoids(t_B, 256))
 
 
 class Transformer(nn.Module):
@@ -133,18 +165,22 @@ class Transformer(nn.Module):
         super().__init__()
         D, heads = cfg.hidden, cfg.heads or cfg.depth
         self.cfg, self.length = cfg, math.prod(grid)
-        is_speech = self.length < 0  # as long as the item
+        is_speech, cross = self.length < 0, cfg.align == "cross"  # as long as the item
         if is_speech and (cfg.positions != "rope" or cfg.class_latents or cfg.class_tokens):
             raise UsageError("sound takes network.positions=rope, and no class latents or tokens", "leave them out")
         # The order of the modules is the order in which the initialisation draws: it is part of what a seed means.
         self.step_embedding = StepEmbedding(D)
         self.class_embedding = None if is_speech else nn.Embedding(classes + 1, D)
-        self.speech = SpeechCondition(D, channels, classes) if is_speech else None
+        self.speech: SpeechCondition | TextCondition | None = None
+        if is_speech and cross:
+            self.speech = TextCondition(D, heads, cfg.text_depth, channels, classes)
+        elif is_speech:
+            self.speech = SpeechCondition(D, channels, classes)
         self.positions = nn.Embedding(self.length, D) if cfg.positions in ("learned", "both") else None
         self.class_latents = nn.Embedding(classes + 1, self.length * channels) if cfg.class_latents else None
         self.class_latents_in = nn.Linear(channels, D, bias=False) if cfg.class_latents else None
         self.class_tokens = nn.Embedding(classes + 1, cfg.class_tokens * D) if cfg.class_tokens else None
-        self.blocks = nn.ModuleList(Block(D, heads, cfg.qk_norm, cfg.mlp_width) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(D, heads, cfg.qk_norm, cfg.mlp_width, cross) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(D, 2 * D)
         if cfg.positions in ("rope", "both"):
@@ -158,13 +194,13 @@ class Transformer(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         for name, parameter in self.named_parameters():
-            if "modulation" in name:
+            if "modulation" in name or "cross.proj" in name:
                 nn.init.zeros_(parameter)
         for index in (0, 2):
             nn.init.normal_(self.get_parameter(f"step_embedding.mlp.{index}.weight"), std=0.02)
 
     def condition(self, columns: Columns) -> Condition:
-        """The condition of labels 0..classes, or of the columns of `SpeechCondition`."""
+        """The condition of labels 0..classes, or of the columns of `SpeechCondition` or `TextCondition`."""
         if self.speech is not None:
             return self.speech(columns)
         assert self.class_embedding is not None
@@ -183,20 +219,38 @@ class Transformer(nn.Module):
             x_BSD = x_BSD + self.positions.weight
         if condition.latents_BSD is not None:
             x_BSD = x_BSD + condition.latents_BSD
-        x_BND, turns, mask = x_BSD, None, None
-        if condition.tokens_BMD is not None:
+        x_BND, turns, mask, text = x_BSD, None, None, None
+        if self.cfg.align == "cross":
+            text = self._text(condition)
+        elif condition.tokens_BMD is not None:
             x_BND = torch.cat([condition.tokens_BMD.to(x_BSD.dtype), x_BSD], 1)
         if self.cfg.positions != "learned":
             M = x_BND.shape[1] - S  # the condition's tokens have no place and are not turned
             turns = F.pad(self.cos[:S], (0, 0, M, 0), value=1.0), F.pad(self.sin[:S], (0, 0, M, 0))
-        if condition.mask_BM is not None:  # all positions may be attended to
+        if condition.mask_BM is not None and text is None:  # all positions may be attended to
             mask = F.pad(condition.mask_BM, (0, S), value=True)[:, None, None]
         if condition.exists_BS is not None:
             mask = condition.exists_BS[:, None, None]
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, turns, mask, use_reentrant=False)
+                x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, turns, mask, text, use_reentrant=False)
             else:
-                x_BND = block(x_BND, cond_BD, turns, mask)
+                x_BND = block(x_BND, cond_BD, turns, mask, text)
         shift, scale = self.modulation(F.silu(cond_BD)).chunk(2, -1)
         return modulate(self.norm(x_BND[:, -S:]), shift, scale)
+
+    def _text(self, condition: Condition) -> Text:
+        """The tokens of a condition of text. The angles of positions run over as many units as those of its tokens.
+
+        So attention begins with units at a steady pace; this is a choice of ours."""
+        tokens_BMD, mask_BM, exists_BS = condition.tokens_BMD, condition.mask_BM, condition.exists_BS
+        assert tokens_BMD is not None
+        assert mask_BM is not None
+        assert exists_BS is not None
+        units_B1, length_B1 = mask_BM.sum(1, keepdim=True), exists_BS.sum(1, keepdim=True)
+        place_BS = (torch.arange(exists_BS.shape[1], device=mask_BM.device) + 0.5) * units_B1 / length_B1
+        place_M = torch.arange(mask_BM.shape[1], device=mask_BM.device) + 0.5
+        width = tokens_BMD.shape[2] // (self.cfg.heads or self.cfg.depth)
+        turns = (sinusoids(place, width).chunk(2, -1) for place in (place_BS.unsqueeze(1), place_M))
+        (cos_BS, sin_BS), (cos_M, sin_M) = turns
+        return Text(tokens_BMD, mask_BM[:, None, None], (cos_BS, sin_BS), (cos_M, sin_M))
