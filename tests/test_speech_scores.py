@@ -19,7 +19,7 @@ from rdpm_cli.cli.app import run
 from rdpm_cli.data.audio import open_audio, write_wav
 from rdpm_cli.data.mel import Wave
 from rdpm_cli.errors import DataError, UsageError
-from rdpm_cli.evaluation import speech
+from rdpm_cli.evaluation import speech, speech_networks
 from rdpm_cli.evaluation.recon import encode_recording
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
@@ -195,6 +195,10 @@ def test_samples_are_scored_without_their_prompts(
     whole = scored(capsys, sample_folder(tmp_path / "b", prompt_seconds=0.0), "--judge", judge)
     assert whole["wer"] == pytest.approx(2 / 3)
     assert (whole["sim_r"], whole["sim_r_n"]) == (None, 0)
+    joined = sample_folder(tmp_path / "d", text="low high low high low", prompt_text="")
+    record_of_all = scored(capsys, joined, "--judge", judge)
+    assert (record_of_all["wer"], record_of_all["reference_words"]) == (0.0, 10)
+    assert (record_of_all["sim_o"], record_of_all["seconds"]) == (record["sim_o"], record["seconds"])
     swapped = scored(capsys, sample_folder(tmp_path / "c", prompt="prompts/1.wav"), "--judge", judge)
     assert swapped["sim_o"] < record["sim_o"] - 0.1
 
@@ -237,6 +241,9 @@ def test_wrong_targets_and_options_are_refused(
         ([folder, "--judge", str(tokenizer)], 3, "tokenizer"),
         ([folder, *judged, "--asr", "hubert:x"], 2, "hubert"),
         ([folder, *judged, "--speaker", "wavlm"], 2, "wavlm"),
+        ([folder, "--speaker", "resemblyzer"], 2, "--judge"),
+        ([folder, *judged, "--asr", "hubert-ctc:gone.pth"], 3, "gone.pth"),
+        ([folder, *judged, "--speaker", f"wavlm-tdnn:{tokenizer}"], 3, "tokenizer.pt"),
         ([folder, *judged, "--asr", "whisper:nowhere"], 2, "whisper"),
     ):
         assert run(["eval", "speech", *words]) == code, words
@@ -246,10 +253,10 @@ def test_wrong_targets_and_options_are_refused(
 def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="faster_whisper") as raised:
-        speech.open_transcriber("whisper:folder")
+        speech_networks.open_transcriber("whisper:folder")
     assert "pip install" in raised.value.hint
     with pytest.raises(UsageError, match="resemblyzer"):
-        speech.open_voices("resemblyzer")
+        speech_networks.open_voices("resemblyzer")
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
@@ -293,3 +300,7 @@ def test_other_recognisers_take_the_place_of_the_judge(
     assert record["sim_o"] == pytest.approx(0.5**0.5)
     assert (record["asr"]["name"], record["voices"]["name"]) == ("whisper tiny", "resemblyzer")
     assert record["asr"]["sha256"] == record["voices"]["sha256"]
+    alone = scored(capsys, folder, "--asr", f"whisper:{tmp_path / 'tiny'}", "--speaker", "resemblyzer")
+    assert (alone["wer"], alone["sim_o"], alone["sim_r"]) == (record["wer"], record["sim_o"], record["sim_r"])
+    assert (alone["judge"], alone["speaker_accuracy"], alone["frechet_distance"]) == (None, None, None)
+    assert {"speaker_accuracy", "frechet_distance"} == set(alone["not_computed"])

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from sounds import save_speech_generator, speech_config, speech_store, strings, write_speech
 from tones import write_tones
 
 import rdpm_cli
@@ -103,6 +104,7 @@ WALK = {
     "eval baselines": "images --heldout images --resolution 16 --per-class 4 --seeds 1 "
     f"--tokenizer runs/tok/tokenizer.pt --ref images {JUDGED}",
     "eval speech": "tones --judge tone-judge/judge.pt",
+    "eval tts": "voices.pt sentences --judge tone-judge/judge.pt --out tts",
     "eval report": "runs/gen samples -o report.html",
     "inspect": "runs/gen/generator.pt",
     "verify": "codes",
@@ -134,6 +136,9 @@ def walk(
         assert (
             run(["eval", "judge", "tones", "tone-judge", "--recipe", "speech8-sin", "--heldout", "tones", *sizes]) == 0
         )
+        store = speech_store(Path("speech"), "sin", strings(8), latents=True)
+        save_speech_generator(Path("voices.pt"), store.root, speech_config("rdpm"))
+        write_speech(Path("sentences"), [[("low", 60), ("high", 60)]] * 2)
         Path("demo").mkdir()  # a finished one: test_pipeline.py runs a real one
         finished = {"recipe": recipes.load_recipe("digits").digest(), "class_accuracy": 1.0}
         Path("demo/result.json").write_text(json.dumps(finished))

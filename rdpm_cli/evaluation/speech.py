@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from rdpm_cli import files
 from rdpm_cli.data import text
@@ -90,11 +91,12 @@ def wave_scores(originals: Sequence[Wave], others: Sequence[Wave], rate: int) ->
 
 
 class Recogniser(ABC):
-    """name and sha256: for records. rate: of the waves that it takes, samples a second."""
+    """name and sha256: for records. rate: of the waves that it takes, samples a second. network: what a GPU can run."""
 
     name: str
     sha256: str
     rate: int
+    network: nn.Module | None = None
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "sha256": self.sha256, "rate": self.rate}
@@ -157,18 +159,3 @@ class Resemblyzer(Voices):
     def embed(self, waves: Sequence[Wave]) -> Embeddings:
         plain = [self.package.preprocess_wav(wave, self.rate) for wave in waves]
         return np.stack([self.encoder.embed_utterance(wave) for wave in plain])
-
-
-def open_transcriber(option: str) -> Transcriber:
-    """What --asr names: whisper:FOLDER. Raises UsageError."""
-    kind, _, folder = option.partition(":")
-    if kind != "whisper" or not folder:
-        raise UsageError(f"--asr {option}: unknown recogniser", "give whisper:FOLDER, or leave --asr out for the judge")
-    return Whisper(Path(files.local_path(folder)))
-
-
-def open_voices(option: str) -> Voices:
-    """What --speaker names: resemblyzer. Raises UsageError."""
-    if option != "resemblyzer":
-        raise UsageError(f"--speaker {option}: unknown", "give resemblyzer, or leave --speaker out for the judge")
-    return Resemblyzer()
