@@ -1,25 +1,34 @@
 """The experiments over a stand-in for `rdpm`: the cells, what is not run again, the table."""
 
 import importlib
+import itertools
 import json
 import math
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from sounds import RATE, word
 
+from rdpm_cli.data.audio import open_audio, write_wav
+from rdpm_cli.engine import speech_demo
 from rdpm_cli.engine.report import read_published
+from rdpm_cli.engine.speech_lines import read_lines
 from rdpm_cli.recipes import Recipe, load_recipe
+from rdpm_cli.tokenizer.quantizer import alphas
 
 SCRIPTS = Path(__file__).parent.parent / "recipes" / "ablations"
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -IS
 import json, pathlib, sys
 words = sys.argv[3:]  # behind --log-format json
 with open("{log}", "a") as log:
@@ -31,7 +40,7 @@ def after(option):
 answer = {{}}
 if words[0] == "train-gen":
     out = pathlib.Path(after("--out"))
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     steps = ["9", *(word.partition("=")[2] for word in words if word.startswith("train.steps="))][-1]
     rows = [{{"step": 40, "images_per_second": 32.0}}, {{"step": 80, "images_per_second": 48.0}}]  # 30 s, then 10 s
     rows += [{{"step": 0 if steps == "null" else int(steps)}}]
@@ -47,6 +56,17 @@ if words[:2] == ["eval", "all"]:
 if words[:2] == ["eval", "baselines"]:
     distance = {{"frechet_distance": {{"mean": 9.0, "std": 0.25, "values": [8.75, 9.25]}}, "n": 800}}
     answer = {{"rows": {{name: distance for name in ("gaussian", "training", "reconstructions", "linear", "heldout")}}}}
+if words[:2] == ["eval", "speech"]:
+    said = pathlib.Path(words[2], "said.json")
+    named = json.loads(said.read_text()) if said.is_file() else {{}}
+    right = 0.5 + 0.25 * int(named.get("--seed", 2)) - 0.125 * ("another" in named.get("--list", ""))
+    answer = {{"word_accuracy": right, "sim_o": 0.5, **({{"mel_distance": 0.375}} if "--tokenizer" in words else {{}})}}
+if words[0] == "sample" and "--list" in words:
+    out = pathlib.Path(after("--out"))
+    out.mkdir(exist_ok=True)
+    (out / "said.json").write_text(json.dumps({{name: after(name) for name in ("--list", "--seed")}}))
+if words[0] == "inspect":
+    answer = {{"provenance": {{"rho": [1.0, 0.125, 0.5]}}}}
 if words[:2] == ["eval", "recon"]:
     answer = {{"psnr": float(after("--seeds")) + 20, "frechet_distance": 1.5, "continuous": {{"psnr": 30.5}}}}
 print(json.dumps(answer))
@@ -55,14 +75,22 @@ print(json.dumps(answer))
 
 def ablate(folder: Path, *args: str, fails: str = "-") -> subprocess.CompletedProcess[str]:
     """Run experiments with the stand-in first on the PATH; commands with the word `fails` fail."""
+    variables = {**os.environ, "PATH": stand_in(folder, fails)}
+    command = [sys.executable, str(SCRIPTS / "run.py"), *args, *places(folder)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
+
+
+def stand_in(folder: Path, fails: str = "-") -> str:
+    """A PATH on which it comes first."""
     (folder / "bin").mkdir(exist_ok=True)
     rdpm = folder / "bin" / "rdpm"
     rdpm.write_text(STAND_IN.format(python=sys.executable, log=folder / "calls.jsonl", fails=fails))
     rdpm.chmod(0o755)
-    variables = {**os.environ, "PATH": f"{rdpm.parent}:{os.environ['PATH']}"}
-    places = ("--out", str(folder / "out"), "--work", str(folder / "work"))
-    command = [sys.executable, str(SCRIPTS / "run.py"), *args, *places]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
+    return f"{rdpm.parent}:{os.environ['PATH']}"
+
+
+def places(folder: Path) -> tuple[str, ...]:
+    return ("--out", str(folder / "out"), "--work", str(folder / "work"))
 
 
 def calls(folder: Path, kind: str) -> list[list[str]]:
@@ -81,7 +109,11 @@ def recipe_of(call: list[str]) -> Recipe:
 def rows_of(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]:
     """The rows of the printed table by name, each a text by column."""
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return parsed(done.stdout)
+
+
+def parsed(text: str) -> dict[str, dict[str, str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     header, _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
@@ -269,3 +301,100 @@ def test_tables_train_what_they_compare_and_resgen_on_plain_residual_codes(
         assert cfg is not None
         if family.family == "resgen":
             assert cfg.schedule.kind == "rvq"
+
+
+Speak = Callable[..., dict[str, dict[str, str]]]
+
+
+@pytest.fixture
+def speak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Speak:
+    """Experiments of sound with the stand-in, in this process, on few strings. -> the rows of the printed table."""
+    for name, speaker, take in itertools.product(range(4), ("ann", "bob"), range(5)):
+        wave = word(("low", "high", "rise", "hiss")[name], 800 + 16 * take)
+        write_wav(tmp_path / "words" / f"{name}_{speaker}_{take}.wav", wave, RATE)
+    monkeypatch.setattr(speech_demo, "STRINGS", 3)
+    monkeypatch.setattr(speech_demo, "HELD_OUT_STRINGS", 4)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setenv("PATH", stand_in(tmp_path))
+
+    def run(*args: str) -> dict[str, dict[str, str]]:
+        words = ("--scale", "speech", "--images", str(tmp_path / "words"), "--sample-seeds", "1", *args)
+        monkeypatch.setattr(sys, "argv", ["run.py", *words, *places(tmp_path)])
+        runpy.run_path(str(SCRIPTS / "run.py"), run_name="__main__")
+        return parsed(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("table", "tokenizer_count", "generator_count", "cells"),
+    [
+        ("speech-families", 2, 4, 2), ("speech-depths", 6, 6, 6), ("speech-guidance", 2, 2, 10),
+        ("speech-steps", 1, 1, 5), ("speech-collapse", 5, 5, 5), ("speech-noise", 4, 5, 5),
+    ],
+)  # fmt: skip
+def test_tables_of_sound_train_what_they_compare(
+    table: str, tokenizer_count: int, generator_count: int, cells: int, speak: Speak, tmp_path: Path
+) -> None:
+    rows = speak(table, "--seeds", "3")
+    assert len(tokenizers(tmp_path)) == len(calls(tmp_path, "tokenize")) == tokenizer_count
+    assert (len(generators(tmp_path)), len(calls(tmp_path, "eval judge"))) == (generator_count, 1)
+    assert len(calls(tmp_path, "sample")) == 2 * cells  # the held-out strings' texts, and others
+    assert len(rows) == cells + 1 + tokenizer_count
+
+
+def test_a_table_of_sound_has_both_texts_the_spread_over_sample_seeds_and_rows_without_a_generator(
+    speak: Speak, tmp_path: Path
+) -> None:
+    args = ("speech-guidance", "--seeds", "0", "1", "--sample-seeds", "2", "--cells", "RDPM, cfg 0", "ResGen, cfg 2")
+    rows = speak(*args)
+    row = rows["ResGen, cfg 2"]
+    assert row["word_accuracy"] == "0.6250 ± 0.0000 (0.1768)"  # 0.5 and 0.75
+    assert row["another.word_accuracy"] == "0.5000 ± 0.0000 (0.1768)"
+    assert (row["recon.word_accuracy"], row["recon.mel_distance"]) == ("1", "0.3750 ± 0.0000")
+    assert (row["rho"], row["seconds_a_sample"]) == ("0.2500 ± 0.0000", "2.000 ± 0.000 (0.000)")
+    assert rows["real strings"]["sim_o"] == "0.5000"
+    assert rows["reconstructions of RDPM, cfg 0"]["recon.mel_distance"] == "0.3750 ± 0.0000"
+    (tmp_path / "out" / "speech-guidance-speech" / "cells.jsonl").unlink()
+    assert speak(*args) == rows  # by what --work holds
+    speak(*args)
+    assert len(calls(tmp_path, "sample")) == 2 * 2**4
+
+
+def test_depths_and_schedules_of_sound_have_an_equal_total_of_the_loss(speak: Speak, tmp_path: Path) -> None:
+    speak("speech-depths", "speech-noise", "--seeds", "0")
+    totals: dict[str, set[float]] = {"speech8-sin": set(), "speech8-rvq": set()}
+    for call, cfg in zip(calls(tmp_path, "train-tokenizer"), tokenizers(tmp_path), strict=True):
+        summed = sum(alphas(cfg.schedule, cfg.quantizer.steps)) if cfg.loss.quant_reduce == "sum" else 1.0
+        totals[call[call.index("--recipe") + 1]].add(round(cfg.loss.quant * summed, 3))
+    assert [len(total) for total in totals.values()] == [1, 1]
+
+
+def test_collapse_changes_one_setting_of_the_tokenizer_at_a_time(speak: Speak, tmp_path: Path) -> None:
+    speak("speech-collapse", "--seeds", "0")
+    made = [(cfg.loss.quant, cfg.autoencoder.noise, cfg.quantizer.dropout) for cfg in tokenizers(tmp_path)]
+    assert made == [(0.25, 0, 0), (0.03, 0, 0), (0.25, 0.1, 0), (0.25, 0, 0.3), (0.03, 0.1, 0.3)]
+
+
+def test_lines_of_another_text_differ_in_words_only_and_those_of_the_wrong_prompt_in_the_voice(
+    speak: Speak, tmp_path: Path
+) -> None:
+    paths = speech_demo.write_data(open_audio(str(tmp_path / "words")), tmp_path / "data", 0)
+    lines, texts, prompts = (read_lines(paths[title]) for title in speech_demo.LISTS)
+    speakers = {line.prompt: line.speaker for line in lines}
+    for line, changed, wrong in zip(lines, texts, prompts, strict=True):
+        assert replace(changed, text=line.text) == line
+        assert not any(a == b for a, b in zip(line.text.split(), changed.text.split(), strict=True))
+        assert (wrong.text, wrong.word_seconds, wrong.speaker) == (line.text, line.word_seconds, line.speaker)
+        assert speakers[wrong.prompt] != line.speaker
+
+
+@pytest.mark.parametrize("args", ["table2", "speech-steps --scale shapes", "speech-steps --images none.zip"])
+def test_what_is_not_for_sound_or_not_there_is_named_before_any_command(
+    args: str, speak: Speak, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        speak(*args.split())
+    assert ended.value.code in (2, 3)
+    assert args.split()[-1] in capsys.readouterr().err
+    assert not (tmp_path / "calls.jsonl").exists()

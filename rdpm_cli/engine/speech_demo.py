@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader
 
@@ -17,15 +17,21 @@ from rdpm_cli.data.audio import AudioSource, open_audio
 from rdpm_cli.data.strings import write_strings
 from rdpm_cli.engine.generator import train_gen
 from rdpm_cli.engine.judge import eval_judge
-from rdpm_cli.engine.speech import Line, name_of, sample_speech
+from rdpm_cli.engine.speech import name_of, sample_speech
+from rdpm_cli.engine.speech_lines import Line, read_lines
 from rdpm_cli.engine.speech_scores import eval_speech
 from rdpm_cli.engine.tokenizer import StoreOptions, tokenize, train_tokenizer
+from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation.judge import split_indices
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, versions
 from rdpm_cli.tokenizer.inputs import MelInputs, inputs_of
 
 RECIPES = {"rdpm": "speech8-sin", "resgen": "speech8-rvq"}
+# What `rdpm sample --list` takes; files of write_data.
+LISTS = {
+    "samples": "lines.jsonl", "another text": "another-text.jsonl", "the wrong speaker's prompt": "wrong-prompt.jsonl",
+}  # fmt: skip
 STRINGS, HELD_OUT_STRINGS = 1800, 48  # of WORDS words; 48 give 192 target words
 WORDS, PROMPT_WORDS = 6, 2
 HEARD = 6  # strings on the page
@@ -50,9 +56,10 @@ def run(out: Path, seed: int, family: str = "rdpm", data: str | None = None, ove
             return Result(f"demo of speech finished; listen to {out / 'index.html'}", previous)
     start = time.monotonic()
     progress.say(f"rdpm demo speech: recordings -> strings of words -> {' and '.join(families)}; {ESTIMATE}")
-    train, heldout, lines = _strings(source, out / "data", seed)
+    paths = write_data(source, out / "data", seed)
+    train, heldout, lines = str(paths["train"]), str(paths["heldout"]), read_lines(paths["samples"])
     progress.say("[1] a judge: a recogniser of the words and speakers of real strings, which scores the samples later")
-    judge = eval_judge(str(train), out / "runs" / "judge", RECIPES["rdpm"], changes, heldout=str(heldout))
+    judge = eval_judge(train, out / "runs" / "judge", RECIPES["rdpm"], changes, heldout=heldout)
 
     def scores(target: Path, **options: Any) -> dict[str, Any]:
         values = eval_speech(str(target), judge.values["judge"], **options).values
@@ -60,12 +67,12 @@ def run(out: Path, seed: int, family: str = "rdpm", data: str | None = None, ove
 
     result: dict[str, Any] = {
         "judge": {name: value for name, value in judge.values.items() if name.startswith("heldout")},
-        "real words joined": scores(_real(lines, out / "real")),
+        "real words joined": scores(paths["real"]),
     }
     # the judge's statistics are those of these strings
     del result["real words joined"]["frechet_distance"]
     for name in families:
-        result[name] = _family(name, out, changes, train, heldout, lines, scores, seed)
+        result[name] = _family(name, out, changes, paths, scores, seed)
     facts |= {"strings": HELD_OUT_STRINGS, "target_words": HELD_OUT_STRINGS * (WORDS - PROMPT_WORDS)}
     result |= {**facts, "seconds": round(time.monotonic() - start, 1), "versions": versions()}
     files.write_json(out / "result.json", result)
@@ -73,8 +80,11 @@ def run(out: Path, seed: int, family: str = "rdpm", data: str | None = None, ove
     return Result(f"demo of speech finished; listen to {out / 'index.html'}", result)
 
 
-def _strings(source: AudioSource, out: Path, seed: int) -> tuple[Path, Path, list[Line]]:
-    """Manifests of training and of held-out strings, which share no recording; and the lines to be said."""
+def write_data(source: AudioSource, out: Path, seed: int) -> dict[str, Path]:
+    """Write strings of words of these recordings, and lists of the lines to be said. -> the paths by name.
+
+    train, heldout: manifests of strings that share no recording. real: a folder that lists the held-out strings as if
+    they were samples, with their first words as the prompt. The titles of LISTS: their files. Raises DataError."""
     seen, unseen = split_indices(source)
     tokenizer = load_recipe(RECIPES["rdpm"], section="tokenizer").tokenizer
     assert tokenizer is not None
@@ -83,51 +93,79 @@ def _strings(source: AudioSource, out: Path, seed: int) -> tuple[Path, Path, lis
     rate, step = inputs.features.rate, inputs.features.hop * inputs.stride
     train = write_strings(source, seen, out / "train", STRINGS, WORDS, seed, rate, step)
     heldout = write_strings(source, unseen, out / "heldout", HELD_OUT_STRINGS, WORDS, seed, rate, step)
-    lines, prompts = [], out / "prompts"
-    for number, text in enumerate(heldout.read_text("utf-8").splitlines()):
-        row = json.loads(text)
-        words, seconds = row["text"].split(), row["word_seconds"]
-        prompt = prompts / name_of(number)
-        wave = audio.read_wave(heldout.parent / row["audio_filepath"], rate)
-        audio.write_wav(prompt, wave[: round(sum(seconds[:PROMPT_WORDS]) * rate)], rate)
-        lines.append(Line(
-            " ".join(words[PROMPT_WORDS:]), str(prompt), " ".join(words[:PROMPT_WORDS]), row["speaker"],
-            tuple(seconds[:PROMPT_WORDS]), tuple(seconds[PROMPT_WORDS:]),
-        ))  # fmt: skip
-    return train, heldout, lines
+    rows = [json.loads(text) for text in heldout.read_text("utf-8").splitlines()]
+    lines = [_line(row, out, f"prompts/{name_of(number)}", rate) for number, row in enumerate(rows)]
+    real = [
+        {
+            "file": f"../heldout/{row['audio_filepath']}", "prompt": f"../{line['prompt']}", "text": line["text"],
+            "speaker": line["speaker"], "prompt_seconds": sum(line["prompt_seconds"]),
+        }
+        for row, line in zip(rows, lines, strict=True)
+    ]  # fmt: skip
+    files.write_json(out / "real" / folder.RECORD, {"format": folder.SPEECH, "samples": real})
+    paths = {"train": train, "heldout": heldout, "real": out / "real"}
+    for (title, name), kind in zip(LISTS.items(), (lines, _other_texts(lines), _other_prompts(lines)), strict=True):
+        paths[title] = _write_list(out / name, kind)
+    return paths
+
+
+def _write_list(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    files.write_atomic(path, lambda file: file.write(content))
+    return path
+
+
+def _line(row: dict[str, Any], out: Path, prompt: str, rate: int) -> dict[str, Any]:
+    """The fields of a Line that says a held-out string, by its row of the manifest; its first words are the prompt."""
+    words, seconds = row["text"].split(), row["word_seconds"]
+    wave = audio.read_wave(out / "heldout" / row["audio_filepath"], rate)
+    audio.write_wav(out / prompt, wave[: round(sum(seconds[:PROMPT_WORDS]) * rate)], rate)
+    return {
+        "text": " ".join(words[PROMPT_WORDS:]), "prompt": prompt, "prompt_text": " ".join(words[:PROMPT_WORDS]),
+        "speaker": row["speaker"], "prompt_seconds": seconds[:PROMPT_WORDS], "word_seconds": seconds[PROMPT_WORDS:],
+    }  # fmt: skip
+
+
+def _other_texts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines with each word replaced by the third one behind it, in sorted order."""
+    words = sorted({word for line in lines for word in line["text"].split()})
+    following = {word: words[(index + 3) % len(words)] for index, word in enumerate(words)}
+    return [{**line, "text": " ".join(map(following.__getitem__, line["text"].split()))} for line in lines]
+
+
+def _other_prompts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines, each with the prompt of the next one of another speaker. Raises DataError if there is only one."""
+    if len({line["speaker"] for line in lines}) == 1:
+        raise DataError(f"all recordings are of {lines[0]['speaker']}", "give those of two speakers or more")
+    doubled, names = [*lines, *lines], ("prompt", "prompt_text", "prompt_seconds")
+    strangers = [next(x for x in doubled[i:] if x["speaker"] != line["speaker"]) for i, line in enumerate(lines)]
+    return [{**line, **{name: x[name] for name in names}} for line, x in zip(lines, strangers, strict=True)]
 
 
 def _family(
-    name: str, out: Path, changes: Sequence[str], train: Path, heldout: Path, lines: list[Line],
-    scores: Callable[..., dict[str, Any]], seed: int,
+    name: str, out: Path, changes: Sequence[str], paths: dict[str, Path], scores: Callable[..., dict[str, Any]],
+    seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, sample and score one family."""
-    recipe, runs = RECIPES[name], out / "runs"
+    recipe, runs, train = RECIPES[name], out / "runs", str(paths["train"])
     progress.say(f"[{name}] train-tokenizer: log-mel spectrograms -> codes, recipe {recipe}")
-    tokenizer = Path(train_tokenizer(str(train), runs / f"{name}-tokenizer", recipe, changes).values["tokenizer"])
+    tokenizer = Path(train_tokenizer(train, runs / f"{name}-tokenizer", recipe, changes).values["tokenizer"])
     options = StoreOptions(views=load_recipe(recipe, changes).views, latents=True, seed=seed, text="words")
     codes = out / "codes" / name
-    tokenize(str(train), codes, tokenizer, options)
+    tokenize(train, codes, tokenizer, options)
     progress.say(f"[{name}] train-gen: codes, texts and prompts -> transformer")
     trained = train_gen(codes, runs / f"{name}-generator", recipe, changes)
     ckpt = Path(trained.values["generator"])
     progress.say(f"[{name}] sample and score: as the held-out strings; another text; the prompt of another speaker")
-    others = [next(x for x in lines[i:] + lines[:i] if x.speaker != line.speaker) for i, line in enumerate(lines)]
-    sets = {
-        "samples": lines,
-        "another text": [_replaced(line, text=_next_words(line.text, lines)) for line in lines],
-        "the wrong speaker's prompt": [
-            _replaced(line, prompt=o.prompt, prompt_text=o.prompt_text, prompt_seconds=o.prompt_seconds)
-            for line, o in zip(lines, others, strict=True)
-        ],
-    }
     values: dict[str, Any] = {}
-    for title, rows in sets.items():
+    for title in LISTS:
         target = out / name / title.replace(" ", "-").replace("'", "")
-        sample_speech(ckpt, rows, target, seed=seed)
+        sample_speech(ckpt, read_lines(paths[title]), target, seed=seed)
         values[title] = scores(target)
-    values["samples against shuffled texts"] = scores(_shuffled(out / name / "samples", out / name / "shuffled"))
-    values["reconstructions"] = scores(heldout, tokenizer=tokenizer)
+    values["samples against shuffled texts"] = scores(
+        exchanged(out / name / "samples", out / name / "shuffled", "text")
+    )
+    values["reconstructions"] = scores(paths["heldout"], tokenizer=tokenizer)
     main = values.pop("samples")
     return {
         "digit_accuracy": main["word_accuracy"], "speaker_accuracy": main["speaker_accuracy"], **main, **values,
@@ -135,40 +173,21 @@ def _family(
     }  # fmt: skip
 
 
-def _replaced(line: Line, **changes: Any) -> Line:
-    return Line(**{**vars(line), **changes})
-
-
-def _next_words(text: str, lines: Sequence[Line]) -> str:
-    """Each word replaced by the third one behind it, in sorted order."""
-    words = sorted({word for line in lines for word in line.text.split()})
-    return " ".join(words[(words.index(word) + 3) % len(words)] for word in text.split())
-
-
-def _real(lines: Sequence[Line], out: Path) -> Path:
-    """A folder that lists the real strings as if they were samples, with their first words as the prompt."""
-    data = Path("../data")
-    rows = [
-        {
-            "file": str(data / "heldout/wavs" / name_of(number)), "prompt": str(data / "prompts" / name_of(number)),
-            "text": line.text, "speaker": line.speaker, "prompt_seconds": sum(line.prompt_seconds or ()),
-        }
-        for number, line in enumerate(lines)
-    ]  # fmt: skip
-    out.mkdir(exist_ok=True)
-    files.write_json(out / folder.RECORD, {"format": folder.SPEECH, "samples": rows})
-    return out
-
-
-def _shuffled(samples: Path, out: Path) -> Path:
-    """A folder that lists the same sounds, each with the text of the next one."""
+def exchanged(samples: Path, out: Path, field: Literal["text", "prompt"]) -> Path:
+    """A folder that lists the same sounds, each with the text, or the prompt, of the next one by another speaker."""
     record = files.read_json(samples / folder.RECORD)
-    rows = record["samples"]
-    texts = [row["text"] for row in rows[1:] + rows[:1]]
-    record["samples"] = [
-        {**row, "text": text, "file": f"../{samples.name}/{row['file']}", "prompt": None}
-        for row, text in zip(rows, texts, strict=True)
+    rows, where = record["samples"], f"../{samples.name}"
+    nexts = [
+        next(other for other in rows[i + 1 :] + rows[: i + 1] if other["speaker"] != row["speaker"] or other is row)
+        for i, row in enumerate(rows)
     ]
+    record["samples"] = [
+        {
+            **row, "file": f"{where}/{row['file']}", "text": (other if field == "text" else row)["text"],
+            "prompt": f"{where}/{other['prompt']}" if field == "prompt" else None,
+        }
+        for row, other in zip(rows, nexts, strict=True)
+    ]  # fmt: skip
     out.mkdir(exist_ok=True)
     files.write_json(out / folder.RECORD, record)
     return out

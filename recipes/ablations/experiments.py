@@ -1,10 +1,16 @@
 """The papers' experiments: what each is run on, and the cells of each table. `run.py` runs them."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
+from typing import Literal
 
+Chain = Literal["images", "strings", "voices"]  # of commands; the others are in speech.py and voices.py
 Words = tuple[str, ...]
+Command = tuple[str | Path, ...]
+OUT = "OUT"  # among the words of a command: the path that it writes
 
 # The paper's tokenizer (section 4.2, Table 2 row 9) and its generator: every option beyond the paper off.
 TOKENIZER: Words = (
@@ -37,6 +43,7 @@ class Scale:
     judge: Words | None = None  # options of `eval judge`; None: Inception scores the samples
     crop: Words = ()
     per_class: int = 80
+    sample_seeds: int = 5
     seconds: float | None = None  # training time of a `timed` cell; None: the recipe's own length
     single: Words  # one quantiser with as many bits an image as TOKENIZER
     sizes: Mapping[str, Words]  # recipe and overrides of Table 5's generators
@@ -48,6 +55,7 @@ class Scale:
     epochs: Words = ()  # of Table 4 and Figure 5, whose generators the paper trains for 100
     codes: int = 256  # K of `bits`
     t_an_image: int = 2  # of `views`
+    chain: Chain = "images"
 
 
 def sized(recipe: str, depths: Sequence[int], channels: int) -> dict[str, Words]:
@@ -90,6 +98,16 @@ SCALES = {
         strengths={"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()},
         epochs=("train.epochs=100",), codes=4096, t_an_image=1,
     ),
+    "speech": Scale(
+        tokenizer="speech8-sin", generator="speech8-sin", plus="speech8-sin", resgen="speech8-rvq", chain="strings",
+        tokenize=("--units", "words", "--keep", "latents"), judge=("--recipe", "speech8-sin"), sample_seeds=3,
+        seconds=240, single=(), sizes={}, half=(), strengths={},
+    ),
+    "voices": Scale(
+        tokenizer="speech8-sin", generator="speech8-sin", plus="speech8-sin", resgen="speech8-rvq", chain="voices",
+        images="espeak", seeds=("0", "1"), tokenize=("--units", "words", "--keep", "latents"),
+        judge=("--recipe", "speech8-sin"), sample_seeds=1, single=(), sizes={}, half=(), strengths={},
+    ),
 }  # fmt: skip
 
 
@@ -98,8 +116,7 @@ class Cell:
     """One row of a table: the words behind each command of a chain. A cell without `generator` ends at reconstructions.
 
     tokenizer, generator: recipe and overrides. tokenize: options. sampling: KEY=VALUE and --preset of `rdpm sample`.
-    images: number of training images, evenly spaced. timed: trained for the scale's seconds, not the recipe's steps.
-    """
+    images: number of training images, or voices, evenly spaced. timed: trained for the scale's seconds."""
 
     name: str
     tokenizer: Words
@@ -112,15 +129,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """An experiment. A column `a/b` is a by Inception, b by a judge; columns that no row has are left out.
+    """An experiment. A column `a/b` is a, or b of rows without a: Inception and a judge; absent columns are left out.
 
-    published: the paper's table whose rows are appended. curves: a plot over lambda instead of one point a row."""
+    published: the paper's table whose rows are appended. curves: a plot over lambda instead of one point a row.
+    chain: of the scales that it is for."""
 
     title: str
     columns: Words
     cells: Callable[[Scale], list[Cell]]
     published: str = ""
     curves: bool = False
+    chain: Chain = "images"
 
 
 def tokenizer_cell(scale: Scale, name: str, *changes: str) -> Cell:
@@ -314,6 +333,86 @@ def resgen_schedules(scale: Scale) -> list[Cell]:
     ]
 
 
+# L_quant with the total of the family's recipe, whatever T and the schedule; the sum over t of sin's alpha_t at T = 8.
+SPOKEN_EQUAL: dict[str, Words] = {
+    "RDPM": ("loss.quant_reduce=mean", f"loss.quant={0.25 * sum(math.sin(math.pi * t / 16) for t in range(1, 9)):.4f}"),
+    "ResGen": ("loss.quant_reduce=mean", f"loss.quant={0.03 * 8:.4f}"),
+}
+
+
+def spoken_cell(
+    scale: Scale, family: str, name: str, tokenizer: Words = (), generator: Words = (), *, sampling: Words = (),
+    timed: bool = False,
+) -> Cell:  # fmt: skip
+    """A cell of sound: the family's recipe with these changes. Plain codes have no draws of noise, so one view."""
+    recipe, views = {"RDPM": (scale.generator, ("--views", "2")), "ResGen": (scale.resgen, ())}[family]
+    words = ("--recipe", recipe, *generator)
+    return Cell(name, ("--recipe", recipe, *tokenizer), (*scale.tokenize, *views), words, sampling, timed=timed)
+
+
+def speech_families(scale: Scale) -> list[Cell]:
+    """RDPM and ResGen as their recipes have them, at equal time of the generator's training."""
+    return [spoken_cell(scale, family, family, timed=True) for family in SPOKEN_EQUAL]
+
+
+def speech_depths(scale: Scale) -> list[Cell]:
+    """Steps of RDPM and depths of ResGen, at an equal total of L_quant a family; 8 are the recipes'."""
+    return [
+        spoken_cell(scale, family, f"{family}, {T}", () if T == 8 else (f"quantizer.steps={T}", *equal))
+        for family, equal in SPOKEN_EQUAL.items()
+        for T in (4, 8, 16)
+    ]
+
+
+def speech_guidance(scale: Scale) -> list[Cell]:
+    """Guidance of both families."""
+    pairs = product(SPOKEN_EQUAL, ("0", "0.5", "1", "2", "4"))
+    return [spoken_cell(scale, family, f"{family}, cfg {cfg}", sampling=(f"cfg={cfg}",)) for family, cfg in pairs]
+
+
+def speech_steps(scale: Scale) -> list[Cell]:
+    """ResGen in 1 to 25 passes."""
+    passes = ("1", "4", "8", "16", "25")
+    return [spoken_cell(scale, "ResGen", f"{n} passes", sampling=(f"steps={n}",)) for n in passes]
+
+
+def speech_collapse(scale: Scale) -> list[Cell]:
+    """ResGen's tokenizer without its three remedies for a first book that takes all, with each alone and with all."""
+    without = {
+        "little commitment": "loss.quant=0.25", "noise on z": "autoencoder.noise=0", "dropout": "quantizer.dropout=0",
+    }  # fmt: skip
+    remedies = {"plain": (), **{name: (name,) for name in without}, "all": tuple(without)}
+    return [
+        spoken_cell(scale, "ResGen", name, tuple(word for key, word in without.items() if key not in used))
+        for name, used in remedies.items()
+    ]
+
+
+def speech_noise(scale: Scale) -> list[Cell]:
+    """`noise` for sound: one network of RDPM on noisy and on plain codes of equal bits and total of L_quant."""
+    blind = ("network.eps_input=false",)
+    rows = {"sin": ("sin", ()), "pow": ("pow", ()), "linear": ("linear", ()), "rvq": ("rvq", blind)}
+    return [
+        spoken_cell(
+            scale, "RDPM", name, (f"schedule.kind={kind}", *SPOKEN_EQUAL["RDPM"]),
+            ("objective.t_weights=uniform", *words),
+        )
+        for name, (kind, words) in {**rows, "rvq, eps an input": ("rvq", ())}.items()
+    ]  # fmt: skip
+
+
+def voices(scale: Scale) -> list[Cell]:
+    """Voices that no training heard: both families, direct tokens, fewer training voices, and cross-attention."""
+    cross = ("network.align=cross", "train.steps=4000")
+    cells = [
+        *(spoken_cell(scale, family, family) for family in SPOKEN_EQUAL),
+        spoken_cell(scale, "ResGen", "direct tokens", (), ("network.target=direct",)),
+        *(replace(spoken_cell(scale, "RDPM", f"RDPM, {n} voices"), images=n) for n in (10, 25)),
+        *(spoken_cell(scale, family, f"{family}, cross-attention", (), cross) for family in SPOKEN_EQUAL),
+    ]
+    return cells
+
+
 _RECON = (
     "psnr", "ssim", "rfid/frechet_distance", "latent_mse", "continuous.psnr",
     "continuous.rfid/continuous.frechet_distance",
@@ -324,6 +423,14 @@ _SAMPLES = (
 )  # fmt: skip
 _TRAINED = (*_SAMPLES, "heldout.ce", "heldout.gap")
 _COST = (*_SAMPLES, "parameters", "train_steps", "passes", "seconds_an_image")
+_SPOKEN = (
+    "word_accuracy", "speaker_accuracy", "another.word_accuracy", "sim_o", "recon.word_accuracy",
+    "recon.mel_distance/mel_distance", "rho", "parameters", "train_steps", "seconds_a_sample",
+)  # fmt: skip
+_VOICES = (
+    "seen.wer", "seen.shuffled.wer", "seen.speaker_accuracy", "seen.sim_o", "seen.other.sim_o", "unseen.wer",
+    "unseen.shuffled.wer", "unseen.sim_o", "unseen.other.sim_o", "parameters", "train_steps",
+)  # fmt: skip
 TABLES = {
     "ruler": Table("What the scores tell apart", (*_TRAINED, "train_steps"), ruler),
     "table2": Table("Tokenizers", _RECON, table2, "2"),
@@ -341,4 +448,11 @@ TABLES = {
     "resgen-switches": Table("Choices of ResGen", _COST, resgen_switches),
     "resgen-nucleus": Table("Components that ResGen draws from", _COST, resgen_nucleus),
     "resgen-schedules": Table("Masking schedules of ResGen", _COST, resgen_schedules),
+    "speech-families": Table("RDPM and ResGen at equal time", _SPOKEN, speech_families, chain="strings"),
+    "speech-depths": Table("Steps and depths", _SPOKEN, speech_depths, chain="strings"),
+    "speech-guidance": Table("Guidance", _SPOKEN, speech_guidance, chain="strings"),
+    "speech-steps": Table("Passes of ResGen", _SPOKEN, speech_steps, chain="strings"),
+    "speech-collapse": Table("A first book that takes all", _SPOKEN, speech_collapse, chain="strings"),
+    "speech-noise": Table("Noisy and plain codes of sound", _SPOKEN, speech_noise, chain="strings"),
+    "voices": Table("Voices heard in training, and others", _VOICES, voices, chain="voices"),
 }

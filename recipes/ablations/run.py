@@ -3,6 +3,7 @@
     python recipes/ablations/run.py table2                                  # built-in digits, minutes on a CPU
     python recipes/ablations/run.py noise views --scale shapes --jobs 2     # built-in shapes, hours
     python recipes/ablations/run.py table2 --scale cifar10 --images cifar10-train.zip
+    python recipes/ablations/run.py speech-families --scale speech --images fsdd.zip
     python recipes/ablations/run.py table5 --scale imagenet256 --images imagenet/train --heldout imagenet/val --gpus 8
 
 What the commands write is in --work, where cells with equal options share it. The scores of each finished cell are a
@@ -32,13 +33,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from experiments import SCALES, TABLES, Cell, Scale, Table, Words
+import speech
+import voices
+from experiments import OUT, SCALES, TABLES, Cell, Command, Scale, Table, Words
 from tables import Record, Score, curves, dots, markdown, numbers, rows_of
 
 from rdpm_cli import files
-
-Command = tuple[str | Path, ...]
-OUT = "OUT"  # among the words of a command: the path that it writes
+from rdpm_cli.errors import RdpmError
 
 
 class Failure(SystemExit):
@@ -56,7 +57,7 @@ class Experiment:
     options: argparse.Namespace
     scale: Scale
     work: Path
-    parts: tuple[str, str]  # training and held-out images
+    parts: tuple[str, str]  # training and held-out images, or strings of words
     made: set[str] = field(default_factory=set)
     locks: defaultdict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
@@ -104,13 +105,14 @@ class Experiment:
                 write_zip(source, spread(len(source), count), path)
         return str(path)
 
+    def judge(self) -> str:
+        train, heldout = self.parts
+        words = ("eval", "judge", train, OUT, "--heldout", heldout, *(self.scale.judge or ()))
+        return str(self.stage("judge", *words)[0] / "judge.pt")
+
     def extractor(self) -> Words:
         """Options of `eval` that name the extractor."""
-        if self.scale.judge is None:
-            return ()
-        train, heldout = self.parts
-        words = ("eval", "judge", train, OUT, "--heldout", heldout, *self.scale.judge)
-        return ("--extractor", str(self.stage("judge", *words)[0] / "judge.pt"))
+        return () if self.scale.judge is None else ("--extractor", self.judge())
 
     def reference(self) -> Words:
         """Options of `eval` that name the extractor and the reference: --ref, or the training images."""
@@ -120,17 +122,25 @@ class Experiment:
         words = ("eval", "reference", self.parts[0], f"{OUT}.npz", *self.scale.crop, *extractor)
         return (*extractor, "--ref", f"{self.stage('reference', *words)[0]}.npz")
 
+    def tokenizer(self, cell: Cell, seed: str, data: str) -> Path:
+        words = ("train-tokenizer", data, *cell.tokenizer, "--seed", seed, "--out", OUT)
+        return self.stage("tokenizer", *words)[0] / "tokenizer.pt"
+
+    def codes(self, cell: Cell, tokenizer: Path, seed: str, data: str) -> Path:
+        words = ("tokenize", data, OUT, "--tokenizer", tokenizer, "--seed", seed)
+        return self.stage("codes", *words, *cell.tokenize)[0]
+
     def score(self, cell: Cell, seed: str) -> Record:
         """Run a cell for one seed. -> its scores as `cell`, and the rows that need no generator, by name."""
+        if self.scale.chain != "images":
+            return (speech if self.scale.chain == "strings" else voices).score(self, cell, seed)
         images, heldout = self.parts
-        run, _ = self.stage("tokenizer", "train-tokenizer", images, *cell.tokenizer, "--seed", seed, "--out", OUT)
-        tokenizer = run / "tokenizer.pt"
+        tokenizer = self.tokenizer(cell, seed, images)
         words: Command = ("eval", "recon", heldout, "--tokenizer", tokenizer, "--seeds", "2")
         recon = numbers(self.stage("recon", *words, *self.extractor())[1])
         if not cell.generator:
             return {"cell": recon}
-        words = ("tokenize", self.subset(cell.images), OUT, "--tokenizer", tokenizer, "--seed", seed)
-        codes, _ = self.stage("codes", *words, *cell.tokenize)
+        codes = self.codes(cell, tokenizer, seed, self.subset(cell.images))
         run, trained = self.train(cell, codes, seed)
         draw: Command = ("--ckpt", run / "generator.pt", *cell.sampling)
         drawn = self.stage("samples", "sample", *draw, "--classes", "0-9", "--out", OUT)[1]
@@ -147,7 +157,8 @@ class Experiment:
         """A generator on these codes. -> its run; parameters, steps, and means over t of the last measurement.
 
         A timed cell has as many steps as fit into its seconds, by the rate of a short run."""
-        words: Command = ("train-gen", codes, *cell.generator, "--seed", seed, "--heldout", self.parts[1])
+        words: Command = ("train-gen", codes, *cell.generator, "--seed", seed)
+        words += () if self.scale.chain != "images" else ("--heldout", self.parts[1])
         seconds = self.options.seconds
         length: Words = ()
         if cell.timed and seconds:
@@ -164,8 +175,12 @@ class Experiment:
 
 
 def parts_of(options: argparse.Namespace, scale: Scale, work: Path) -> tuple[str, str]:
-    """Training and held-out images. Where none are held out, the judge's rule does it, into two .zip."""
+    """Training and held-out images. Where none are held out, the judge's rule does it, into two .zip, or strings."""
     train, heldout = options.images or scale.images, options.heldout or scale.heldout
+    if scale.chain == "strings":
+        return speech.strings(train, work / f"strings-{short_hash(train)}")
+    if scale.chain == "voices":
+        return voices.write(work / "voices")
     if heldout:
         return train, heldout
     from rdpm_cli.data.open import open_source  # seconds to import
@@ -213,21 +228,24 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", choices=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--scale", choices=list(SCALES), default="digits")
-    parser.add_argument("--images", help="training images; needed for cifar10 and imagenet256")
+    parser.add_argument("--images", help="training images, or recordings; needed for cifar10, imagenet256 and speech")
     parser.add_argument("--heldout", help="needed for imagenet256; default for cifar10: a tenth of --images")
     parser.add_argument("--out", type=Path, help="folder of one folder a table; default: runs/ablations")
     parser.add_argument("--work", type=Path, help="what the commands write; default: runs/ablations/SCALE")
     parser.add_argument("--seeds", nargs="+", metavar="SEED", help="training seeds; default: by scale")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these rows")
     parser.add_argument("--per-class", type=int, help="samples a class and sample seed; default: by scale")
-    parser.add_argument("--sample-seeds", type=int, default=5)
+    parser.add_argument("--sample-seeds", type=int, help="default: by scale")
     parser.add_argument("--seconds", type=float, help="of cells at equal time; 0: as the recipe says")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--gpus", type=int, help="processes of each command, one a GPU")
     parser.add_argument("--ref", help="reference of the scores; default: the training images")
     options = parser.parse_args()
     scale = SCALES[options.scale]
+    if scale.chain != "images" and (options.heldout or options.ref or options.per_class or options.gpus):
+        raise Failure("--heldout, --ref, --per-class and --gpus are for images")
     options.per_class = options.per_class or scale.per_class
+    options.sample_seeds = options.sample_seeds or scale.sample_seeds
     options.seconds = scale.seconds if options.seconds is None else options.seconds
     return options
 
@@ -278,14 +296,22 @@ def main() -> None:
     options = arguments()
     scale = SCALES[options.scale]
     if not (options.images or scale.images):
-        raise Failure(f"--scale {options.scale} needs --images, a folder or .zip of class folders")
+        kind = "recordings of single words" if scale.chain == "strings" else "a folder or .zip of class folders"
+        raise Failure(f"--scale {options.scale} needs --images, {kind}")
+    if foreign := [name for name in options.tables if TABLES[name].chain != scale.chain]:
+        names = ", ".join(name for name, table in TABLES.items() if table.chain == scale.chain)
+        raise Failure(f"{foreign[0]} is not for --scale {options.scale}, which has {names}")
     if options.scale == "imagenet256" and not options.heldout:
         raise Failure("--scale imagenet256 needs --heldout, its validation images")
     if shutil.which("rdpm") is None:
         raise Failure("rdpm is not on the PATH: activate the environment that it is installed in")
     work = options.work or Path("runs/ablations") / options.scale
     work.mkdir(parents=True, exist_ok=True)
-    experiment = Experiment(options, scale, work.resolve(), parts_of(options, scale, work.resolve()))
+    try:
+        parts = parts_of(options, scale, work.resolve())
+    except RdpmError as error:
+        raise Failure(f"{error}; {error.hint}", error.exit_code) from error
+    experiment = Experiment(options, scale, work.resolve(), parts)
     for name in options.tables:
         print(run(experiment, name, TABLES[name]))
 

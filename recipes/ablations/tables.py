@@ -15,8 +15,13 @@ from matplotlib.figure import Figure
 PUBLISHED = Path(__file__).parent.parent / "published.yaml"
 
 Score = dict[str, Any]  # name -> [value, spread over sample or noise seeds, or None]; the paper's: name -> text
-Record = dict[str, Score]  # of a cell and seed: its own scores as `cell`, and those of `eval baselines`
-IMAGES = ("gaussian", "training", "heldout")  # rows of `eval baselines` that depend on no tokenizer
+Record = dict[str, Score]  # of a cell and seed: its own scores as `cell`, and rows that need no generator
+DATA = ("gaussian", "training", "heldout", "real strings")  # rows of a record that depend on no tokenizer
+NOTES = {
+    "images": " The paper's rows: ImageNet 256×256, Inception.",
+    "strings": "\nSamples say the texts of held-out strings; `another`: another text, same prompt and durations.",
+    "voices": "\nshuffled: against the text of the next sample; other: similarity to the prompt of another voice.",
+}
 
 
 def numbers(result: Mapping[str, Any]) -> Score:
@@ -66,12 +71,11 @@ class Row:
 
 
 def rows_of(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Record]]) -> list[Row]:
-    """The cells; then the images, and what the tokenizer and the linear baseline of each store make of them."""
+    """The cells; then the data, and what the tokenizer and the linear baseline of each store make of them."""
     rows = [Row(cell.name, {seed: record["cell"] for seed, record in records[cell.name].items()}) for cell in cells]
     trained = [cell for cell in cells if cell.generator]
-    for name in IMAGES if trained else ():
-        first = next(iter(records[trained[0].name].values()))
-        rows.append(Row(name, {"": first[name]}))
+    first: Record = next(iter(records[trained[0].name].values())) if trained else {}
+    rows += [Row(name, {"": first[name]}) for name in DATA if name in first]
     tokenizers = {cell.tokenizer: cell.name for cell in reversed(trained)}
     stores = {(cell.tokenizer, cell.tokenize, cell.images): cell.name for cell in reversed(trained)}
     for part, label, owners in (
@@ -104,7 +108,7 @@ def markdown(table: Table, rows: Sequence[Row], title: str) -> str:
     seeds = ", ".join(rows[0].by_seed)
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + (
         f"\n{title}, training seeds {seeds}. Mean ± standard deviation over training seeds; in brackets that over\n"
-        "sample seeds, or over noise seeds of reconstructions. The paper's rows: ImageNet 256×256, Inception.\n"
+        f"sample seeds, or over noise seeds of reconstructions.{NOTES[table.chain]}\n"
     )
 
 
