@@ -85,7 +85,7 @@ def mean_latent(z_BSC: Tensor, known_BS1: Tensor) -> Tensor:
 class DurationPredictor(nn.Module):
     """Logarithms of the durations of units, in latents, by the unit, the mean latent and the pace of the prompt."""
 
-    name = "duration_error"  # of its loss in the log
+    name, factor = "duration_error", 1.0  # of its loss in the log, and in the sum of losses
 
     def __init__(self, width: int, channels: int, units: int) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class LengthPredictor(nn.Module):
 
     m starts at the log of the sum of a duration a unit."""
 
-    name = "length_ce"  # of its loss in the log
+    name, factor = "length_ce", 0.1  # or its gradient would take most of the norm that train.clip leaves
 
     def __init__(self, width: int, channels: int, units: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The configs of all generator families: network, objective, training and sampling defaults."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ Presets = Mapping[str, Mapping[str, Any]]  # named sets of a family's fields
 Search = Mapping[str, Sequence[Any]]  # the fields, and the values of each, that `rdpm tune-sampling` tries, in order
 Effective = Mapping[str, tuple[str, Sequence[str]]]  # fields that act only while another has one of these values
 MaskSchedule = Literal["square", "cosine", "circle", "exp", "linear"]
+UnitShare = Annotated[float, Field(ge=0, le=1)]
 ALL_CODES = {"skip_steps": 0, "top_k": 0, "top_p": 1.0}  # each step draws, among all codes
 GAMMA = "gamma(r), the masked share: 1-r²; cos(pi r/2); sqrt(1-r²); 1-N^(r-1); 1-r"
 
@@ -30,7 +31,7 @@ class TransformerConfig(Section):
     align: Literal["durations", "cross"] = added(
         "durations", "of speech: units last as long as their durations say, or attention to the text finds them"
     )
-    text_depth: int = added(4, "transformer layers of the text encoder of align: cross")
+    text_depth: Annotated[int, Field(ge=0)] = added(4, "transformer layers of the text encoder of align: cross")
 
     @property
     def hidden(self) -> int:
@@ -107,6 +108,12 @@ class GeneratorConfig(Section):
             raise ValueError(f"sampling.cfg={self.sampling.cfg:g}: {fault}; give sampling.cfg=0")
         return self
 
+    @model_validator(mode="after")
+    def _spans_are_of_cross_attention(self) -> Self:
+        if getattr(self.objective, "span", 0) and self.network.align != "cross":
+            raise ValueError("objective.span needs network.align=cross")
+        return self
+
     @property
     def uses_latents(self) -> bool:
         """Whether training reads latents, so that the store should keep them."""
@@ -129,9 +136,11 @@ class ObjectiveConfig(Section):
     t_weights: Literal["uniform", "alpha"] = Field("uniform", description="t drawn uniformly, or ~ alpha_t + 0.2")
     perturb: float = Field(0.0, ge=0, description="a in z' + a·U·N(0,1), one U an image, targets unchanged")
     label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
-    prompt: float = added(0.8, "share of sounds that begin with a known prompt")
-    span: float = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
-    sorted_steps: int = added(1, "steps whose rows of sound are sorted by length, so that batches have little padding")
+    prompt: UnitShare = added(0.8, "share of sounds that begin with a known prompt")
+    span: UnitShare = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
+    sorted_steps: Annotated[int, Field(ge=1)] = added(
+        1, "steps whose rows of sound are sorted by length, so that batches have little padding"
+    )
 
 
 class RDPMSampling(SamplingConfig):
@@ -203,9 +212,11 @@ class ResGenObjective(Section):
     detach_resp: bool = Field(True, description="no gradient through the responsibilities of split's classification")
     sigma_psi: float | None = Field(None, gt=0, description="RMS of the quantisation error; default: measured")
     label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
-    prompt: float = added(0.8, "share of sounds that begin with a known prompt")
-    span: float = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
-    sorted_steps: int = added(1, "steps whose rows of sound are sorted by length, so that batches have little padding")
+    prompt: UnitShare = added(0.8, "share of sounds that begin with a known prompt")
+    span: UnitShare = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
+    sorted_steps: Annotated[int, Field(ge=1)] = added(
+        1, "steps whose rows of sound are sorted by length, so that batches have little padding"
+    )
 
 
 class ResGenSampling(SamplingConfig):

@@ -277,7 +277,7 @@ class GeneratorTask(Player):
         if speech is None:
             return loss, logs
         more = speech.predictor.loss(batch.columns)
-        return loss + more, {**logs, speech.predictor.name: more.detach()}
+        return loss + speech.predictor.factor * more, {**logs, speech.predictor.name: more.detach()}
 
 
 def prefix_of(most: noise.Ints, uniform_B: noise.Floats, share: float) -> noise.Ints:

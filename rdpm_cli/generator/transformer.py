@@ -168,6 +168,8 @@ class Transformer(nn.Module):
         is_speech, cross = self.length < 0, cfg.align == "cross"  # as long as the item
         if is_speech and (cfg.positions != "rope" or cfg.class_latents or cfg.class_tokens):
             raise UsageError("sound takes network.positions=rope, and no class latents or tokens", "leave them out")
+        if cross and not is_speech:
+            raise UsageError("network.align=cross is for sound", "leave it out")
         # The order of the modules is the order in which the initialisation draws: it is part of what a seed means.
         self.step_embedding = StepEmbedding(D)
         self.class_embedding = None if is_speech else nn.Embedding(classes + 1, D)
