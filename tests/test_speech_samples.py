@@ -106,11 +106,11 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(
     assert run_cli(whole) == 0
     count, write = [0], audio.write_wav
 
-    def killed(*args: Any) -> None:
-        count[0] += 1
+    def killed(path: Path, *args: Any) -> None:
+        count[0] += path.parent.name != "prompts"
         if count[0] == 3:
             raise RuntimeError("killed")
-        write(*args)
+        write(path, *args)
 
     monkeypatch.setattr(audio, "write_wav", killed)
     with pytest.raises(RuntimeError, match="killed"):
@@ -180,6 +180,18 @@ def test_a_folder_of_another_list_or_of_other_options_is_refused(
         assert run_cli([*fixed, *more]) == 2
         assert token in capsys.readouterr().err
     assert run_cli(command(generators["rdpm"], tmp_path / "out", "--text", "low")) == 2
+    assert content(tmp_path / "out") == before
+
+
+def test_a_folder_is_bound_to_the_sound_of_its_prompts(generators: dict[str, Path], tmp_path: Path) -> None:
+    """A recording that is replaced under the same name."""
+    write_wav(tmp_path / "a.wav", word("low", 3200), RATE)
+    path = write_list(tmp_path, [{"text": "high", "prompt": "a.wav", "prompt_text": "low", "prompt_seconds": [0.4]}])
+    fixed = command(generators["rdpm"], tmp_path / "out", "--list", str(path))
+    assert run_cli(fixed) == 0
+    before = content(tmp_path / "out")
+    write_wav(tmp_path / "a.wav", word("hiss", 3200), RATE)
+    assert run_cli(fixed) == 2
     assert content(tmp_path / "out") == before
 
 
@@ -310,7 +322,11 @@ def test_sentences_are_drawn_alone_and_joined_without_clicks(
         (["--text", "a", "--init", "A", "--from", "0.8", "--to", "0.8"], "0.8"), (["--seconds", "2"], "text"),
         (["--text", "a", "--init", "A", "--from", "3", "--to", "4"], "3"), (["--text", ""], "text"),
         (["--text", "a", "--prompt", "A", "--init", "A", "--from", "0", "--to", "1"], "--prompt"),
-        (["--text", "a", "--prompt", "A", "--length", "rate"], "rate"), (["--text", "a", "--seconds", "999"], "999"),
+        (["--text", "a", "--length", "rate"], "rate"), (["--text", "a", "--seconds", "999"], "999"),
+        (["--text", "a", "--prompt", "A"], "--prompt-text"),
+        (["--text", "", "--prompt", "A", "--prompt-text", "b"], "''"), (["--text", "a", "--seconds", "0.01"], "0.01"),
+        (["--text", "a", "--seconds", "1", "--duration-scale", "2"], "--duration-scale"),
+        (["--text", "a", "--init", "A", "--from", "0", "--to", "1", "--prompt-text", "b"], "--prompt-text"),
         (["--text", "a. b.", "--seconds", "2", "--sentences"], "--sentences"),
         (["--text", "a", "--prompt", "SHORT"], "short.wav"), (["--text", "a", "--prompt", "SILENT"], "silent.wav"),
     ],
@@ -337,3 +353,5 @@ def test_generators_of_durations_draw_no_stretch_again_and_take_seconds(
     (sample,) = record(tmp_path / "out")["samples"]
     assert sample["durations_from"] == "seconds"
     assert sum(sample["durations"]) == pytest.approx(50, abs=1)
+    assert run_cli(command(generators["rdpm"], tmp_path / "short", "--text", "low high", "--seconds", "0.05")) == 2
+    assert "0.05" in capsys.readouterr().err

@@ -76,5 +76,5 @@ def train_gen(
     values = {"generator": str(final), "digest": loaded.digest, "parameters": count}
     for names in REPORTED:
         values |= last_metrics(final.parent, names)
-    asked = ("--text", " ".join(m.condition_names[:2]), "--prompt", "a.wav") if m.speech else ("--classes", "all")
+    asked = ("--text", "...", "--prompt", "a.wav", "--prompt-text", "...") if m.speech else ("--classes", "all")
     return Result("generator trained", values, rdpm_command("sample", "--ckpt", final, *asked))

@@ -364,13 +364,16 @@ def plan_tokenizer(
         if is_new(final):
             weights["from_weights"] = warm_start(cfg, loaded.seed, from_weights)[1].summary()
     folder = _folder(out, loaded, "train-tokenizer", "tokenizer", binds)
-    assumed = None if count else f"no images {images}: ImageNet's {IMAGENET_IMAGES:,}"
+    name, most = "ImageNet", IMAGENET_IMAGES
+    if isinstance(cfg.autoencoder, MelConfig):
+        name, most = "LibriTTS", LIBRITTS_RECORDINGS
+    assumed = None if count else f"no items {images}: the {most:,} of {name}"
     make, step = tokenizer_players(cfg), cfg.discriminator.start
     frozen = 0
     if cfg.loss.perceptual != "none":
         with fake_tensors():
             frozen = 4 * sum(p.numel() for p in losses.Perceptual("vgg").parameters())
-    times = timing(cfg.train, count or IMAGENET_IMAGES, step_flops(make, cfg.train, step), hardware)
+    times = timing(cfg.train, count or most, step_flops(make, cfg.train, step), hardware)
     sizes = memory(make, cfg.train, hardware, frozen, step)
     values = {"recipe": loaded.name, "assumed": assumed, **times, **sizes, **folder}
     return Result(TITLE, {**values, "weights": weights})

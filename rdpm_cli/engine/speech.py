@@ -2,6 +2,7 @@
 
 Legend: B lines, N units of a text, S latents of a line (its prompt's come first), C code width, T steps."""
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,18 +57,18 @@ def sample_speech(
         raise UsageError(f"{ckpt} draws images", "give --classes instead of --text")
     options = SampleOptions(sampling_options(loaded.sampling, preset, sampling or {}), seed)
     loaded.check(options)
+    if judge and loaded.attends_to_text:
+        raise UsageError("--judge aligns prompts for generators of network.align=durations", "leave it out")
     voice = open_vocoder(vocoder, inputs.features, picked)
     aligner = speech_judge.load(judge)[0] if judge else None
     loaded.to(picked, options.sampling.compile)
     wholes = [sentences_of(line) if sentences else [line] for line in lines]
     lines, counts = [line for whole in wholes for line in whole], [len(whole) for whole in wholes]
-    rows = [
-        {"file": name_of(i), "index": i, **{k: v for k, v in vars(line).items() if v}} for i, line in enumerate(lines)
-    ]
+    prepared = [prepare(loaded, line, aligner, duration_scale, length) for line in lines]
+    rows = [_row(i, *pair, inputs.rate) for i, pair in enumerate(zip(lines, prepared, strict=True))]
     recorded = {**options.sampling.model_dump(), "seed": seed, "duration_scale": duration_scale, "length": length}
     made_from = {"checkpoint": loaded.digest, **voice.made_from}
     record = folder.picture_record(folder.SPEECH, made_from, recorded, rows=rows, vocoder=voice.identity)
-    prepared = [prepare(loaded, line, aligner, duration_scale, length) for line in lines]
     with folder.one_at_a_time(out):
         folder.claim(out, record)
 
@@ -75,15 +76,17 @@ def sample_speech(
         return any(not (out / name_of(i)).is_file() for i in batch)
 
     def make(batch: list[int]) -> None:
+        for i in batch:
+            if rows[i]["prompt"]:
+                audio.write_wav(out / rows[i]["prompt"], prepared[i].wave, inputs.features.rate)
         for i, wave in zip(batch, waves(loaded, options, batch, [prepared[i] for i in batch], voice), strict=True):
             audio.write_wav(out / name_of(i), wave, inputs.features.rate)
 
     def finish() -> None:
-        made = [_finished(out, row, p, inputs) for row, p in zip(rows, prepared, strict=True)]
         _spectrograms(out, rows, inputs)
         if sentences:
-            _join(out, made, counts, inputs.features.rate)
-        folder.finish(out, {**record, "rate": inputs.features.rate, "samples": made})
+            _join(out, rows, counts, inputs.features.rate)
+        folder.finish(out, {**record, "rate": inputs.features.rate})
 
     batches = batches_of(prepared, options.sampling.images_at_once(picked.type))
     shared(out, share, batches, "lines", is_missing, make, finish)
@@ -99,13 +102,18 @@ def name_of(index: int) -> str:
     return f"{index:06d}.wav"
 
 
-def _finished(out: Path, row: dict[str, Any], line: Prepared, inputs: MelInputs) -> dict[str, Any]:
-    """The row of a sample in samples.json, after its prompt is written."""
-    prompt = f"prompts/{row['file']}" if len(line.wave) and not row.get("cut") else None
-    if prompt:
-        audio.write_wav(out / prompt, line.wave, inputs.features.rate)
-    seconds = sum(line.durations[: line.prompt]) / inputs.rate if prompt else 0.0
-    return {**row, "prompt": prompt, "prompt_seconds": seconds, "durations": line.durations, **line.source}
+def _row(index: int, line: Line, prepared: Prepared, rate: float) -> dict[str, Any]:
+    """The row of a sample in samples.json. rate: latents a second. Where a stretch is drawn again there is no prompt.
+
+    It binds the folder to the prompt's sound and to all durations, whatever they come from."""
+    name, fields = name_of(index), {key: value for key, value in vars(line).items() if value and key != "prompt"}
+    row: dict[str, Any] = {"file": name, "index": index, **fields, "prompt": None, "prompt_seconds": 0.0}
+    if len(prepared.wave):
+        row["prompt_sha256"] = hashlib.sha256(prepared.wave.tobytes()).hexdigest()
+    if len(prepared.wave) and not line.cut:
+        seconds = sum(prepared.durations[: prepared.prompt]) / rate
+        row |= {"prompt": f"prompts/{name}", "prompt_seconds": seconds}
+    return {**row, "durations": prepared.durations, **prepared.source}
 
 
 def _join(out: Path, rows: Sequence[dict[str, Any]], counts: Sequence[int], rate: int) -> None:

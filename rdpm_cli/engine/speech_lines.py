@@ -12,19 +12,21 @@ import pydantic
 import torch
 from torch import Tensor
 
+from rdpm_cli import progress
 from rdpm_cli.codes.ragged import fits, latents_of
 from rdpm_cli.data import audio, mel
 from rdpm_cli.data import text as texts
 from rdpm_cli.distributed import one_thread
 from rdpm_cli.errors import UsageError
 from rdpm_cli.evaluation.speech_judge import SpeechJudge
-from rdpm_cli.generator.conditions import LONGEST, TextCondition
+from rdpm_cli.generator.conditions import LONGEST
 from rdpm_cli.generator.registry import LoadedGenerator
 from rdpm_cli.generator.speech_sampler import Spoken, predicted_durations, predicted_length, spoken
 from rdpm_cli.tokenizer.inputs import MelInputs
 
 Seconds = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 SILENCE = 1e-3  # the largest sample of a prompt without a voice
+LOUDEST, CLIPPED = 0.999, 0.01  # a sample that is clipped; the share of them that is warned of
 Rule = Literal["predictor", "rate"]  # of the length of what is said, where no seconds are given
 
 
@@ -34,7 +36,8 @@ class Line:
 
     prompt_seconds, word_seconds: how long each word of the prompt, and of the text, lasts; default: the prompt's are
     aligned by a judge, the text's are predicted. seconds: of the text as a whole. cut: the stretch of the prompt, from
-    and to in seconds, in whose place new sound is drawn; `text` is then that of the whole."""
+    and to in seconds, in whose place new sound is drawn. With it, or where the text continues the prompt, `text` is
+    that of the prompt, too."""
 
     text: str
     prompt: str | None = None
@@ -44,6 +47,7 @@ class Line:
     word_seconds: tuple[Seconds, ...] | None = None
     seconds: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
     cut: tuple[Seconds, Seconds] | None = None
+    continues: bool = False
 
 
 @dataclasses.dataclass
@@ -92,6 +96,8 @@ def lines_of(words: Mapping[str, Any], init: str | None) -> list[Line]:
         raise UsageError("--init and --prompt exclude each other", "the voice is that of --init")
     if (init is None, start is None, end is None) not in ((True,) * 3, (False,) * 3):
         raise UsageError("--init, --from and --to go together", "they name a stretch of sound that is drawn again")
+    if init and words["prompt_text"]:
+        raise UsageError("--prompt-text is for --prompt", "with --init --text is that of the whole recording")
     cut = (start, end) if init else None
     text = words["text"] or ""
     return [Line(text, init or prompt, words["prompt_text"], seconds=words["seconds"], cut=cut)]
@@ -103,7 +109,8 @@ def sentences_of(line: Line) -> list[Line]:
     if len(pieces) < 2:
         return [line]
     if line.word_seconds or line.seconds or line.cut:
-        raise UsageError(f"--sentences: '{line.text:.80}' has a duration as a whole", "leave one of them out")
+        message = f"--sentences: '{line.text:.80}' has word_seconds, seconds or a cut, as a whole"
+        raise UsageError(message, "leave one of them out")
     return [dataclasses.replace(line, text=piece) for piece in pieces]
 
 
@@ -114,16 +121,22 @@ def prepare(
     """Units, durations and the prompt's latents of a line. Raises UsageError and DataError."""
     if not line.prompt and (line.prompt_text or line.prompt_seconds or line.cut):
         raise UsageError(f"'{line.text:.80}' has no prompt, but what belongs to one", "give a prompt")
-    is_text = isinstance(loaded.generator.network.trunk.speech, TextCondition)
+    if line.seconds is not None and duration_scale != 1:
+        raise UsageError("--seconds and --duration-scale exclude each other", "leave one of them out")
     wave, prompt_CS = _read_prompt(loaded, line)
-    if is_text:
+    if loaded.attends_to_text:
         plan = _plan_text(loaded, line, prompt_CS, rule)
+    elif rule == "rate":
+        raise UsageError("--length rate is for generators of network.align=cross", "leave it out")
     else:
         plan = _plan_durations(loaded, line, prompt_CS, aligner)
     rate, factor = _rate(loaded), duration_scale
     if line.seconds is not None:
+        if line.seconds * rate < len(plan.drawn):
+            raise UsageError(f"'{line.text:.80}' does not fit into {line.seconds:g} s", "give it more --seconds")
         factor, plan.source["durations_from"] = line.seconds * rate / sum(plan.drawn), "seconds"
-    drawn = [max(1, round(length * factor)) for length in plan.drawn]
+    scaled = latents_of(plan.drawn, factor, round(sum(plan.drawn) * factor))
+    drawn = [max(1, length) for length in scaled]
     if (longest := prompt_CS.shape[1] + sum(drawn)) > LONGEST:
         raise UsageError(
             f"'{line.text:.80}' would last {longest / rate:.0f} s", f"at most {LONGEST / rate:.0f} s can be"
@@ -166,6 +179,8 @@ def _read_prompt(loaded: LoadedGenerator, line: Line) -> tuple[mel.Wave, Tensor]
     if len(wave) < inputs.features.hop * inputs.stride or np.abs(wave).max() < SILENCE:
         reason = "silent" if len(wave) >= inputs.features.hop * inputs.stride else "shorter than a latent"
         raise UsageError(f"the prompt {line.prompt} is {reason}", "give a second or more of the voice")
+    if (clipped := float(np.mean(np.abs(wave) > LOUDEST))) > CLIPPED:
+        progress.warn(f"{clipped:.0%} of the samples of the prompt {line.prompt} are clipped: so will be the voice")
     item = mel.log_mel(wave, inputs.features, inputs.stride)
     with torch.no_grad(), one_thread():
         x = inputs.tensor([item]).to(loaded.tokenizer.quantizer.books.device)
@@ -203,29 +218,44 @@ def _plan_durations(loaded: LoadedGenerator, line: Line, prompt_CS: Tensor, alig
     return Plan(prompt_units + units, known, drawn, 0, source)
 
 
-def _one_each(name: str, line: Line, seconds: Sequence[float], units: Sequence[int]) -> None:
+def _one_each(name: str, line: Line, seconds: Sequence[float], units: Sequence[object]) -> None:
     """Raise UsageError if there are more or fewer values than words."""
     if len(seconds) != len(units):
-        raise UsageError(f"{name} of '{line.text:.80}' has {len(seconds)} values for {len(units)} words", "one a word")
+        raise UsageError(
+            f"{name} of '{line.text:.80}' has {len(seconds)} values for {len(units)} words", "give one a word"
+        )
 
 
 def _plan_text(loaded: LoadedGenerator, line: Line, prompt_CS: Tensor, rule: Rule) -> Plan:
-    """The length as a whole, for align: cross. Without prompt_text `text` is that of the prompt, too."""
-    rate, count = _rate(loaded), prompt_CS.shape[1]
-    units = _units(loaded, f"{line.prompt_text} {line.text}")
-    start, end = (min(count, round(second * rate)) for second in line.cut) if line.cut else (count, count)
-    if line.cut and end <= start:
-        message = f"the stretch from {line.cut[0]:g} to {line.cut[1]:g} s of {line.prompt} is empty"
-        raise UsageError(message, f"it lasts {count / rate:.4g} s, of which one latent is {1 / rate:.2g}")
-    before, behind = [start], count - end
+    """The length as a whole, of a generator with align: cross."""
+    rate, count, prompt_units = _rate(loaded), prompt_CS.shape[1], list[int]()
+    units = _units(loaded, line.text)
+    if line.prompt_text:
+        prompt_units, units = (_units(loaded, words) for words in (line.prompt_text, f"{line.prompt_text} {line.text}"))
+    elif line.prompt and not (line.cut or line.continues):
+        raise UsageError(f"what is said in {line.prompt} is not known", "give --prompt-text, or prompt_text")
+    start, end = _known(line, count, rate)
     if line.word_seconds is not None:
-        return Plan(units, before, [max(1, round(sum(line.word_seconds) * rate))], behind, {"durations_from": "line"})
-    if rule == "rate":
-        if not line.prompt_text:
-            raise UsageError(f"--length rate: what is said in the prompt of '{line.text:.80}' is not known", "give it")
-        spoken_units = len(_units(loaded, line.prompt_text))
-        drawn = max(1, round(count / spoken_units * (len(units) - spoken_units)))
-        return Plan(units, before, [drawn], behind, {"durations_from": "rate"})
-    known_CS = torch.cat([prompt_CS[:, :start], prompt_CS[:, end:]], 1)
-    one = spoken(units, [start, 1, behind], known_CS, 1, behind)
-    return Plan(units, before, [predicted_length(loaded, one)], behind, {"durations_from": "predictor"})
+        _one_each("word_seconds", line, line.word_seconds, texts.normalise(line.text).split())
+        drawn, source = sum(line.word_seconds) * rate, "line"
+    elif rule == "rate":
+        if not prompt_units:
+            message = f"--length rate: what is said in the prompt of '{line.text:.80}' is not known"
+            raise UsageError(message, "give --prompt and --prompt-text, or leave --length out")
+        drawn, source = count / len(prompt_units) * (len(units) - len(prompt_units)), "rate"
+    else:
+        known_CS = torch.cat([prompt_CS[:, :start], prompt_CS[:, end:]], 1)
+        one = spoken(units, [start, 1, count - end], known_CS, 1, count - end)
+        drawn, source = predicted_length(loaded, one), "predictor"
+    return Plan(units, [start], [max(1, round(drawn))], count - end, {"durations_from": source})
+
+
+def _known(line: Line, count: int, rate: float) -> tuple[int, int]:
+    """The latents of the prompt between which sound is drawn: the others are known."""
+    if line.cut is None:
+        return count, count
+    start, end = (round(second * rate) for second in line.cut)
+    if not start < end <= count:
+        message = f"{line.prompt} has no stretch from {line.cut[0]:g} to {line.cut[1]:g} s"
+        raise UsageError(message, f"it lasts {count / rate:.4g} s, of which one latent is {1 / rate:.2g}")
+    return start, end

@@ -5,6 +5,7 @@ Of the utterances of 4 to 10 s (VALL-E, arXiv 2301.02111), `continuation` draws 
 known, it ends with the last of them that ends within the 3 s."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,6 @@ from rdpm_cli.engine.speech_scores import Judges, Sound, check_words, drawn_soun
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation.speech_networks import HubertCTC
 from rdpm_cli.generator import registry
-from rdpm_cli.generator.conditions import TextCondition
 from rdpm_cli.runs import Result, versions
 from rdpm_cli.tokenizer.inputs import MelInputs
 
@@ -63,17 +63,20 @@ def eval_tts(
         raise UsageError(f"{ckpt} draws images", "give a generator of sound")
     judges.to(pick_device(device))
     source, rate, lines = open_audio(recordings, **(reading or {})), inputs.features.rate, list[Line]()
-    joined = isinstance(loaded.generator.network.trunk.speech, TextCondition)
-    rows = make_rows(
-        source, task, seed, None if joined and task == "continuation" else word_times(source, judges), limit
-    )
+    joined = loaded.attends_to_text
+    times = None if joined and task == "continuation" else word_times(source, judges)
+    whole = (
+        math.floor(PROMPT_SECONDS * inputs.rate) / inputs.rate
+    )  # latents: the rest of one would be padded with zeros
+    rows = make_rows(source, task, seed, times, limit, PROMPT_SECONDS if times else whole)
     if judges.judge and not judges.transcriber:
         check_words(judges.judge, [row.text for row in rows])
     for number, row in enumerate(rows):
         path = out / "prompts" / f"{number:06d}.wav"
         audio.write_wav(path, _piece(source, row.prompt, 0.0, row.seconds, rate), rate)
         seconds = None if joined else tuple(row.word_seconds)
-        lines.append(Line(row.text, str(path), " ".join(row.words), prompt_seconds=seconds))
+        words = " ".join(row.words)
+        lines.append(Line(row.text, str(path), words, prompt_seconds=seconds, continues=not words))
     options: dict[str, Any] = {"seed": seed, "vocoder": vocoder}
     drawn = sample_speech(ckpt, lines, out / "samples", sampling=key_values(settings), device=device, **options)
     values = {"metric": "tts", "task": task, **scores(drawn_sounds(out / "samples", None), judges)}
@@ -98,9 +101,12 @@ def word_times(source: AudioSource, judges: Judges) -> Times:
     raise UsageError(f"it is not known when the words of {source.spec} are said", hint)
 
 
-def make_rows(source: AudioSource, task: Task, seed: int, times: Times | None, limit: int | None) -> list[Row]:
-    """A row an utterance. times: where prompts end with a word. Raises DataError where there is no utterance, or one
-    without a prompt."""
+def make_rows(
+    source: AudioSource, task: Task, seed: int, times: Times | None, limit: int | None, seconds: float = PROMPT_SECONDS
+) -> list[Row]:
+    """A row an utterance. times: where prompts end with a word, at the latest after `seconds`; None: after these.
+
+    Raises DataError where there is no utterance, or one without a prompt."""
     if source.texts is None or (source.speakers is None and task == "cross"):
         lacking = "texts" if source.texts is None else "speakers"
         raise DataError(f"{source.spec} has no {lacking}", "give recordings whose texts and speakers are listed")
@@ -112,7 +118,7 @@ def make_rows(source: AudioSource, task: Task, seed: int, times: Times | None, l
     with progress.Bar("prompts", len(indices), "utterances") as bar:
         for index in indices:
             prompt = index if task == "continuation" else _other(source, lengths, index, seed)
-            row = Row(index, source.texts[index], prompt)
+            row = Row(index, source.texts[index], prompt, seconds)
             rows.append(_cut(source, row, source.texts[prompt], times(prompt)) if times else row)
             bar.advance(1)
     return rows

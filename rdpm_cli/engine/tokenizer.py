@@ -144,6 +144,8 @@ def tokenize(
     check_output(out, images)
     loaded, content = model.load(path)
     source = loaded.inputs.open(images, **(reading or {}))
+    if align and (options is None or options.text != "words"):
+        raise UsageError("--align finds the durations of words", "give --units words, or leave --align out")
     if align:
         _align(source, align, on_bad)
     saved = f"finished shards are kept in {out}"

@@ -106,7 +106,7 @@ class DurationPredictor(nn.Module):
         return self.layers(self.units(text_BN.clamp_min(0)) + x_BD.unsqueeze(1)).squeeze(-1)
 
     def loss(self, columns: Columns) -> Tensor:
-        """Squared error of the logarithm, a mean over the units behind the prompt of each row with a text."""
+        """Squared error of the logarithm, a mean over the units behind the prompt of each row."""
         number_N = torch.arange(columns["text"].shape[1], device=columns["text"].device)
         wanted_BN = (number_N >= columns["known"][:, None]) & (columns["durations"] > 0)
         error_BN = (self(columns) - columns["durations"].clamp_min(1).log()).square()

@@ -13,6 +13,7 @@ from rdpm_cli.codes.store import TOKENIZER, CodeStore, Manifest
 from rdpm_cli.data.text import Kind
 from rdpm_cli.errors import CheckpointError, DataError, UsageError
 from rdpm_cli.generator import config as configs
+from rdpm_cli.generator.conditions import TextCondition
 from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
 from rdpm_cli.generator.rdpm import RDPM, CodeBatches
 from rdpm_cli.generator.resgen import MaskBatches, ResGen
@@ -62,7 +63,7 @@ def open_codes(root: Path, cfg: configs.GeneratorConfig, seed: int) -> Codes:
         lacking = "latents" if manifest.speech.text else "texts"
         raise DataError(
             f"{root} keeps no {lacking}, which generators of speech learn from",
-            "tokenize with --units words --keep latents",
+            "tokenize with --units and --keep latents",
         )
     if manifest.speech and not manifest.speech.durations and cfg.network.align == "durations":
         hint = "tokenize with --units words --align judge.pt, or give network.align=cross, which needs more recordings"
@@ -121,6 +122,11 @@ class LoadedGenerator:
     digest: str
     provenance: dict[str, Any]
     text: Kind | None = None  # kind of the units of sound
+
+    @property
+    def attends_to_text(self) -> bool:
+        """Whether network.align is `cross`."""
+        return isinstance(self.generator.network.trunk.speech, TextCondition)
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this generator cannot use."""

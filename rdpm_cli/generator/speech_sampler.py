@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rdpm_cli.codes.ragged import PADDING
 from rdpm_cli.distributed import one_thread
-from rdpm_cli.generator.conditions import LONGEST, TextCondition
+from rdpm_cli.generator.conditions import LONGEST
 from rdpm_cli.generator.contract import Known, SampleOptions
 from rdpm_cli.generator.registry import LoadedGenerator
 
@@ -70,7 +70,7 @@ def columns_of(loaded: LoadedGenerator, lines: Sequence[Spoken]) -> dict[str, Te
         durations_BN[row, : len(line.durations)] = torch.tensor(line.durations)
         latents_BCS[row, :, : line.length], known_BS[row, : line.length] = line.latents_CS, line.known_S
     columns = {"text": text_BN, "latents": latents_BCS}
-    if isinstance(loaded.generator.network.trunk.speech, TextCondition):
+    if loaded.attends_to_text:
         columns |= {"lengths": durations_BN.sum(1), "known": known_BS}
     else:
         columns |= {"durations": durations_BN, "known": torch.tensor([line.prompt for line in lines])}
