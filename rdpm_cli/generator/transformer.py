@@ -244,7 +244,7 @@ class Transformer(nn.Module):
     def _text(self, condition: Condition) -> Text:
         """The tokens of a condition of text. The angles of positions run over as many units as those of its tokens.
 
-        So attention begins with units at a steady pace; this is a choice of ours."""
+        By them a position can tell the units near its own share of the text; this is a choice of ours."""
         tokens_BMD, mask_BM, exists_BS = condition.tokens_BMD, condition.mask_BM, condition.exists_BS
         assert tokens_BMD is not None
         assert mask_BM is not None
