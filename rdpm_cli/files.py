@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -144,6 +144,13 @@ def write_json(path: Path, value: Any) -> None:
     """Indented JSON, written atomically; NaN is refused."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """A .jsonl file, written atomically: JSON of a row a line. -> the path."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    write_atomic(path, lambda file: file.write(content))
+    return path
 
 
 def read_json(path: Path) -> Any:

@@ -419,19 +419,24 @@ def test_an_overfitted_model_says_the_text_and_another_one_when_it_is_swapped(fa
     assert np.mean(right) >= 0.8  # by chance a third
 
 
+def with_fitted_predictor(made: Setup, steps: int) -> LoadedGenerator:
+    """The generator after a training of its predictor alone."""
+    predictor = made.generator.network.trunk.speech.predictor
+    optimizer = torch.optim.Adam(predictor.parameters(), 1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        predictor.loss(made.batches.batch_at(step, range(8)).columns).backward()
+        optimizer.step()
+    return made.loaded()[0]
+
+
 @families
 def test_durations_of_an_overfitted_set_are_predicted(family: str, tmp_path: Path) -> None:
     lengths = {"low": 2, "high": 7, "hiss": 4}
     spoken = [[(name, lengths[name]) for name in (a, b)] for a in lengths for b in lengths]
     store = speech_store(tmp_path / family, FAMILIES[family], spoken, latents=True)
     made = setup({family: store.root}, family)
-    loaded, _ = made.loaded()
-    predictor = made.generator.network.trunk.speech.predictor
-    optimizer = torch.optim.Adam(predictor.parameters(), 1e-2)
-    for step in range(100):
-        optimizer.zero_grad()
-        predictor.loss(made.batches.batch_at(step, range(8)).columns).backward()
-        optimizer.step()
+    loaded = with_fitted_predictor(made, 100)
     names = store.manifest.condition_names
     for known in (0, 1):
         one = line(store, 3, known)
@@ -463,13 +468,7 @@ def test_lengths_of_an_overfitted_set_are_predicted(family: str, tmp_path: Path)
     spoken = [[(name, lengths[name]) for name in (a, b)] for a in lengths for b in lengths]
     store = speech_store(tmp_path / family, FAMILIES[family], spoken, latents=True)
     made = setup({family: store.root}, family, align="cross")
-    loaded, _ = made.loaded()
-    predictor = made.generator.network.trunk.speech.predictor
-    optimizer = torch.optim.Adam(predictor.parameters(), 1e-2)
-    for step in range(200):
-        optimizer.zero_grad()
-        predictor.loss(made.batches.batch_at(step, range(8)).columns).backward()
-        optimizer.step()
+    loaded = with_fitted_predictor(made, 200)
     for row, string in enumerate(spoken):
         one = line(store, row, row % 2, "cross")
         known = int(one.known_S.sum())

@@ -195,10 +195,14 @@ def test_samples_are_scored_without_their_prompts(
     whole = scored(capsys, sample_folder(tmp_path / "b", prompt_seconds=0.0), "--judge", judge)
     assert whole["wer"] == pytest.approx(2 / 3)
     assert (whole["sim_r"], whole["sim_r_n"]) == (None, 0)
-    joined = sample_folder(tmp_path / "d", text="low high low high low", prompt_text="")
+    joined = sample_folder(tmp_path / "d", text="low high low high low", prompt_text="", continues=True)
     record_of_all = scored(capsys, joined, "--judge", judge)
     assert (record_of_all["wer"], record_of_all["reference_words"]) == (0.0, 10)
     assert (record_of_all["sim_o"], record_of_all["seconds"]) == (record["sim_o"], record["seconds"])
+    unsaid = scored(
+        capsys, sample_folder(tmp_path / "e", prompt_text=""), "--judge", judge
+    )  # as real strings are listed
+    assert (unsaid["wer"], unsaid["reference_words"]) == (0.0, 6)
     swapped = scored(capsys, sample_folder(tmp_path / "c", prompt="prompts/1.wav"), "--judge", judge)
     assert swapped["sim_o"] < record["sim_o"] - 0.1
 

@@ -27,13 +27,12 @@ def open_heldout(spec: str, manifest: Manifest, reading: Mapping[str, Any] | Non
     """Images of classes that the store has, with its numbers of them; or recordings with texts of its units.
 
     Raises DataError, or UsageError of a text, for others, and for too few."""
-    opened = (open_audio if manifest.speech else open_source)(spec, **(reading or {}))
-    if len(opened) < LEAST:
-        raise DataError(f"--heldout {spec} holds {len(opened)} items, fewer than {LEAST}", "give more, or none")
-    if isinstance(opened, AudioSource):
-        _check_texts(opened, manifest)
-        return opened
-    source = opened
+    source = (open_audio if manifest.speech else open_source)(spec, **(reading or {}))
+    if len(source) < LEAST:
+        raise DataError(f"--heldout {spec} holds {len(source)} items, fewer than {LEAST}", "give more, or none")
+    if isinstance(source, AudioSource):
+        _check_texts(source, manifest)
+        return source
     labels = source.need_labels()
     numbers, fault = match_classes(manifest.class_names, source.class_names, labels, "the store")
     if fault:

@@ -7,20 +7,20 @@ Legend: P sum of the rows' lengths S, U sum of the items' numbers of units N; n 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rdpm_cli import files
-from rdpm_cli.codes.store import CodeStore, Ints, Manifest, Plan, Speech
+from rdpm_cli.codes.store import CodeStore, Ints, Manifest, Plan, Speech, Split
 from rdpm_cli.data import text
 from rdpm_cli.errors import DataError
 
 PADDING = -1  # unit ids behind the end of a text
 
 
-def conditions(source: Any, kind: text.Kind | None, split: Literal["row", "speaker"], rate: float) -> Speech:
+def conditions(source: Any, kind: text.Kind | None, split: Split, rate: float) -> Speech:
     """The table of units, and the speakers, of an AudioSource. rate: latents a second. Raises DataError."""
     if kind and source.texts is None:
         raise DataError(f"{source.spec} has no texts", "leave --units out, or name a source with texts")

@@ -29,6 +29,7 @@ MANIFEST, NAMES, TOKENIZER, BAD = "manifest.json", "names.jsonl", "tokenizer.pt"
 AGAIN = "copy it again, or delete it and run the same `rdpm tokenize` again, which makes what is missing"
 
 Ints = NDArray[np.int64]
+Split = Literal["row", "speaker"]  # what trainings hold out of a store
 ArrayShapes = dict[str, tuple[type[np.generic], tuple[int, ...]]]  # kind -> dtype and shape
 RAGGED_POSITIONS = 250  # of an item of any length, for the disk space that a store needs: 10 s at 25 a second
 BadItem = dict[str, Any]  # a line of bad.jsonl: index, name and reason of an item that could not be read
@@ -55,7 +56,7 @@ class Speech(Section):
     speakers: tuple[str, ...]
     durations: bool
     rate: float
-    split: Literal["row", "speaker"] = added("row", "held out of trainings: some recordings, or all of some speakers")
+    split: Split = added("row", "held out of trainings: some recordings, or all of some speakers")
 
 
 class Plan(Section):

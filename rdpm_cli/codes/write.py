@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from rdpm_cli import files, noise, runs
 from rdpm_cli.codes import ragged, store
-from rdpm_cli.codes.store import BadItem, DataOrigin, Manifest, Plan, Shard
+from rdpm_cli.codes.store import BadItem, DataOrigin, Manifest, Plan, Shard, Split
 from rdpm_cli.data.source import ItemSource, spread
 from rdpm_cli.data.text import Kind
 from rdpm_cli.distributed import barrier, one_thread, world
@@ -49,7 +49,7 @@ class StoreOptions:
     precision: Literal["fp32", "bf16"] | None = None
     micro_batch: int | None = None
     text: Kind | None = None  # units of the texts of sound
-    split: Literal["row", "speaker"] = "row"  # of sound: what trainings hold out
+    split: Split = "row"  # of sound
 
 
 def make_plan(

@@ -1,6 +1,5 @@
 """Spoken strings made of recordings of single words: real voices, exact texts and exact durations of their words."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,8 @@ def write_strings(
         name = f"wavs/{number:06d}.wav"
         wave, row = _string(source, recordings, number, words, seed, rate, step)
         write_wav(out / name, wave, rate)
-        rows.append(json.dumps({"audio_filepath": name, **row}, ensure_ascii=False) + "\n")
-    files.write_atomic(manifest, lambda file: file.write("".join(rows).encode()))
-    return manifest
+        rows.append({"audio_filepath": name, **row})
+    return files.write_lines(manifest, rows)
 
 
 def _by_word(source: AudioSource, indices: Sequence[int]) -> dict[str, dict[str, list[int]]]:

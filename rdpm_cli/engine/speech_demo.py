@@ -105,14 +105,8 @@ def write_data(source: AudioSource, out: Path, seed: int) -> dict[str, Path]:
     files.write_json(out / "real" / folder.RECORD, {"format": folder.SPEECH, "samples": real})
     paths = {"train": train, "heldout": heldout, "real": out / "real"}
     for (title, name), kind in zip(LISTS.items(), (lines, _other_texts(lines), _other_prompts(lines)), strict=True):
-        paths[title] = _write_list(out / name, kind)
+        paths[title] = files.write_lines(out / name, kind)
     return paths
-
-
-def _write_list(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-    files.write_atomic(path, lambda file: file.write(content))
-    return path
 
 
 def _line(row: dict[str, Any], out: Path, prompt: str, rate: int) -> dict[str, Any]:

@@ -58,14 +58,14 @@ class Sound:
 class SampleRow(BaseModel):
     """What samples.json says of a drawn sound. prompt_seconds: the beginning of the file that is the prompt.
 
-    prompt_text: what is said in a prompt; if it is empty, `text` has these words, too."""
+    continues: `text` is that of the prompt, too."""
 
     file: str
     text: str
     speaker: str | None = None
     prompt_seconds: float = Field(0.0, ge=0)
     prompt: str | None = None
-    prompt_text: str = ""
+    continues: bool = False
 
 
 @dataclass
@@ -186,7 +186,7 @@ def _drawn(folder: Path, row: SampleRow) -> Sound:
         row.file, partial(resampled, whole[start:], stored), row.text, row.speaker,
         partial(resampled, *read(row.prompt)) if row.prompt else None,
         partial(resampled, whole[:start], stored) if start else None,
-        partial(resampled, whole, stored) if row.prompt and not row.prompt_text else None,
+        partial(resampled, whole, stored) if row.continues else None,
     )  # fmt: skip
 
 

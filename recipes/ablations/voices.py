@@ -5,10 +5,8 @@ voices, so it knows those; an unseen voice is compared with its prompt by resemb
 judge's embedding. Voices, sentences and the judge do not depend on a training seed."""
 
 import importlib.util
-import json
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -77,13 +75,8 @@ def write(out: Path) -> tuple[str, str]:
     lists["unseen"] = [line_of(rows[voice], place) for voice in UNSEEN for place in range(HELD_OUT // 2)]
     lists["heldout"] = [row for voice in SEEN for row in rows[voice][:2]]
     for name, lines in lists.items():  # the one by which a finished folder is known comes last
-        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        files.write_atomic(out / f"{name}.jsonl", partial(write_bytes, content=content))
+        files.write_lines(out / f"{name}.jsonl", lines)
     return str(train), str(heldout)
-
-
-def write_bytes(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 def line_of(rows: list[Row], place: int) -> Row:
