@@ -29,7 +29,8 @@ from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
 from rdpm_cli.generator import sampler
 from rdpm_cli.generator.config import GeneratorConfig, ProxyConfig
-from rdpm_cli.generator.contract import Generator, GeneratorBatches, Known, SampleOptions, held_out
+from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions, held_out
+from rdpm_cli.generator.speech_sampler import known_codes
 from rdpm_cli.progress import Bar, warn
 from rdpm_cli.tokenizer.config import AutoencoderConfig, TokenizerConfig
 from rdpm_cli.tokenizer.inputs import Item, MelInputs
@@ -256,9 +257,7 @@ def _sound_preview(
     codes_BTS, columns = batches.read(rows)
     codes_BTS, columns = codes_BTS.to(run.device), {name: column.to(run.device) for name, column in columns.items()}
     is_known_BS = torch.from_numpy(store.exists(rows) & ~batches.open_positions(rows, None)).to(run.device)
-    eps_BTCS = tokenizer.noise("sample", options.seed, range(len(rows)), [0] * len(rows), codes_BTS.shape[2])
-    prompts_BTS = tokenizer.quantizer.encode(columns["latents"], eps_BTCS.to(run.device))
-    known = Known(prompts_BTS, is_known_BS[:, None].expand_as(prompts_BTS))
+    known = known_codes(tokenizer, columns["latents"], is_known_BS, options.seed, range(len(rows)))
     samples_BTS = generator.sample(columns, torch.arange(len(rows)), options, known)
     sheet = np.repeat(inputs.blank()[:1], codes_BTS.shape[2] * inputs.stride, 0)[None].repeat(2 * len(rows), 0)
     for row, length in enumerate(store.lengths[rows].tolist()):

@@ -13,6 +13,7 @@ from rdpm_cli.distributed import one_thread
 from rdpm_cli.generator.conditions import LONGEST
 from rdpm_cli.generator.contract import Known, SampleOptions
 from rdpm_cli.generator.registry import LoadedGenerator
+from rdpm_cli.tokenizer.model import Tokenizer
 
 # Latents, and units, are padded to whole ones, so that a sample does not depend on its neighbours' lengths.
 BUCKET = 32
@@ -64,18 +65,36 @@ def columns_of(loaded: LoadedGenerator, lines: Sequence[Spoken]) -> dict[str, Te
     """The columns of lines of one number of buckets."""
     B, C, (S, N) = len(lines), len(lines[0].latents_CS), (BUCKET * n for n in lines[0].buckets)
     text_BN, durations_BN = torch.full((B, N), PADDING), torch.zeros(B, N, dtype=torch.int64)
-    latents_BCS, known_BS = torch.zeros(B, C, S), torch.zeros(B, S, dtype=torch.bool)
+    latents_BCS = torch.zeros(B, C, S)
     for row, line in enumerate(lines):
         text_BN[row, : len(line.units)] = torch.tensor(line.units)
         durations_BN[row, : len(line.durations)] = torch.tensor(line.durations)
-        latents_BCS[row, :, : line.length], known_BS[row, : line.length] = line.latents_CS, line.known_S
+        latents_BCS[row, :, : line.length] = line.latents_CS
     columns = {"text": text_BN, "latents": latents_BCS}
     if loaded.attends_to_text:
-        columns |= {"lengths": durations_BN.sum(1), "known": known_BS}
+        columns |= {"lengths": durations_BN.sum(1), "known": known_of(lines)}
     else:
         columns |= {"durations": durations_BN, "known": torch.tensor([line.prompt for line in lines])}
     device = loaded.tokenizer.quantizer.books.device
     return {name: column.to(device) for name, column in columns.items()}
+
+
+def known_of(lines: Sequence[Spoken]) -> Tensor:
+    """Which positions of these lines are known, (B, S) bool, in whole buckets."""
+    known_BS = torch.zeros(len(lines), BUCKET * lines[0].buckets[0], dtype=torch.bool)
+    for row_S, line in zip(known_BS, lines, strict=True):
+        row_S[: line.length] = line.known_S
+    return known_BS
+
+
+def known_codes(
+    tokenizer: Tokenizer, latents_BCS: Tensor, known_BS: Tensor, seed: int, indices: Sequence[int]
+) -> Known:
+    """The codes of known latents, under the noise of the samples of these indices.
+
+    In training the network saw such pairs of noise and codes."""
+    eps = tokenizer.noise("sample", seed, indices, [0] * len(indices), latents_BCS.shape[2]).to(latents_BCS.device)
+    return Known(tokenizer.quantizer.encode(latents_BCS, eps), known_BS[:, None].repeat(1, eps.shape[1], 1))
 
 
 @torch.no_grad()
@@ -88,13 +107,8 @@ def draw(
     # The last line is repeated up to a whole micro-batch: on the CPU sums depend on the shape of a pass.
     lines, indices = [*lines, *[lines[-1]] * padding], [*indices, *[indices[-1]] * padding]
     columns = columns_of(loaded, lines)
-    keep_BS = torch.nn.utils.rnn.pad_sequence([line.known_S for line in lines], batch_first=True)
-    length = columns["latents"].shape[2]
-    keep_BTS = torch.nn.functional.pad(keep_BS, (0, length - keep_BS.shape[1]))[:, None].to(device)
-    # Codes of the prompt are made under the sample's noise: in training the network saw such pairs of noise and codes.
-    eps = tokenizer.noise("sample", options.seed, indices, [0] * len(indices), length).to(device)
     with one_thread():
-        known = Known(tokenizer.quantizer.encode(columns["latents"], eps), keep_BTS.repeat(1, eps.shape[1], 1))
+        known = known_codes(tokenizer, columns["latents"], known_of(lines).to(device), options.seed, indices)
         codes_BTS = loaded.generator.sample(columns, torch.tensor(indices), options, known)
     return [codes_TS[:, : line.length].cpu() for codes_TS, line in zip(codes_BTS, lines, strict=True)][:count]
 
