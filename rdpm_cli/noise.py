@@ -16,6 +16,7 @@ PURPOSES |= {"shapes": 24}  # the factors of the built-in set
 PURPOSES |= {"gaussian": 25, "subset": 26}  # eval baselines: samples of a class Gaussian; which images are drawn again
 PURPOSES |= {"strings": 27, "prompt": 28}  # sound: words, recordings and gaps of strings; prompts in training
 PURPOSES |= {"sorted": 29}  # the order of batches of rows that are sorted by length
+PURPOSES |= {"flow": 30}  # held-out noise of flow matching
 BLOCK = 16  # rows of the global batch that share one training stream
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -38,11 +38,15 @@ if "{fails}" in words:
 def after(option):
     return words[words.index(option) + 1]
 answer = {{}}
-if words[0] == "train-gen":
+if words[0] == "train-gen" and "--dry-run" in words:
+    answer = {{"flops": {{"step": 10**10}}}}
+elif words[0] == "train-gen":
     out = pathlib.Path(after("--out"))
     out.mkdir(exist_ok=True)
     steps = ["9", *(word.partition("=")[2] for word in words if word.startswith("train.steps="))][-1]
     rows = [{{"step": 40, "images_per_second": 32.0}}, {{"step": 80, "images_per_second": 48.0}}]  # 30 s, then 10 s
+    rows[0] |= {{"loss": 9.0, "grad_norm": 9.0}}
+    rows[1] |= {{"loss": 2.0, "grad_norm": 0.5}}
     rows += [{{"step": 0 if steps == "null" else int(steps)}}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
     record = {{"settings": {{"recipe": {{"generator": {{"train": {{"batch": 24}}}}}}}}}}
@@ -85,7 +89,10 @@ def stand_in(folder: Path, fails: str = "-") -> str:
     (folder / "bin").mkdir(exist_ok=True)
     rdpm = folder / "bin" / "rdpm"
     rdpm.write_text(STAND_IN.format(python=sys.executable, log=folder / "calls.jsonl", fails=fails))
-    rdpm.chmod(0o755)
+    python = folder / "bin" / "python"
+    python.write_text('#!/bin/sh\necho \'{"passes": 7, "gflops_a_sample": 0.5, "seconds_a_sample": 0.25}\'\n')
+    for program in (rdpm, python):
+        program.chmod(0o755)
     return f"{rdpm.parent}:{os.environ['PATH']}"
 
 
@@ -282,14 +289,16 @@ def test_a_tenth_of_the_images_is_held_out_where_none_are_named(tmp_path: Path) 
         ("table4", 3, 3, 3), ("table4-early", 2, 2, 5), ("figure5", 5, 5, 5), ("noise", 4, 5, 5), ("bits", 6, 6, 6),
         ("ruler", 2, 5, 5), ("table5", 2, 4, 4), ("resgen", 4, 10, 5), ("resgen-steps", 3, 6, 15),
         ("resgen-switches", 1, 7, 7), ("resgen-nucleus", 1, 2, 10), ("resgen-schedules", 1, 5, 25),
+        ("families", 2, 6, 14), ("targets", 3, 10, 10),
     ],
 )  # fmt: skip
 def test_tables_train_what_they_compare_and_resgen_on_plain_residual_codes(
     table: str, tokenizers: int, generators: int, samples: int, tmp_path: Path
 ) -> None:
     rows = rows_of(ablate(tmp_path, table, "--seeds", "3"))
-    made = {kind: len(calls(tmp_path, kind)) for kind in ("train-tokenizer", "tokenize", "train-gen", "sample")}
-    assert list(made.values()) == [tokenizers, tokenizers, generators, samples]
+    kinds = ("train-tokenizer", "tokenize", "train-gen", "sample")
+    made = [sum("--dry-run" not in call for call in calls(tmp_path, kind)) for kind in kinds]
+    assert made == [tokenizers, tokenizers, generators, samples]
     assert sum(row["frechet_distance"].startswith("5.5") for row in rows.values()) >= samples
     for call in calls(tmp_path, "train-gen"):
         family = recipe_of(call).generator
@@ -299,8 +308,19 @@ def test_tables_train_what_they_compare_and_resgen_on_plain_residual_codes(
         trained = next(made for made in calls(tmp_path, "train-tokenizer") if tokenizer in made)
         cfg = recipe_of(trained).tokenizer
         assert cfg is not None
-        if family.family == "resgen":
+        if family.family != "rdpm":
             assert cfg.schedule.kind == "rvq"
+
+
+def test_families_have_equal_operations_of_training_and_rows_of_what_a_sample_costs(tmp_path: Path) -> None:
+    rows = rows_of(ablate(tmp_path, "families", "--scale", "shapes", "--seeds", "3"))
+    made = [call for call in calls(tmp_path, "train-gen") if "--dry-run" not in call]
+    assert {word for call in made for word in call if word.startswith("train.steps=")} == {"train.steps=1050"}
+    assert rows["AR"]["gflops_a_sample"] == "0.5000"
+    families = [recipe_of(call).generator for call in made]
+    assert sorted(cfg.family for cfg in families if cfg) == ["ar", "ar", "flow", "maskgit", "rdpm", "resgen"]
+    sizes = {(cfg.network.depth, cfg.network.width, cfg.objective.label_drop) for cfg in families if cfg}
+    assert sizes == {(3, 96, 0.1)}
 
 
 Speak = Callable[..., dict[str, dict[str, str]]]

@@ -78,14 +78,14 @@ def test_top_p_keeps_the_fewest_of_enough_probability(p: float, kept: list[int])
 
 @pytest.mark.parametrize("kind", ["gumbel", "inverse"])
 def test_a_draw_follows_the_softmax_by_the_index_of_its_row(kind: str) -> None:
-    sampling, row = RDPMSampling.model_validate({"draw": kind}), torch.tensor([0.0, 1.0, -torch.inf, 0.5])
-    codes = drawing.draw(row.expand(16, 250, -1), sampling, range(16), 1, 0)
+    row = torch.tensor([0.0, 1.0, -torch.inf, 0.5])
+    codes = drawing.draw(row.expand(16, 250, -1), kind, range(16), 1, 0)
     shares = torch.bincount(codes.flatten(), minlength=4) / 4000
     np.testing.assert_allclose(shares, row.softmax(0), atol=0.03)  # 4 standard errors
     assert shares[2] == 0
     logits = torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0))
-    codes = drawing.draw(logits, sampling, [5, 9, 2], 3, 1)
-    assert torch.equal(drawing.draw(logits[[2, 0]], sampling, [2, 5], 3, 1), codes[[2, 0]])
-    assert not torch.equal(drawing.draw(logits, sampling, [5, 9, 2], 4, 1), codes)
-    assert not torch.equal(drawing.draw(logits, sampling, [5, 9, 2], 3, 2), codes)
-    assert torch.equal(drawing.draw(logits, RDPMSampling(draw="argmax"), [0, 1, 2], 1, 0), logits.argmax(-1))
+    codes = drawing.draw(logits, kind, [5, 9, 2], 3, 1)
+    assert torch.equal(drawing.draw(logits[[2, 0]], kind, [2, 5], 3, 1), codes[[2, 0]])
+    assert not torch.equal(drawing.draw(logits, kind, [5, 9, 2], 4, 1), codes)
+    assert not torch.equal(drawing.draw(logits, kind, [5, 9, 2], 3, 2), codes)
+    assert torch.equal(drawing.draw(logits, "argmax", [0, 1, 2], 1, 0), logits.argmax(-1))

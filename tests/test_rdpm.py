@@ -24,7 +24,7 @@ from rdpm_cli.data.open import open_source
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.generator import rdpm
-from rdpm_cli.generator.config import ObjectiveConfig, RDPMConfig
+from rdpm_cli.generator.config import RDPMConfig, RDPMObjective
 from rdpm_cli.generator.contract import Condition, Known, held_out
 from rdpm_cli.generator.drawing import guide
 from rdpm_cli.generator.rdpm import RDPM, CodeBatch, CodeBatches
@@ -119,7 +119,7 @@ def test_the_geometric_head_is_fp32_under_autocast() -> None:
 
 
 def make_batches(root: Path, tokenizer: Tokenizer, seed: int = 0, batch: int = 16, **objective: Any) -> CodeBatches:
-    cfg = RDPMConfig(objective=ObjectiveConfig(**objective), train=TrainConfig(batch=batch, steps=1))
+    cfg = RDPMConfig(objective=RDPMObjective(**objective), train=TrainConfig(batch=batch, steps=1))
     return CodeBatches(CodeStore(root), cfg, tokenizer.quantizer, seed)
 
 

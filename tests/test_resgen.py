@@ -22,11 +22,12 @@ from rdpm_cli.data.open import open_source
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.engine.generator import train_gen
 from rdpm_cli.errors import DataError, UsageError
-from rdpm_cli.generator import registry, resgen
+from rdpm_cli.generator import masking, registry, resgen
 from rdpm_cli.generator.config import MaskSchedule, ResGenConfig, ResGenNetwork, ResGenObjective, ResGenSampling
 from rdpm_cli.generator.contract import Condition, Known, SampleOptions, held_out
+from rdpm_cli.generator.masking import MaskBatch, MaskBatches, finest, mask_tokens, reveal
 from rdpm_cli.generator.mixture import Mixture
-from rdpm_cli.generator.resgen import MaskBatch, MaskBatches, ResGen, finest, mask_tokens, requantise, reveal
+from rdpm_cli.generator.resgen import ResGen, requantise
 from rdpm_cli.runs import Result
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig, TokenizerArchitecture
@@ -122,20 +123,20 @@ def test_random_order_masks_every_slot_alike() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_fall_from_all_to_none(schedule: MaskSchedule) -> None:
-    values = [resgen.gamma(schedule, r / 100, 512) for r in range(101)]
+    values = [masking.gamma(schedule, r / 100, 512) for r in range(101)]
     assert [values[0], values[-1]] == pytest.approx([1, 0], abs=2e-3)
     assert all(a > b for a, b in itertools.pairwise(values))
     means = {"square": 0.667, "cosine": 0.637, "circle": 0.785, "exp": 0.838, "linear": 0.5}
     assert sum(values) / 101 == pytest.approx(means[schedule], abs=0.01)
-    counts = [resgen.masked_count(schedule, r, SLOTS) for r in (0.0, 0.3, 0.9, 0.999999)]
+    counts = [masking.masked_count(schedule, r, SLOTS) for r in (0.0, 0.3, 0.9, 0.999999)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] >= SLOTS - 1
     assert counts[-1] >= 1  # a training example masks at least one slot
     for slots, steps in ((1, 1), (2, 1), (17, 5), (17, 17), (24, 23)):  # each step of sampling reveals something
-        counts = resgen.sampling_counts(schedule, steps, slots)
+        counts = masking.sampling_counts(schedule, steps, slots)
         assert (len(counts), counts[0], counts[-1]) == (steps + 1, slots, 0)
         assert all(a > b for a, b in itertools.pairwise(counts))
-    assert resgen.sampling_counts(schedule, 5, 2) == [2, 1, 0, 0, 0, 0]  # fewer slots than steps
+    assert masking.sampling_counts(schedule, 5, 2) == [2, 1, 0, 0, 0, 0]  # fewer slots than steps
 
 
 def test_revealing_keeps_masks_closed_and_takes_the_best_slots() -> None:

@@ -27,9 +27,9 @@ from rdpm_cli.generator import speech_sampler as speech
 from rdpm_cli.generator.conditions import LengthPredictor, places
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.contract import Generator, GeneratorBatches, GeneratorTask, Known, SampleOptions
+from rdpm_cli.generator.masking import MaskBatch, sampling_counts
 from rdpm_cli.generator.rdpm import CodeBatch
 from rdpm_cli.generator.registry import Codes, LoadedGenerator
-from rdpm_cli.generator.resgen import MaskBatch, sampling_counts
 from rdpm_cli.generator.speech_sampler import Spoken
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import Stopped
 from rdpm_cli.generator import registry
-from rdpm_cli.generator.config import NetworkConfig, ObjectiveConfig, RDPMConfig
+from rdpm_cli.generator.config import NetworkConfig, RDPMConfig, RDPMObjective
 from rdpm_cli.generator.contract import GeneratorTask
 from rdpm_cli.runs import StopRequest
 from rdpm_cli.tokenizer import model as tokenizer_model
@@ -91,7 +91,7 @@ def generator_job(root: Path, **train: Any) -> Job:
     tokenizer, _ = tokenizer_model.load(root / "tokenizer.pt")
     cfg = RDPMConfig(
         network=NetworkConfig(depth=1, width=32, heads=2, class_latents=True, head="geometric"),
-        objective=ObjectiveConfig(noise="fresh", steps_per_image=2, t_weights="alpha", perturb=0.3),
+        objective=RDPMObjective(noise="fresh", steps_per_image=2, t_weights="alpha", perturb=0.3),
         train=train_config(**train),
     )
     generator = registry.build(cfg, tokenizer, 3)

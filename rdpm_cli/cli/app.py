@@ -84,7 +84,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
         None,
         typer.Option(metavar="resemblyzer|wavlm-tdnn:FILE", help="compares voices in the judge's place"),
     ),
-    "steps": (int, None, typer.Option(min=1, help="resgen: network passes, whatever the depth")),
+    "steps": (int, None, typer.Option(min=1, help="resgen, maskgit: network passes; flow: of its solver")),
     "tau": (float, None, typer.Option(help="inverse temperature; 1 samples exactly, larger: greedier")),
     "tokenizer": (Path, None, typer.Option(metavar="FILE", help="default: $RDPM_TOKENIZER, else ./tokenizer.pt")),
     "top_k": (int, None, typer.Option(min=0, help="draw among the K likeliest codes; 0 = all")),

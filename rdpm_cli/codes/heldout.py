@@ -79,20 +79,25 @@ class EncodedImages(CodeStore):
         """source: of `open_heldout`."""
         numbers, size = spread(len(source), MOST), manifest.resolution
         labels = source.need_labels()
-        self.manifest = manifest.model_copy(update={"views": 1, "flip": False, "latents": False, "seed": 0})
+        self.manifest = manifest.model_copy(update={"views": 1, "flip": False, "latents": True, "seed": 0})
         self.index = np.array(numbers)
         self.columns = {"labels": np.array([labels[number] for number in numbers], dtype=np.int32)}
-        codes = []
+        codes, latents = [], []
         for start in range(0, len(numbers), AT_ONCE):
             part = numbers[start : start + AT_ONCE]
             pixels = np.stack([source.pixels(number, size) for number in part])
             eps_BTCS = tokenizer.noise(PURPOSE, self.manifest.seed, part, [0] * len(part)).to(device)
             with one_thread():
-                codes.append(tokenizer.encode(to_model(chw(pixels)).to(device), eps_BTCS).cpu().numpy())
-        self.codes_NTS = np.concatenate(codes).astype(np.uint16)
+                z_BCS = tokenizer.latents(to_model(chw(pixels)).to(device))
+                codes.append(tokenizer.quantizer.encode(z_BCS, eps_BTCS).cpu().numpy())
+            latents.append(z_BCS.half().cpu().numpy())
+        self.codes_NTS, self.latents_NCS = np.concatenate(codes).astype(np.uint16), np.concatenate(latents)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def codes(self, rows: Ints) -> np.ndarray[Any, np.dtype[np.uint16]]:
         return self.codes_NTS[rows]
+
+    def latents(self, rows: Ints) -> np.ndarray[Any, np.dtype[np.float16]]:
+        return self.latents_NCS[rows]

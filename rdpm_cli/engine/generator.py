@@ -21,11 +21,13 @@ from rdpm_cli.training.log import last_metrics
 
 # Values of the log in the result; each group is taken from the last line that has its first name.
 NAMED = ("heldout_images", "heldout_recordings")  # of --heldout
-HELDOUT = ("heldout/baseline", "heldout/class_mean", "heldout/linear", "heldout/gap")
+MEASURES = (  # of a family each; RDPM's and AR's begin alike
+    ("ce", "accuracy", "baseline", "class_mean", "linear", "gap", "unigram"), ("nll", "baseline"), ("bound", "unigram"),
+    ("mse", "baseline"),
+)  # fmt: skip
 REPORTED = (
-    ("ce", "accuracy"), ("nll",), ("heldout/accuracy", *HELDOUT), ("heldout/nll", "heldout/baseline"),
-    *((f"{group}/ce", f"{group}/accuracy", *(name.replace("heldout", group) for name in HELDOUT)) for group in NAMED),
-    *((f"{group}/nll", f"{group}/baseline") for group in NAMED),
+    ("ce", "accuracy"), ("nll",), ("mse",),
+    *(tuple(f"{group}/{name}" for name in names) for group in ("heldout", *NAMED) for names in MEASURES),
     ("proxy/frechet_distance", "proxy/class_accuracy"),
 )  # fmt: skip
 

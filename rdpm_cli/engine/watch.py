@@ -41,7 +41,15 @@ from rdpm_cli.training.loop import Observer, Run
 
 DECODED_AT_ONCE = 8  # images, so that a preview needs no more memory than sampling
 PREVIEW = "previews/step-{:07d}.png"
-BASELINES = {"baseline": "model-free baseline", "class_mean": "class mean of z", "linear": "linear in z'_{t-1}"}
+BASELINES = {
+    "baseline": "model-free baseline", "class_mean": "class mean of z", "linear": "linear in z'_{t-1}",
+    "unigram": "frequencies of codes",
+}  # fmt: skip
+HELD_OUT = {  # a family's measurement -> title and horizontal axis of its panel
+    "heldout/accuracy": "held-out accuracy per t|t", "heldout/nll": "held-out nats/dim|masked depths",
+    "heldout/bound": "held-out nats/token, at most|tenth that is masked", "heldout/ce": "held-out nats/token|depth",
+    "heldout/mse": "held-out squared error|tenth of t",
+}  # fmt: skip
 PREVIEWS = 8  # images, or samples a class
 SOUNDS = 4  # held-out rows in a preview
 ALARM_LINES = 5  # logged steps of low codebook usage before a warning
@@ -337,11 +345,10 @@ def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run
             "codebook perplexity at the end|t": {"perplexity": _per_t([rows[-1][f"perplexity/{t}"] for t in per_t])},
         }
     rows = read_metrics(generator_run) if generator_run else []
-    panels["generator loss|step"] = _over_time(rows, "ce", "nll")
-    titles = {"heldout/accuracy": "held-out accuracy per t|t", "heldout/nll": "held-out nats/dim|masked depths"}
-    for name, title in titles.items():
+    panels["generator loss|step"] = _over_time(rows, "ce", "nll", "mse")
+    for name, title in HELD_OUT.items():
         for row in rows:
-            if name in row:  # the last measurement counts
+            if name in row and (name != "heldout/ce" or "heldout/unigram" in row):  # the last measurement counts
                 lines = {line: row[f"heldout/{key}"] for key, line in BASELINES.items() if f"heldout/{key}" in row}
                 panels[title] = {"model": _per_t(row[name]), **{line: _per_t(v) for line, v in lines.items()}}
     panels["proxy score|step"] = _over_time(rows, "proxy/frechet_distance")

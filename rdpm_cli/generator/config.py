@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rdpm_cli.schema import FileName, Section, added
+from rdpm_cli.schema import FileName, Section, Share, added
 from rdpm_cli.training.config import TrainConfig
 
 Presets = Mapping[str, Mapping[str, Any]]  # named sets of a family's fields
@@ -90,6 +90,22 @@ class ProxyConfig(Section):
     weights: FileName | None = Field(None, description="Inception's weight file; default: looked up, never fetched")
 
 
+class ObjectiveConfig(Section):
+    """What every family's training has."""
+
+    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
+
+
+class SpokenObjective(ObjectiveConfig):
+    """Of the families that learn sound, too."""
+
+    prompt: UnitShare = added(0.8, "share of sounds that begin with a known prompt")
+    span: UnitShare = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
+    sorted_steps: Annotated[int, Field(ge=1)] = added(
+        1, "steps whose rows of sound are sorted by length, so that batches have little padding"
+    )
+
+
 class GeneratorConfig(Section):
     """The fields of every family. family and network travel in the checkpoint: with the tokenizer they rebuild it."""
 
@@ -97,14 +113,14 @@ class GeneratorConfig(Section):
     network: TransformerConfig
     attention: Literal["sdpa", "flash"] = Field("sdpa", description="in training; flash: the flash-attn package")
     recompute: bool = Field(False, description="activation checkpointing: each block's again in the backward pass")
-    objective: Section
+    objective: ObjectiveConfig
     train: TrainConfig
     sampling: SamplingConfig
     proxy: ProxyConfig = ProxyConfig()
 
     @model_validator(mode="after")
     def _default_guidance_is_trained(self) -> Self:
-        if self.sampling.cfg and (fault := guidance_fault(getattr(self.objective, "label_drop", None))):
+        if self.sampling.cfg and (fault := guidance_fault(self.objective.label_drop)):
             raise ValueError(f"sampling.cfg={self.sampling.cfg:g}: {fault}; give sampling.cfg=0")
         return self
 
@@ -117,8 +133,7 @@ class GeneratorConfig(Section):
     @property
     def uses_latents(self) -> bool:
         """Whether training reads latents, so that the store should keep them."""
-        readers = ("noise", "fresh"), ("sigma_psi", None)  # options of RDPM's and of ResGen's objective
-        return any(option in readers for option in self.objective)
+        return False
 
 
 class NetworkConfig(TransformerConfig):
@@ -126,7 +141,7 @@ class NetworkConfig(TransformerConfig):
     eps_input: bool = added(True, "eps_t is an input; codes of schedule rvq do not depend on it")
 
 
-class ObjectiveConfig(Section):
+class RDPMObjective(SpokenObjective):
     """How RDPM's training batch is drawn from the code store."""
 
     noise: Literal["cached", "fresh", "fresh-from-codes"] = Field(
@@ -135,15 +150,20 @@ class ObjectiveConfig(Section):
     steps_per_image: int = Field(1, ge=1, description="values of t an image and step; loss rows = batch × this")
     t_weights: Literal["uniform", "alpha"] = Field("uniform", description="t drawn uniformly, or ~ alpha_t + 0.2")
     perturb: float = Field(0.0, ge=0, description="a in z' + a·U·N(0,1), one U an image, targets unchanged")
-    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
-    prompt: UnitShare = added(0.8, "share of sounds that begin with a known prompt")
-    span: UnitShare = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
-    sorted_steps: Annotated[int, Field(ge=1)] = added(
-        1, "steps whose rows of sound are sorted by length, so that batches have little padding"
+
+
+class DrawnSampling(SamplingConfig):
+    """Of the families that draw codes from logits."""
+
+    draw: Literal["gumbel", "inverse", "argmax"] = Field(
+        "gumbel", description="argmax of logits + Gumbel noise; the same by one uniform a position; the likeliest code"
     )
+    tau: float = Field(1.0, gt=0, description="inverse temperature: 1 samples exactly, larger is greedier")
+    top_k: int = Field(0, ge=0, description="draw among the k likeliest codes; 0 = all")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw among the fewest codes of at least this probability")
 
 
-class RDPMSampling(SamplingConfig):
+class RDPMSampling(DrawnSampling):
     family: ClassVar[str] = "rdpm"
     # The rows of the paper's Table 3. lambda and tau are not among them, since each network has its own best ones.
     presets: ClassVar[Presets] = {
@@ -169,14 +189,8 @@ class RDPMSampling(SamplingConfig):
     cfg_power: float = Field(2.0, gt=0, description="exponent of the power schedule; 1 is linear")
     cfg_first: int = Field(1, ge=1, description="first step with guidance, of the interval schedule")
     cfg_last: int | None = Field(None, ge=1, description="its last one; default T")
-    draw: Literal["gumbel", "inverse", "argmax"] = Field(
-        "gumbel", description="argmax of logits + Gumbel noise; the same by one uniform a position; the likeliest code"
-    )
-    tau: float = Field(1.0, gt=0, description="inverse temperature: 1 samples exactly, larger is greedier")
     tau_schedule: Literal["constant", "linear"] = Field("constant", description="tau over t; linear ends at tau_end")
     tau_end: float | None = Field(None, gt=0, description="tau at t = T of the linear schedule")
-    top_k: int = Field(0, ge=0, description="draw among the k likeliest codes; 0 = all")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw among the fewest codes of at least this probability")
     skip_steps: int = Field(0, ge=0, description="first steps taken from the model-free guess, no network call")
 
     @model_validator(mode="after")
@@ -191,8 +205,12 @@ class RDPMSampling(SamplingConfig):
 class RDPMConfig(GeneratorConfig):
     family: Literal["rdpm"] = Field("rdpm", description="generator family")
     network: NetworkConfig = NetworkConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: RDPMObjective = RDPMObjective()
     sampling: RDPMSampling = RDPMSampling()
+
+    @property
+    def uses_latents(self) -> bool:
+        return self.objective.noise == "fresh"
 
 
 class ResGenNetwork(TransformerConfig):
@@ -203,7 +221,7 @@ class ResGenNetwork(TransformerConfig):
     target: Literal["cumulative", "direct"] = Field("cumulative", description="the masked sum, or each depth's token")
 
 
-class ResGenObjective(Section):
+class ResGenObjective(SpokenObjective):
     """How tokens are masked in training, and the loss of the head."""
 
     schedule: MaskSchedule = Field("square", description=GAMMA)
@@ -211,15 +229,19 @@ class ResGenObjective(Section):
     mog_loss: Literal["split", "nll", "clam"] = Field("split", description="classification + regression; exact; CLaM's")
     detach_resp: bool = Field(True, description="no gradient through the responsibilities of split's classification")
     sigma_psi: float | None = Field(None, gt=0, description="RMS of the quantisation error; default: measured")
-    label_drop: float = Field(0.1, ge=0, le=1, description="probability of the null class, or of no text")
-    prompt: UnitShare = added(0.8, "share of sounds that begin with a known prompt")
-    span: UnitShare = added(0.0, "share of these whose end is known, too, for editing; with align: cross")
-    sorted_steps: Annotated[int, Field(ge=1)] = added(
-        1, "steps whose rows of sound are sorted by length, so that batches have little padding"
-    )
 
 
-class ResGenSampling(SamplingConfig):
+class MaskedSampling(SamplingConfig):
+    """Of the families that reveal masked tokens."""
+
+    steps: int = Field(8, ge=1, description="S, forward passes, whatever the depth T")
+    schedule: MaskSchedule = Field("square", description=f"as in training, or another: {GAMMA}")
+    conf_temp: float = Field(1.0, ge=0, description="factor of the Gumbel noise on the confidence")
+    conf_anneal: bool = Field(True, description="that noise falls to 0 at the last step")
+    cfg_schedule: Literal["constant", "linear"] = Field("linear", description="linear: 0 at step 1, lambda at step S")
+
+
+class ResGenSampling(MaskedSampling):
     family: ClassVar[str] = "resgen"
     effective_with: ClassVar[Effective] = dict.fromkeys(("conf_temp", "conf_anneal"), ("conf", ("logp", "comp")))
     search: ClassVar[Search] = {
@@ -227,14 +249,9 @@ class ResGenSampling(SamplingConfig):
         "z_temp": (0.6, 0.8, 0.9, 1.0), "conf_temp": (0.5, 1.0, 2.0),
     }  # fmt: skip
 
-    steps: int = Field(8, ge=1, description="S, forward passes, whatever the depth T")
-    schedule: MaskSchedule = Field("square", description=f"as in training, or another: {GAMMA}")
     top_p: float = Field(1.0, gt=0, le=1, description="components of the smallest set that holds this probability")
     z_temp: float = Field(1.0, ge=0, description="factor of the drawn component's scale")
     conf: Literal["logp", "comp", "rand"] = Field("logp", description="revealed first: likely vectors, components; any")
-    conf_temp: float = Field(1.0, ge=0, description="factor of the Gumbel noise on the confidence")
-    conf_anneal: bool = Field(True, description="that noise falls to 0 at the last step")
-    cfg_schedule: Literal["constant", "linear"] = Field("linear", description="linear: 0 at step 1, lambda at step S")
     cfg_mode: Literal["both", "logits"] = Field("both", description="guide weights and means, or only the weights")
 
 
@@ -243,3 +260,73 @@ class ResGenConfig(GeneratorConfig):
     network: ResGenNetwork = ResGenNetwork()
     objective: ResGenObjective = ResGenObjective()
     sampling: ResGenSampling = ResGenSampling()
+
+    @property
+    def uses_latents(self) -> bool:
+        return self.objective.sigma_psi is None
+
+
+class MaskGITObjective(ObjectiveConfig):
+    """How tokens are masked in training: any, at gamma(r) of a uniform r."""
+
+    order: ClassVar[str] = "random"
+
+    schedule: MaskSchedule = Field("cosine", description=GAMMA)
+    label_smoothing: Share = Field(0.0, description="share of the target that all codes have alike; the paper's is 0.1")
+
+
+class MaskGITSampling(MaskedSampling):
+    family: ClassVar[str] = "maskgit"
+    search: ClassVar[Search] = {
+        **SamplingConfig.search, "conf_temp": (1.0, 2.0, 4.5, 8.0), "tau": (0.9, 1.0, 1.1, 1.25),
+    }  # fmt: skip
+
+    schedule: MaskSchedule = Field("cosine", description=f"as in training, or another: {GAMMA}")
+    conf_temp: float = Field(4.5, ge=0, description="factor of the Gumbel noise on the confidence")
+    tau: float = Field(1.0, gt=0, description="inverse temperature of the codes: 1 samples exactly")
+
+
+class MaskGITConfig(GeneratorConfig):
+    family: Literal["maskgit"] = Field("maskgit", description="generator family")
+    network: TransformerConfig = TransformerConfig()
+    objective: MaskGITObjective = MaskGITObjective()
+    sampling: MaskGITSampling = MaskGITSampling()
+
+
+class ARNetworkConfig(TransformerConfig):
+    depth_layers: int = Field(
+        0, ge=0, description="0: one sequence of all tokens; else a position a token, and a transformer over its depths"
+    )
+
+
+class ARSampling(DrawnSampling):
+    family: ClassVar[str] = "ar"
+    search: ClassVar[Search] = {
+        **SamplingConfig.search, "tau": (0.9, 1.0, 1.1, 1.25, 1.5), "top_p": (0.8, 0.9, 0.95, 1.0),
+    }  # fmt: skip
+    effective_with: ClassVar[Effective] = dict.fromkeys(("tau", "top_k", "top_p"), ("draw", ("gumbel", "inverse")))
+
+
+class ARConfig(GeneratorConfig):
+    family: Literal["ar"] = Field("ar", description="generator family")
+    network: ARNetworkConfig = ARNetworkConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampling: ARSampling = ARSampling()
+
+
+class FlowSampling(SamplingConfig):
+    family: ClassVar[str] = "flow"
+
+    steps: int = Field(50, ge=1, description="steps of the solver from noise to latents")
+    solver: Literal["euler", "heun"] = Field("euler", description="heun: two passes a step but the last")
+
+
+class FlowConfig(GeneratorConfig):
+    family: Literal["flow"] = Field("flow", description="generator family")
+    network: TransformerConfig = TransformerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampling: FlowSampling = FlowSampling()
+
+    @property
+    def uses_latents(self) -> bool:
+        return True

@@ -105,7 +105,7 @@ class Generator(Protocol):
         """Raise UsageError for options that this family or its tokenizer cannot use."""
 
     def passes(self, options: SampleOptions, first: int = 1) -> int:
-        """Rows through the network for one sample whose codes are drawn from step `first` on."""
+        """Passes of the network for one sample whose codes are drawn from step `first` on, two where it is guided."""
 
     def sample(self, columns: Columns, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
         """codes (B, T, S) int64. Row i depends on row i of columns, indices_B and known, and on the options."""
@@ -173,9 +173,10 @@ class GeneratorBatches(ABC):
 
     def rows_at(self, step: int, rows: range) -> noise.Ints:
         """The store's rows of these rows of a step's global batch."""
-        steps = self.objective.sorted_steps
-        if steps == 1 or not isinstance(self.store, RaggedStore):
+        steps = self.objective.sorted_steps if isinstance(self.store, RaggedStore) else 1
+        if steps == 1:
             return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows), rows)]
+        assert isinstance(self.store, RaggedStore)
         number, place = divmod(step, steps)
         if self._sorted is None or self._sorted[0] != number:
             drawn = self.rows[noise.epoch_rows(self.seed, number, steps * self.batch, len(self.rows))]

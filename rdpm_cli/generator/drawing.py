@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rdpm_cli import noise
-from rdpm_cli.generator.config import RDPMSampling
 
 
 def guidance_at(
@@ -58,12 +57,12 @@ def narrow(logits_BSK: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_BSK
 
 
-def draw(logits_BSK: Tensor, sampling: RDPMSampling, indices: Sequence[int], t: int, seed: int) -> Tensor:
-    """Codes (B, S) int64 from softmax(logits), where tau is in the logits already; or the likeliest."""
-    if sampling.draw == "argmax":
+def draw(logits_BSK: Tensor, kind: str, indices: Sequence[int], t: int, seed: int) -> Tensor:
+    """Codes (B, S) int64 from softmax(logits), where tau is in the logits already; or the likeliest. kind: `draw`."""
+    if kind == "argmax":
         return logits_BSK.argmax(-1)
     (_, S, K), device = logits_BSK.shape, logits_BSK.device
-    if sampling.draw == "gumbel":
+    if kind == "gumbel":
         rows = zip(logits_BSK, indices, strict=True)
         noisy = (row + to_device(noise.gumbel(seed, index, t, (S, K)), device) for row, index in rows)
         return torch.stack([row.argmax(-1) for row in noisy])

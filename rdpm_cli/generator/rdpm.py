@@ -304,7 +304,7 @@ class RDPM(Generator):
                 logits = self.predict(*inputs, torch.full((len(inputs[0]),), t, device=device), target)[0].float()
                 logits = guide(logits, lambda_t) if lambda_t else logits
                 logits = logits * tau_at(t, quantizer.steps, sampling.tau, sampling.tau_end)
-                codes_BS = draw(narrow(logits, sampling.top_k, sampling.top_p), sampling, indices, t, options.seed)
+                codes_BS = draw(narrow(logits, sampling.top_k, sampling.top_p), sampling.draw, indices, t, options.seed)
             if known is not None:
                 codes_BS = torch.where(known.keep_BTS[:, t - 1], known.codes_BTS[:, t - 1], codes_BS)
             with one_thread():  # the sums of the bias convolution depend on the number of threads

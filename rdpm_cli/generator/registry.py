@@ -13,10 +13,15 @@ from rdpm_cli.codes.store import TOKENIZER, CodeStore, Manifest
 from rdpm_cli.data.text import Kind
 from rdpm_cli.errors import CheckpointError, DataError, UsageError
 from rdpm_cli.generator import config as configs
+from rdpm_cli.generator.ar import AR
 from rdpm_cli.generator.conditions import TextCondition
 from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
+from rdpm_cli.generator.flow import Flow, LatentBatches
+from rdpm_cli.generator.maskgit import MaskGIT, MaskGITBatches
+from rdpm_cli.generator.masking import MaskBatches
 from rdpm_cli.generator.rdpm import RDPM, CodeBatches
-from rdpm_cli.generator.resgen import MaskBatches, ResGen
+from rdpm_cli.generator.resgen import ResGen
+from rdpm_cli.generator.tokens import TokenBatches
 from rdpm_cli.generator.transformer import Kernel, sdpa
 from rdpm_cli.tokenizer import model as tokenizer_model
 
@@ -36,6 +41,11 @@ class Family(NamedTuple):
 FAMILIES = {
     "rdpm": Family(RDPM, CodeBatches, configs.RDPMConfig, configs.NetworkConfig, configs.RDPMSampling),
     "resgen": Family(ResGen, MaskBatches, configs.ResGenConfig, configs.ResGenNetwork, configs.ResGenSampling),
+    "maskgit": Family(
+        MaskGIT, MaskGITBatches, configs.MaskGITConfig, configs.TransformerConfig, configs.MaskGITSampling
+    ),
+    "ar": Family(AR, TokenBatches, configs.ARConfig, configs.ARNetworkConfig, configs.ARSampling),
+    "flow": Family(Flow, LatentBatches, configs.FlowConfig, configs.TransformerConfig, configs.FlowSampling),
 }
 
 

@@ -6,8 +6,6 @@ depths first, `random` any. At the seams codes are (B, T, S), T = D, S = L."""
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,125 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli import noise
-from rdpm_cli.codes.ragged import RaggedStore
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep, full_precision
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.generator import mixture
-from rdpm_cli.generator.config import MaskSchedule, ResGenConfig, ResGenNetwork, ResGenObjective
-from rdpm_cli.generator.contract import Batch, Columns, Condition, Generator, GeneratorBatches, Known, SampleOptions
-from rdpm_cli.generator.drawing import guidance_at, guide
+from rdpm_cli.generator.config import ResGenConfig, ResGenNetwork, ResGenObjective
+from rdpm_cli.generator.contract import Condition, SampleOptions
+from rdpm_cli.generator.drawing import guide
+from rdpm_cli.generator.masking import Inputs, MaskBatch, MaskedGenerator
 from rdpm_cli.generator.transformer import Transformer, zero_linear
 from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.quantizer import Quantizer, Search
 
 MEASURED_ROWS, MEASURED_AT_ONCE = 8192, 256  # training rows whose scales are measured, evenly spaced
-Inputs = tuple[Tensor, Tensor, Condition]  # of the network: visible sums (B, L, H), masks (B, L, D), conditions
-
-
-def gamma(schedule: MaskSchedule, r: float, slots: int) -> float:
-    """The share masked at r in [0, 1], from 1 to 0. slots: N, for `exp`, which ends at one slot and not at none."""
-    square, exp = 1 - r * r, 1 - 2 ** (-math.log2(max(slots, 1)) * (1 - r))
-    shares = {"square": square, "circle": math.sqrt(max(0.0, square)), "cosine": math.cos(math.pi * r / 2)}
-    return (shares | {"exp": exp, "linear": 1 - r})[schedule]
-
-
-def masked_count(schedule: MaskSchedule, r: float, slots: int) -> int:
-    """n = ceil(gamma(r) N), at least 1: how many slots a training example masks."""
-    return min(slots, max(1, math.ceil(gamma(schedule, r, slots) * slots)))
-
-
-def sampling_counts(schedule: MaskSchedule, steps: int, slots: int) -> list[int]:
-    """n_0 = N > n_1 > ... > n_S = 0 masked slots after each step; with N < S the last steps have nothing to do."""
-    counts, needed = [slots], min(steps, slots)
-    for t in range(1, needed):
-        target = math.floor(gamma(schedule, t / needed, slots) * slots)
-        counts.append(min(counts[-1] - 1, max(needed - t, target)))
-    return counts + [0] * (steps + 1 - len(counts))
-
-
-def first_slots(keys_BLD: Tensor, open_BLD: Tensor, count_B: Tensor) -> Tensor:
-    """The `count` open slots of each image with the smallest keys, the earlier one on a tie. (B, L, D) bool."""
-    # By uniform keys the number of slots a position follows the multivariate hypergeometric distribution.
-    keys_BN = keys_BLD.masked_fill(~open_BLD, math.inf).flatten(1)
-    rank_BN = keys_BN.argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank_BN < count_B.unsqueeze(1)).view_as(keys_BLD) & open_BLD
-
-
-def finest(count_BL: Tensor, depths: int) -> Tensor:
-    """The mask whose highest `count` depths are masked: True where j >= D - k. (B, L, D) bool."""
-    return torch.arange(depths, device=count_BL.device) >= depths - count_BL.unsqueeze(-1)
-
-
-def mask_tokens(keys_BLD: Tensor, open_BLD: Tensor, count_B: Tensor, coarse_first: bool) -> Tensor:
-    """A training mask of `count` open slots an item: k_i a position by lot, then its finest k_i, or the drawn ones."""
-    drawn = first_slots(keys_BLD, open_BLD, count_B)
-    return finest(drawn.sum(-1), drawn.shape[-1]) if coarse_first else drawn
-
-
-def reveal(masked_BLD: Tensor, scores_BLD: Tensor, count_B: Tensor, coarse_first: bool) -> Tensor:
-    """The mask after the `count` best masked slots of each image, or a position's as many coarsest, are revealed."""
-    masked = masked_BLD & ~first_slots(-scores_BLD, masked_BLD, count_B)
-    return finest(masked.sum(-1), masked.shape[-1]) if coarse_first else masked
-
-
-@dataclass
-class MaskBatch(Batch):
-    """Codes, and the slots that are to be predicted."""
-
-    masked_BLD: Tensor  # bool
-    # Means over the whole global batch, by which losses are divided: a loss must not depend on how a batch is shared.
-    positions: float = 0.0  # with a masked slot, an image
-    slots: float = 0.0  # masked, an image
-
-
-class MaskBatches(GeneratorBatches):
-    """Codes, labels and masks of a training step."""
-
-    def __init__(self, store: CodeStore, cfg: ResGenConfig, quantizer: Quantizer, seed: int) -> None:
-        super().__init__(store, cfg, quantizer, seed)
-        self.shape = math.prod(quantizer.grid), quantizer.steps  # (L, D); L = -1 where it is the item's
-        self._last: tuple[int, Tensor, noise.Floats] | None = None
-
-    @staticmethod
-    def blank(cfg: ResGenConfig, quantizer: Quantizer, rows: int, spoken: tuple[int, int] | None = None) -> MaskBatch:
-        L, D = spoken[0] if spoken else math.prod(quantizer.grid), quantizer.steps
-        columns = GeneratorBatches.blank_columns(cfg, quantizer.books.shape[-1], rows, spoken)
-        return MaskBatch(torch.zeros(rows, D, L).long(), columns, torch.ones(rows, L, D).bool(), L, L * D)
-
-    def batch_at(self, step: int, rows: range) -> MaskBatch:
-        store_rows, part = self.rows_at(step, rows), slice(rows.start, rows.stop)
-        if self._last is None or self._last[0] != step:  # the micro-batches of a step share its random numbers
-            all_rows = range(self.batch)
-            open_BLD = self.open_slots(self.rows_at(step, all_rows), self.prompt_numbers(step, all_rows))
-            uniform = noise.block_uniform(self.seed, step, all_rows, 2 + math.prod(open_BLD.shape[1:]))
-            self._last = step, self._mask(uniform[:, 2:], open_BLD, uniform[:, 0].tolist()), uniform[:, 1]
-        _, masked, uniform_B = self._last
-        positions, slots = (float(x.sum()) / self.batch for x in (masked.any(-1), masked))
-        codes, columns = self.read(store_rows, uniform_B[part], self.prompt_numbers(step, rows))
-        return MaskBatch(codes, columns, masked[part, : codes.shape[2]], positions, slots)
-
-    def open_slots(self, store_rows: noise.Ints, prompt_B: noise.Floats | None) -> Tensor:
-        """The slots of each row that exist and are not of its prompt. (B, L, D) bool."""
-        if not isinstance(self.store, RaggedStore):
-            return torch.ones(len(store_rows), *self.shape, dtype=torch.bool)
-        open_BS = torch.from_numpy(self.open_positions(store_rows, prompt_B))
-        return open_BS.unsqueeze(-1).repeat(1, 1, self.shape[1])
-
-    def _mask(self, keys: noise.Floats, open_BLD: Tensor, r_B: list[float]) -> Tensor:
-        """The mask at r of each item, by its uniform keys."""
-        objective, slots_B = self.objective, open_BLD.flatten(1).sum(1).tolist()
-        count_B = torch.tensor([masked_count(objective.schedule, r, N) for r, N in zip(r_B, slots_B, strict=True)])
-        keys_BLD = torch.from_numpy(keys.reshape(open_BLD.shape))
-        return mask_tokens(keys_BLD, open_BLD, count_B, objective.order == "coarse-to-fine")
-
-    def held_out_batches(self) -> Iterator[MaskBatch]:
-        """Held-out rows, each at r = .1, ..., .9 under masks that are always the same."""
-        for store_rows in self.held_out_rows():
-            (codes, columns), open_BLD = self.read(store_rows), self.open_slots(store_rows, None)
-            for tenth in range(1, 10):
-                keys = noise.uniform_rows("mask", 0, *self.addresses(store_rows), tenth, open_BLD.shape[1:])
-                yield MaskBatch(codes, columns, self._mask(keys, open_BLD, [tenth / 10] * len(store_rows)))
 
 
 @torch.no_grad()
@@ -208,10 +100,14 @@ class MaskedNetwork(nn.Module):
         return self.trunk(x, ratio_B if self.ratio_cond else torch.zeros_like(ratio_B), condition)
 
 
-class ResGen(Generator):
+class ResGen(MaskedGenerator):
     """The family: loss on masked codes, sampling in as many passes as asked for, whatever the depth."""
 
     network: MaskedNetwork
+
+    @property
+    def coarse_first(self) -> bool:  # type: ignore[override]
+        return bool(self.network.coarse_first)
 
     def __init__(self, cfg: ResGenNetwork, quantizer: Quantizer, classes: int) -> None:
         self.quantizer, self.classes, self.objective = quantizer, classes, ResGenObjective()
@@ -309,57 +205,18 @@ class ResGen(Generator):
             measured[name] = torch.stack([total, k.bincount(minlength=D + 1)])[:, 1:]  # k = 0 has nothing to predict
         return measured
 
-    def check(self, options: SampleOptions) -> None:
-        slots = math.prod(self.quantizer.grid) * self.quantizer.steps
-        if options.sampling.steps > slots > 0:  # negative where the number is the item's
-            raise UsageError(f"--steps {options.sampling.steps}: an image has only {slots} tokens", "give fewer")
-
-    def passes(self, options: SampleOptions, first: int = 1) -> int:
-        s = options.sampling
-        return sum(1 + (guidance_at(t, s.steps, s.cfg, s.cfg_schedule) > 0) for t in range(1, s.steps + 1))
-
-    @torch.no_grad()
-    def sample(self, columns: Columns, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
-        """At each step predict all masked sums, requantise them, reveal the most confident tokens. codes_BTS."""
-        self.check(options)
-        condition, s, indices = self.condition(columns), options.sampling, indices_B.tolist()
-        device, coarse_first = condition.vector_BD.device, bool(self.network.coarse_first)
-        exists_BL = condition.exists_BS
-        if exists_BL is None:
-            exists_BL = torch.ones(len(indices), math.prod(self.quantizer.grid), dtype=torch.bool, device=device)
-        masked_BLD = exists_BL.unsqueeze(-1).repeat(1, 1, self.quantizer.steps)
-        codes_BLD, shape = torch.zeros_like(masked_BLD, dtype=torch.int64), masked_BLD.shape[1:]
-        if known is not None:
-            codes_BLD, masked_BLD = known.codes_BTS.transpose(1, 2), masked_BLD & ~known.keep_BTS.transpose(1, 2)
-        if coarse_first and bool((masked_BLD[..., :-1] & ~masked_BLD[..., 1:]).any()):
-            reason = "some known codes have coarser codes that are not known"
-            raise UsageError(reason, "give the coarsest depths of a position")
-        slots_B = masked_BLD.flatten(1).sum(1).tolist()
-        counts_BS = torch.tensor([sampling_counts(s.schedule, s.steps, slots) for slots in slots_B], device=device)
-        both = condition.joined(self.null_condition(columns)) if s.cfg else condition
-        for t in range(1, s.steps + 1):
-            visible, _ = self.sums(codes_BLD.transpose(1, 2), masked_BLD)
-            lambda_t, inputs = guidance_at(t, s.steps, s.cfg, s.cfg_schedule), (visible, masked_BLD, condition)
-            if lambda_t:  # one pass of 2B rows
-                inputs = visible.repeat(2, 1, 1), masked_BLD.repeat(2, 1, 1), both
-            tokens_BLD, confidence_BL = self._draw(t, lambda_t, inputs, masked_BLD, options, indices)
-            codes_BLD = torch.where(masked_BLD, tokens_BLD, codes_BLD)
-            gumbel = np.stack([noise.gumbel(options.seed, index, t, shape) for index in indices])
-            temperature = s.conf_temp * (1 - t / s.steps) if s.conf_anneal else s.conf_temp
-            scores = confidence_BL.unsqueeze(-1) + temperature * torch.from_numpy(gumbel).to(device)
-            masked_BLD = reveal(masked_BLD, scores, counts_BS[:, t - 1] - counts_BS[:, t], coarse_first)
-        return codes_BLD.transpose(1, 2)
-
-    def _draw(
-        self, t: int, lambda_t: float, inputs: Inputs, masked: Tensor, options: SampleOptions, indices: list[int]
+    def draw_tokens(
+        self, t: int, lambda_t: float, inputs: Inputs, options: SampleOptions, indices: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Tokens of all masked slots (B, L, D), and how sure each position is of its own (B, L)."""
-        s, zeros, mix = options.sampling, [0] * len(indices), None
+        """Tokens of all masked slots (B, L, D), and how sure each position is of its own (B, L, 1)."""
+        (codes, masked, condition), s, zeros, mix = inputs, options.sampling, [0] * len(indices), None
+        seen = self.sums(codes.transpose(1, 2), masked)[0], masked, condition
+        masked = masked[: len(indices)]
         if self.direct:
-            logits = self.predict_tokens(*inputs)
+            logits = self.predict_tokens(*seen)
             logits = (guide(logits, lambda_t) if lambda_t else logits) / max(s.z_temp, 1e-4)
         else:
-            mix = self.predict(*inputs)
+            mix = self.predict(*seen)
             mix = mix.guided(lambda_t, means=s.cfg_mode == "both") if lambda_t else mix
             logits = mix.logits_BLK
         uniform = noise.uniform_rows("component", options.seed, indices, zeros, t, logits.shape[1:-1])
@@ -374,13 +231,13 @@ class ResGen(Generator):
             tokens = requantise(self.quantizer, w * self.units(masked)[0].unsqueeze(-1), masked)
             density = mixture.log_density(mix, w)
         if s.conf != "logp":
-            return tokens, log_p if s.conf == "comp" else torch.zeros_like(log_p)
+            return tokens, (log_p if s.conf == "comp" else torch.zeros_like(log_p)).unsqueeze(-1)
         # z-scores over an image's open positions, since densities of different k have different scales.
         open_BL = masked.any(-1)
         count = open_BL.sum(1, keepdim=True).clamp_min(1)
         mean = (density * open_BL).sum(1, keepdim=True) / count
         spread = (((density - mean) * open_BL).pow(2).sum(1, keepdim=True) / count).sqrt()
-        return tokens, (density - mean) / spread.clamp_min(1e-6)
+        return tokens, ((density - mean) / spread.clamp_min(1e-6)).unsqueeze(-1)
 
 
 def requantise(quantizer: Quantizer, z_BLH: Tensor, masked_BLD: Tensor) -> Tensor:

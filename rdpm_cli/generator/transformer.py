@@ -16,7 +16,7 @@ from rdpm_cli.generator.conditions import LONGEST, SpeechCondition, TextConditio
 from rdpm_cli.generator.config import TransformerConfig
 from rdpm_cli.generator.contract import Columns, Condition
 
-# q, k, v (B, A, N, E) and a mask of keys (B, 1, 1, N) bool, None for all -> (B, A, N, E)
+# q, k, v (B, A, N, E) and a mask of keys (B, 1, 1, N) or of pairs (1, 1, N, N), bool, None for all -> (B, A, N, E)
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Turns = tuple[Tensor, Tensor] | None  # cosine and sine of RoPE's angles, (N, E / 2) each
 
@@ -28,6 +28,23 @@ class Text(NamedTuple):
     mask: Tensor  # (B, 1, 1, M) bool
     position_turns: tuple[Tensor, Tensor]  # (B, 1, S, E / 2) each
     token_turns: tuple[Tensor, Tensor]  # (M, E / 2) each
+
+
+class Cache:
+    """Keys and values of one attention layer, for sequences that grow."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest, self.length, self._kv = longest, 0, torch.empty(0)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """-> those of all tokens so far, (B, A, N, E) each."""
+        B, A, N, E = k.shape
+        if self.length == 0:
+            self._kv = k.new_empty(2, B, A, self.longest, E)
+        start, self.length = self.length, self.length + N
+        self._kv[:, :, :, start : self.length] = torch.stack([k, v])
+        seen = self._kv[:, :, :, : self.length]
+        return seen[0], seen[1]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -75,7 +92,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
 
-    def forward(self, x_BND: Tensor, turns: Turns, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BND: Tensor, turns: Turns, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, A, N, E)
         qk, v = qkv[:2], qkv[2]
@@ -83,7 +100,8 @@ class Attention(nn.Module):
             qk = torch.stack([self.q_norm(qk[0]), self.k_norm(qk[1])]).to(v.dtype)
         if turns is not None:
             qk = rotate(qk, *turns).to(v.dtype)  # both at once; the angles are fp32 also under bf16
-        mixed = self.kernel(qk[0], qk[1], v, mask)
+        k, v = (qk[1], v) if cache is None else cache.append(qk[1], v)
+        mixed = self.kernel(qk[0], k, v, mask)
         return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
 
 
@@ -134,10 +152,11 @@ class Block(nn.Module):
         self.cross = CrossAttention(width, heads) if cross else None
 
     def forward(
-        self, x_BND: Tensor, cond_BD: Tensor, turns: Turns, mask: Tensor | None, text: Text | None = None
-    ) -> Tensor:
+        self, x_BND: Tensor, cond_BD: Tensor, turns: Turns, mask: Tensor | None, text: Text | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:  # fmt: skip
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(cond_BD)).chunk(6, -1)
-        attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), turns, mask)
+        attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), turns, mask, cache)
         x_BND = torch.addcmul(x_BND, gate1.unsqueeze(1), attended)
         if self.cross is not None and self.cross_norm is not None and text is not None:
             x_BND = x_BND + self.cross(self.cross_norm(x_BND), text)
@@ -160,9 +179,14 @@ class Transformer(nn.Module):
 
     recompute = False  # activation checkpointing: the backward pass computes each block's activations again
 
-    def __init__(self, cfg: TransformerConfig, grid: Sequence[int], channels: int, classes: int) -> None:
-        """grid: positions on each of its axes. channels: C of class latents. classes: without the null class."""
+    def __init__(
+        self, cfg: TransformerConfig, grid: Sequence[int], channels: int, classes: int, causal: bool = False
+    ) -> None:
+        """grid: positions on each of its axes. channels: C of class latents. classes: without the null class.
+
+        causal: a position attends to the condition's tokens, itself and the positions before it."""
         super().__init__()
+        self.causal = causal
         D, heads = cfg.hidden, cfg.heads or cfg.depth
         self.cfg, self.length = cfg, math.prod(grid)
         is_speech, cross = self.length < 0, cfg.align == "cross"  # as long as the item
@@ -214,30 +238,42 @@ class Transformer(nn.Module):
             latents = self.class_latents_in(self.class_latents(labels_B).view(B, self.length, -1))
         return Condition(self.class_embedding(labels_B), tokens, latents_BSD=latents)
 
-    def forward(self, x_BSD: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """x: embedded input. t: 1..T, or another scalar a row. -> (B, S, D)."""
+    def forward(
+        self, x_BSD: Tensor, t_B: Tensor, condition: Condition, caches: Sequence[Cache] | None = None
+    ) -> Tensor:
+        """x: embedded input. t: 1..T, or another scalar a row. -> (B, S, D).
+
+        caches: one a block, of the positions that earlier passes have seen; x is what follows them."""
         S, cond_BD = x_BSD.shape[1], self.step_embedding(t_B) + condition.vector_BD
+        tokens_BMD = None if self.cfg.align == "cross" else condition.tokens_BMD
+        M = 0 if tokens_BMD is None else tokens_BMD.shape[1]
+        first = caches[0].length - M if caches and caches[0].length else 0
+        seen = slice(first, first + S)
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions.weight
+            x_BSD = x_BSD + self.positions.weight[seen]
         if condition.latents_BSD is not None:
-            x_BSD = x_BSD + condition.latents_BSD
+            x_BSD = x_BSD + condition.latents_BSD[:, seen]
         x_BND, turns, mask, text = x_BSD, None, None, None
         if self.cfg.align == "cross":
             text = self._text(condition)
-        elif condition.tokens_BMD is not None:
-            x_BND = torch.cat([condition.tokens_BMD.to(x_BSD.dtype), x_BSD], 1)
-        if self.cfg.positions != "learned":
-            M = x_BND.shape[1] - S  # the condition's tokens have no place and are not turned
-            turns = F.pad(self.cos[:S], (0, 0, M, 0), value=1.0), F.pad(self.sin[:S], (0, 0, M, 0))
+        elif tokens_BMD is not None and first == 0:
+            x_BND = torch.cat([tokens_BMD.to(x_BSD.dtype), x_BSD], 1)
+        front = x_BND.shape[1] - S
+        if self.cfg.positions != "learned":  # the condition's tokens have no place and are not turned
+            turns = F.pad(self.cos[seen], (0, 0, front, 0), value=1.0), F.pad(self.sin[seen], (0, 0, front, 0))
         if condition.mask_BM is not None and text is None:  # all positions may be attended to
             mask = F.pad(condition.mask_BM, (0, S), value=True)[:, None, None]
         if condition.exists_BS is not None:
             mask = condition.exists_BS[:, None, None]
-        for block in self.blocks:
+        if self.causal and S + front > 1:  # a single position after cached ones attends to all of them
+            mask = torch.ones(M + first + S, M + first + S, dtype=torch.bool, device=x_BND.device).tril()
+            mask[:, :M] = True
+            mask = mask[None, None, -x_BND.shape[1] :]
+        for number, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, turns, mask, text, use_reentrant=False)
             else:
-                x_BND = block(x_BND, cond_BD, turns, mask, text)
+                x_BND = block(x_BND, cond_BD, turns, mask, text, caches[number] if caches else None)
         shift, scale = self.modulation(F.silu(cond_BD)).chunk(2, -1)
         return modulate(self.norm(x_BND[:, -S:]), shift, scale)
 

@@ -45,6 +45,8 @@ class Scale:
     per_class: int = 80
     sample_seeds: int = 5
     seconds: float | None = None  # training time of a `timed` cell; None: the recipe's own length
+    flops: float | None = None  # operations of a training of `families`
+    baselines: Words = ()  # recipes of MaskGIT, AR and flow, without the family's name, and overrides
     single: Words  # one quantiser with as many bits an image as TOKENIZER
     sizes: Mapping[str, Words]  # recipe and overrides of Table 5's generators
     half: Words  # half of the generator's training
@@ -72,6 +74,7 @@ SCALES = {
         single=("autoencoder.multipliers=[1]", "quantizer.codes=32"), sizes=sized("digits", (2, 3, 4), 24),
         half=("train.steps=3000",),
         strengths={"weak": ("train.steps=150",), "middle": ("train.steps=500",), "strong": ()},
+        flops=3e12, baselines=("shapes", "network.width=64"),
         table2=("train.steps=300", "autoencoder.channels=32", "autoencoder.width=16", "train.batch=32"),
         tokenizers=("train.steps=200", "train.eval_every=0"), generators=("train.steps=1500",),
     ),
@@ -81,6 +84,7 @@ SCALES = {
         single=("autoencoder.multipliers=[1]", "quantizer.codes=32"), sizes=sized("shapes-plus", (2, 3, 4), 32),
         half=("train.steps=700",),
         strengths={"weak": ("train.steps=140",), "middle": ("train.steps=420",), "strong": ()},
+        flops=1.05e13, baselines=("shapes",),
     ),
     "cifar10": Scale(
         tokenizer="cifar10-smoke", generator="cifar10-smoke", plus="cifar10-smoke", resgen="resgen-cifar10",
@@ -89,6 +93,7 @@ SCALES = {
         half=("train.steps=300",),
         strengths={"weak": ("train.steps=300",), "middle": ("train.steps=900",), "strong": ()},
         table2=("train.steps=2000",), tokenizers=("train.steps=2000",), generators=("train.steps=3000",),
+        flops=2e13, baselines=("shapes", "network.depth=4", "network.width=128"),
     ),
     "imagenet256": Scale(
         tokenizer="imagenet256-tokenizer", generator="imagenet256-d12", plus="imagenet256-d12-plus",
@@ -96,7 +101,7 @@ SCALES = {
         per_class=50, single=("autoencoder.multipliers=[1,1,4]", "quantizer.codes=181"),
         sizes={f"d{d}": (f"imagenet256-d{d}",) for d in (12, 16, 20)}, half=("train.epochs=100",),
         strengths={"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()},
-        epochs=("train.epochs=100",), codes=4096, t_an_image=1,
+        epochs=("train.epochs=100",), codes=4096, t_an_image=1, flops=1.3e20, baselines=("imagenet256",),
     ),
     "speech": Scale(
         tokenizer="speech8-sin", generator="speech8-sin", plus="speech8-sin", resgen="speech8-rvq", chain="strings",
@@ -116,7 +121,8 @@ class Cell:
     """One row of a table: the words behind each command of a chain. A cell without `generator` ends at reconstructions.
 
     tokenizer, generator: recipe and overrides. tokenize: options. sampling: KEY=VALUE and --preset of `rdpm sample`.
-    images: number of training images, or voices, evenly spaced. timed: trained for the scale's seconds."""
+    images: number of training images, or voices, evenly spaced. timed: trained for the scale's seconds. flops: trained
+    for so many operations, and what a sample costs is measured."""
 
     name: str
     tokenizer: Words
@@ -125,20 +131,21 @@ class Cell:
     sampling: Words = ()
     images: int | None = None
     timed: bool = False
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
     """An experiment. A column `a/b` is a, or b of rows without a: Inception and a judge; absent columns are left out.
 
-    published: the paper's table whose rows are appended. curves: a plot over lambda instead of one point a row.
-    chain: of the scales that it is for."""
+    published: the paper's table whose rows are appended. plot: one point a row, curves over lambda, or the first column
+    against what a sample costs. chain: of the scales that it is for."""
 
     title: str
     columns: Words
     cells: Callable[[Scale], list[Cell]]
     published: str = ""
-    curves: bool = False
+    plot: Literal["dots", "curves", "costs"] = "dots"
     chain: Chain = "images"
 
 
@@ -333,6 +340,42 @@ def resgen_schedules(scale: Scale) -> list[Cell]:
     ]
 
 
+def families(scale: Scale) -> list[Cell]:
+    """RDPM and ResGen beside MaskGIT, autoregression and flow: equal tokens, widths and operations of training.
+
+    RDPM's codes are of its own tokenizer, with as many steps as the others' has depths: it draws from their noise."""
+    steps = f"quantizer.steps={RVQ_DEPTH}"
+    noisy = ("--recipe", scale.tokenizer, *scale.tokenizers, *TOKENIZER, "schedule.kind=sin", steps)
+    plain = ("--recipe", scale.resgen, *scale.tokenizers, steps)
+    prefix, *sizes = scale.baselines
+    maskgit, flow, flat = (("--recipe", f"{prefix}-{family}", *sizes) for family in ("maskgit", "flow", "ar"))
+    passes: dict[str, tuple[Words, Sequence[str]]] = {
+        "ResGen": (("--recipe", scale.resgen), ("8", "16", "63")),
+        "MaskGIT": (maskgit, ("8", "16", "32")),
+        "flow": (flow, ("5", "10", "25", "100", "250")),
+    }
+    unguided = replace(Cell("", plain, ("--keep", "latents"), sampling=UNGUIDED), flops=scale.flops)
+    return [
+        replace(unguided, name="RDPM", tokenizer=noisy, tokenize=scale.tokenize, generator=("--recipe", scale.plus)),
+        *(
+            replace(unguided, name=f"{name} in {n}", generator=words, sampling=(*UNGUIDED, f"steps={n}"))
+            for name, (words, steps) in passes.items()
+            for n in steps
+        ),
+        replace(unguided, name="AR", generator=flat),
+        replace(unguided, name="AR, a transformer over depths", generator=(*flat, "network.depth_layers=1")),
+    ]
+
+
+def targets(scale: Scale) -> list[Cell]:
+    """ResGen's sum of masked depths against each depth's token, over depths; and the number of its components."""
+    kinds = {"cumulative": (), "direct": ("network.target=direct",)}
+    return [
+        *(resgen_cell(scale, f"{k}, depth {d}", *words, depth=d) for d in (4, 8, 16) for k, words in kinds.items()),
+        *(resgen_cell(scale, f"components: {n}", f"network.mixtures={n}") for n in ("1", "16", "256", "1024")),
+    ]
+
+
 # L_quant with the total of the family's recipe, whatever T and the schedule; the sum over t of sin's alpha_t at T = 8.
 SPOKEN_EQUAL: dict[str, Words] = {
     "RDPM": ("loss.quant_reduce=mean", f"loss.quant={0.25 * sum(math.sin(math.pi * t / 16) for t in range(1, 9)):.4f}"),
@@ -423,6 +466,12 @@ _SAMPLES = (
 )  # fmt: skip
 _TRAINED = (*_SAMPLES, "heldout.ce", "heldout.gap")
 _COST = (*_SAMPLES, "parameters", "train_steps", "passes", "seconds_an_image")
+_STABILITY = ("images_per_second", "grad_norm", "grad_norm_spread", "loss_spread")
+_FAMILIES = (
+    "fid/frechet_distance", "inception_score/classifier_score", "precision", "recall", "class_accuracy", "validity",
+    "heldout.ce", "heldout.bound", "passes", "gflops_a_sample", "seconds_a_sample", "peak_memory_mib", "parameters",
+    "train_steps", *_STABILITY,
+)  # fmt: skip
 _SPOKEN = (
     "word_accuracy", "speaker_accuracy", "another.word_accuracy", "sim_o", "recon.word_accuracy",
     "recon.mel_distance/mel_distance", "rho", "parameters", "train_steps", "seconds_a_sample",
@@ -435,11 +484,13 @@ TABLES = {
     "ruler": Table("What the scores tell apart", (*_TRAINED, "train_steps"), ruler),
     "table2": Table("Tokenizers", _RECON, table2, "2"),
     "noise": Table("Noisy and plain codes", _TRAINED, noise),
-    "table3": Table("Sampling", _SAMPLES, table3, "3", curves=True),
+    "table3": Table("Sampling", _SAMPLES, table3, "3", plot="curves"),
     "table4": Table("Noise schedules", _TRAINED, table4, "4"),
     "table4-early": Table("Early steps of pow", _TRAINED, table4_early),
     "figure5": Table("Base of pow", _TRAINED, figure5),
     "table5": Table("Sizes", _COST, table5, "5"),
+    "families": Table("Five families at equal operations of training", _FAMILIES, families, plot="costs"),
+    "targets": Table("What ResGen predicts", (*_COST, *_STABILITY), targets),
     "views": Table("Cached and fresh noise", (*_SAMPLES, "heldout.ce"), views),
     "bits": Table("Steps and codes", _TRAINED, bits),
     "paper-vs-plus": Table("Generators at equal time", (*_TRAINED, "train_steps"), paper_vs_plus),

@@ -36,7 +36,7 @@ from typing import Any, BinaryIO
 import speech
 import voices
 from experiments import OUT, SCALES, TABLES, Cell, Command, Scale, Table, Words
-from tables import Record, Score, curves, dots, markdown, numbers, rows_of
+from tables import Record, Score, costs, curves, dots, markdown, numbers, rows_of
 
 from rdpm_cli import files
 from rdpm_cli.errors import RdpmError
@@ -149,6 +149,8 @@ class Experiment:
         scores = numbers(self.stage("scores", "eval", "all", *draw, *many)[1])
         scores |= {f"recon.{name}": value for name, value in recon.items()}
         scores |= numbers({"seconds_an_image": drawn.get("sample_seconds"), "passes": drawn["passes"], **trained})
+        if cell.flops:
+            scores |= numbers(cost(run / "generator.pt", cell.sampling))
         words = ("eval", "baselines", images, "--heldout", heldout, "--codes", codes, *self.scale.crop, *many)
         rows = self.stage("baselines", *words)[1]["rows"]
         return {"cell": scores, **{name: numbers(row) for name, row in rows.items()}}
@@ -164,6 +166,9 @@ class Experiment:
         if cell.timed and seconds:
             probe, _ = self.stage("probe", *words, "train.steps=80", "train.log_every=40", "--out", OUT)
             length = (f"train.steps={steps_in(probe, seconds)}", "train.eval_every=0")
+        if cell.flops:
+            operations = self.stage("plan", *words, "--dry-run")[1]["flops"]["step"]
+            length = (f"train.steps={round(cell.flops / operations)}", "train.eval_every=0", "train.save_every=100")
         run, result = self.stage("generator", *words, *length, "--out", OUT)
         prefix = "heldout_images/"
         measured = {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
@@ -171,7 +176,8 @@ class Experiment:
             f"heldout.{name}": statistics.mean(v for v in value if v is not None) if isinstance(value, list) else value
             for name, value in measured.items()
         }
-        return run, {"parameters": result["parameters"], "train_steps": metrics(run)[-1]["step"], **means}
+        steps = metrics(run)[-1]["step"]
+        return run, {"parameters": result["parameters"], "train_steps": steps, **means, **stability(metrics(run))}
 
 
 def parts_of(options: argparse.Namespace, scale: Scale, work: Path) -> tuple[str, str]:
@@ -214,6 +220,29 @@ def write_zip(source: Any, indices: Iterable[int], path: Path) -> None:
 def metrics(run: Path) -> list[Score]:
     """The lines of RUN/metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def stability(lines: Sequence[Score]) -> Score:
+    """Of the second half of a training's log: images a second, and mean and standard deviation of what was logged."""
+    logged = [row for row in lines if "grad_norm" in row]
+    half = logged[len(logged) // 2 :]
+    norms, losses = ([row[name] for row in half] for name in ("grad_norm", "loss"))
+    return {
+        "images_per_second": statistics.median(row["images_per_second"] for row in half),
+        "grad_norm": statistics.mean(norms), "grad_norm_spread": statistics.pstdev(norms),
+        "loss_spread": statistics.pstdev(losses),
+    }  # fmt: skip
+
+
+def cost(ckpt: Path, sampling: Words) -> Score:
+    """What cost.py prints, in a process of its own, whose memory is that of this generator alone."""
+    script = Path(__file__).parent / "cost.py"
+    command = ["python", str(script), str(ckpt), *sampling]  # of the environment that has the rdpm on the PATH
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure(f"{script}: {done.stderr[-2000:]}", done.returncode)
+    result: Score = json.loads(done.stdout)
+    return result
 
 
 def steps_in(run: Path, seconds: float) -> int:
@@ -271,6 +300,8 @@ def run(experiment: Experiment, name: str, table: Table) -> str:
     def score(pair: tuple[Cell, str]) -> None:
         cell, seed = pair
         made_by = {**json.loads(json.dumps(asdict(cell))), **setting}
+        if cell.flops is None:  # lines of earlier tables do not have it
+            del made_by["flops"]
         if (scores := finished.get(json.dumps([made_by, seed]))) is None:
             scores = experiment.score(cell, seed)
             with lock, log.open("a") as file:
@@ -285,8 +316,10 @@ def run(experiment: Experiment, name: str, table: Table) -> str:
     title, plot = f"{table.title}, {options.scale}", out / "plot.png"
     text = markdown(table, rows, title)
     files.write_atomic(out / "table.md", lambda file: file.write(text.encode()))
-    if table.curves:
+    if table.plot == "curves":
         curves(plot, rows[: len(cells)], table.columns[0], title)
+    elif table.plot == "costs":
+        costs(plot, rows[: len(cells)], table.columns[0], title)
     else:
         dots(plot, rows, table.columns[0], title)
     return text

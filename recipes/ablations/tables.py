@@ -127,6 +127,24 @@ def dots(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
+def costs(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
+    """A column against operations and seconds a sample; a line a family, named by what is before ` in `."""
+    figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
+    for axes, cost in zip(figure.subplots(1, 2, sharey=True), ("gflops_a_sample", "seconds_a_sample"), strict=True):
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for row in rows:
+            if (x := row.value(cost)) and (y := row.value(column)):
+                lines.setdefault(row.name.partition(" in ")[0], []).append((x[0], y[0], y[1] or 0.0))
+        for name, points in lines.items():
+            x_, y_, spreads = zip(*points, strict=True)
+            axes.errorbar(x_, y_, yerr=spreads, fmt="o-", capsize=3, label=name)
+        axes.set(xlabel=cost, ylabel=column, xscale="log", yscale="log")
+        axes.grid(color="#dddddd")
+    axes.legend()
+    figure.suptitle(title)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
 def curves(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
     """A column a generator, a line a draw and schedule, a point a lambda: the score, and precision against recall.
 
