@@ -174,8 +174,8 @@ class AR(Generator):
             condition = condition.joined(self.null_condition(columns))
         growing = self.network.begin()
         for slot in range(L * D):
-            seen = codes_BLD.repeat(2, 1, 1) if s.cfg else codes_BLD
-            logits_BV = self.network.next_logits(seen, slot, condition, growing)
+            doubled_BLD = codes_BLD.repeat(2, 1, 1) if s.cfg else codes_BLD
+            logits_BV = self.network.next_logits(doubled_BLD, slot, condition, growing)
             if kept_BN is not None and bool(kept_BN[:, slot].all()):
                 continue
             logits_BV = (guide(logits_BV, s.cfg) if s.cfg else logits_BV) * s.tau

@@ -210,13 +210,13 @@ class ResGen(MaskedGenerator):
     ) -> tuple[Tensor, Tensor]:
         """Tokens of all masked slots (B, L, D), and how sure each position is of its own (B, L, 1)."""
         (codes, masked, condition), s, zeros, mix = inputs, options.sampling, [0] * len(indices), None
-        seen = self.sums(codes.transpose(1, 2), masked)[0], masked, condition
+        network_inputs = self.sums(codes.transpose(1, 2), masked)[0], masked, condition
         masked = masked[: len(indices)]
         if self.direct:
-            logits = self.predict_tokens(*seen)
+            logits = self.predict_tokens(*network_inputs)
             logits = (guide(logits, lambda_t) if lambda_t else logits) / max(s.z_temp, 1e-4)
         else:
-            mix = self.predict(*seen)
+            mix = self.predict(*network_inputs)
             mix = mix.guided(lambda_t, means=s.cfg_mode == "both") if lambda_t else mix
             logits = mix.logits_BLK
         uniform = noise.uniform_rows("component", options.seed, indices, zeros, t, logits.shape[1:-1])

@@ -43,8 +43,8 @@ class Cache:
             self._kv = k.new_empty(2, B, A, self.longest, E)
         start, self.length = self.length, self.length + N
         self._kv[:, :, :, start : self.length] = torch.stack([k, v])
-        seen = self._kv[:, :, :, : self.length]
-        return seen[0], seen[1]
+        keys, values = self._kv[:, :, :, : self.length]
+        return keys, values
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -248,27 +248,20 @@ class Transformer(nn.Module):
         tokens_BMD = None if self.cfg.align == "cross" else condition.tokens_BMD
         M = 0 if tokens_BMD is None else tokens_BMD.shape[1]
         first = caches[0].length - M if caches and caches[0].length else 0
-        seen = slice(first, first + S)
+        places = slice(first, first + S)
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions.weight[seen]
+            x_BSD = x_BSD + self.positions.weight[places]
         if condition.latents_BSD is not None:
-            x_BSD = x_BSD + condition.latents_BSD[:, seen]
-        x_BND, turns, mask, text = x_BSD, None, None, None
+            x_BSD = x_BSD + condition.latents_BSD[:, places]
+        x_BND, turns, text = x_BSD, None, None
         if self.cfg.align == "cross":
             text = self._text(condition)
         elif tokens_BMD is not None and first == 0:
             x_BND = torch.cat([tokens_BMD.to(x_BSD.dtype), x_BSD], 1)
         front = x_BND.shape[1] - S
         if self.cfg.positions != "learned":  # the condition's tokens have no place and are not turned
-            turns = F.pad(self.cos[seen], (0, 0, front, 0), value=1.0), F.pad(self.sin[seen], (0, 0, front, 0))
-        if condition.mask_BM is not None and text is None:  # all positions may be attended to
-            mask = F.pad(condition.mask_BM, (0, S), value=True)[:, None, None]
-        if condition.exists_BS is not None:
-            mask = condition.exists_BS[:, None, None]
-        if self.causal and S + front > 1:  # a single position after cached ones attends to all of them
-            mask = torch.ones(M + first + S, M + first + S, dtype=torch.bool, device=x_BND.device).tril()
-            mask[:, :M] = True
-            mask = mask[None, None, -x_BND.shape[1] :]
+            turns = F.pad(self.cos[places], (0, 0, front, 0), value=1.0), F.pad(self.sin[places], (0, 0, front, 0))
+        mask = self._causal_mask(M, first + S, x_BND) if self.causal else self._mask(condition, S, text)
         for number, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, turns, mask, text, use_reentrant=False)
@@ -276,6 +269,23 @@ class Transformer(nn.Module):
                 x_BND = block(x_BND, cond_BD, turns, mask, text, caches[number] if caches else None)
         shift, scale = self.modulation(F.silu(cond_BD)).chunk(2, -1)
         return modulate(self.norm(x_BND[:, -S:]), shift, scale)
+
+    def _mask(self, condition: Condition, positions: int, text: Text | None) -> Tensor | None:
+        """What all tokens may attend to, (B, 1, 1, N)."""
+        if condition.exists_BS is not None:
+            return condition.exists_BS[:, None, None]
+        if condition.mask_BM is not None and text is None:
+            return F.pad(condition.mask_BM, (0, positions), value=True)[:, None, None]
+        return None
+
+    def _causal_mask(self, tokens: int, positions: int, x_BND: Tensor) -> Tensor | None:
+        """What each of the last N of these tokens and positions may attend to, (1, 1, N, all)."""
+        N = x_BND.shape[1]
+        if N == 1:  # it is the last one
+            return None
+        mask = torch.ones(tokens + positions, tokens + positions, dtype=torch.bool, device=x_BND.device).tril()
+        mask[:, :tokens] = True
+        return mask[None, None, -N:]
 
     def _text(self, condition: Condition) -> Text:
         """The tokens of a condition of text. The angles of positions run over as many units as those of its tokens.
