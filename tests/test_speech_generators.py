@@ -23,10 +23,11 @@ from rdpm_cli.codes.ragged import RaggedStore
 from rdpm_cli.data.audio import open_audio
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import DataError
+from rdpm_cli.generator import contract
 from rdpm_cli.generator import speech_sampler as speech
 from rdpm_cli.generator.conditions import LengthPredictor, places
 from rdpm_cli.generator.config import GeneratorConfig
-from rdpm_cli.generator.contract import Generator, GeneratorBatches, GeneratorTask, Known, SampleOptions
+from rdpm_cli.generator.contract import Generator, GeneratorBatches, GeneratorTask, Known, SampleOptions, held_out
 from rdpm_cli.generator.masking import MaskBatch, sampling_counts
 from rdpm_cli.generator.rdpm import CodeBatch
 from rdpm_cli.generator.registry import Codes, LoadedGenerator
@@ -183,6 +184,18 @@ def test_no_slot_of_a_prompt_or_of_padding_is_masked_and_each_row_has_its_own_nu
 
 def loss_of(made: Setup, batch: Any, rows: range = range(8), size: int = 8) -> Tensor:
     return GeneratorTask(made.generator).loss(batch, TrainStep(0, 3, rows, size, CPU))[0].detach()
+
+
+def test_held_out_means_do_not_depend_on_how_rows_of_unequal_length_are_batched(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each position counts alike."""
+    made = setup(stores, "rdpm")
+    made.batches.held_out = np.arange(len(SPOKEN))
+    together = held_out(made.generator, made.batches, CPU)
+    monkeypatch.setattr(contract, "EVALUATED_AT_ONCE", 3)
+    apart = held_out(made.generator, made.batches, CPU)
+    assert together["ce"] == pytest.approx(apart["ce"], rel=1e-4)
 
 
 OBJECTIVES: dict[str, dict[str, Any]] = {"rdpm": {"perturb": 0.3, "steps_per_image": 2}, "resgen": {}}

@@ -245,6 +245,15 @@ def test_odd_arguments_are_refused(
         assert not list((tmp_path / str(number)).rglob("*.wav"))
 
 
+def test_sounds_are_not_scored_as_images_whether_or_not_inception_is_there(
+    generators: dict[str, Path], capsys: Capture
+) -> None:
+    assert run_cli(["eval", "fid", "--ckpt", str(generators["rdpm"]), "--device", "cpu"]) == 2
+    message = capsys.readouterr().err
+    assert str(generators["rdpm"]) in message
+    assert "eval speech" in message
+
+
 @pytest.fixture(scope="module")
 def crossed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files of untrained generators that attend to the bytes of a text, by family."""

@@ -41,13 +41,13 @@ def eval_images(
     if features:
         files.make_folder(features.parent)  # before the pass, not after it
     with process_group(device, several=True) as rank_device:
+        # A checkpoint first: one that draws no images must not ask for the weights of Inception.
+        sets: Sequence[ImageSet] = [] if isinstance(target, str) else target(rank_device)
         opened = open_extractor(extractor, weights, rank_device, download)
         if metric == "sfid" and not opened.spatial_width:
             raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
         if isinstance(target, str):
-            sets: Sequence[ImageSet] = [score.open_target(target, resolution, opened, reading)]
-        else:
-            sets = target(rank_device)
+            sets = [score.open_target(target, resolution, opened, reading)]
         images = sets[0]
         reference = None if metric == "is" else score.open_reference(ref, images, opened, reading)
         records = score.score(metric, opened, sets, reference, subset=subset, ci=ci, file=features)

@@ -260,8 +260,9 @@ class RDPM(Generator):
                 guesses.append(quantizer.guess(previous - z, eps, t))
             norm = mean(quantizer.prefix(codes, ones_B * t).norm(dim=1))
             means.append(torch.stack([ce, norm, *(mean(guess == target_BS) for guess in guesses)]))
-        sums_MT = torch.stack(means, 1) * len(codes)
-        pairs = torch.stack([sums_MT, torch.full_like(sums_MT, len(codes))], 1)
+        share = len(codes) if exists is None else count  # of sound each position counts alike
+        sums_MT = torch.stack(means, 1) * share
+        pairs = torch.stack([sums_MT, torch.full_like(sums_MT, share)], 1)
         names = ["ce", "norm", "accuracy", "baseline", *(["class_mean", "linear"] if baselines else [])]
         return dict(zip(names, pairs, strict=True))
 

@@ -99,7 +99,7 @@ def find_kernel(cfg: configs.GeneratorConfig, device: str) -> Kernel:
 
     def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
-            raise UsageError("attention=flash cannot mask the condition's tokens", "leave attention=sdpa")
+            raise UsageError("attention=flash cannot mask tokens", "leave attention=sdpa")
         return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # its layout: (B, N, A, E)
 
     return flash
