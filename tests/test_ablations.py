@@ -289,7 +289,7 @@ def test_a_tenth_of_the_images_is_held_out_where_none_are_named(tmp_path: Path) 
         ("table4", 3, 3, 3), ("table4-early", 2, 2, 5), ("figure5", 5, 5, 5), ("noise", 4, 5, 5), ("bits", 6, 6, 6),
         ("ruler", 2, 5, 5), ("table5", 2, 4, 4), ("resgen", 4, 10, 5), ("resgen-steps", 3, 6, 15),
         ("resgen-switches", 1, 7, 7), ("resgen-nucleus", 1, 2, 10), ("resgen-schedules", 1, 5, 25),
-        ("families", 2, 6, 14), ("targets", 3, 10, 10),
+        ("families", 2, 7, 15), ("targets", 3, 10, 10),
     ],
 )  # fmt: skip
 def test_tables_train_what_they_compare_and_resgen_on_plain_residual_codes(
@@ -317,8 +317,12 @@ def test_families_have_equal_operations_of_training_and_rows_of_what_a_sample_co
     made = [call for call in calls(tmp_path, "train-gen") if "--dry-run" not in call]
     assert {word for call in made for word in call if word.startswith("train.steps=")} == {"train.steps=1050"}
     assert rows["AR"]["gflops_a_sample"] == "0.5000"
+    assert rows["AR"]["seconds_a_sample"] == "0.2500"
+    (tmp_path / "beside").mkdir()
+    beside = ablate(tmp_path / "beside", "families", "--scale", "shapes", "--seeds", "3", "--jobs", "2")
+    assert "seconds_a_sample" not in beside.stdout  # other jobs would slow it down
     families = [recipe_of(call).generator for call in made]
-    assert sorted(cfg.family for cfg in families if cfg) == ["ar", "ar", "flow", "maskgit", "rdpm", "resgen"]
+    assert sorted(cfg.family for cfg in families if cfg) == ["ar", "ar", "flow", "maskgit", "rdpm", "rdpm", "resgen"]
     sizes = {(cfg.network.depth, cfg.network.width, cfg.objective.label_drop) for cfg in families if cfg}
     assert sizes == {(3, 96, 0.1)}
 

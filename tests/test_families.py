@@ -88,6 +88,21 @@ def test_a_batch_is_a_function_of_seed_and_step_and_a_rank_has_a_slice_of_it(nam
     assert first.describe(5, range(16, 32)) == second.describe(5, range(16, 32))
 
 
+VARIANTS = [*((name, {}) for name in FAMILIES), ("ar", {"depth_layers": 1, "class_tokens": 2})]
+
+
+@pytest.mark.parametrize(("name", "network"), VARIANTS, ids=str)
+def test_every_parameter_is_trained(name: str, network: dict[str, Any], tmp_path: Path) -> None:
+    """Several processes wait for the gradient of each."""
+    quantizer, cfg = rvq(), config(name, network)
+    store, family = latent_store(tmp_path / "codes", quantizer, C), FAMILIES[name]
+    generator = family.make(cfg.network, quantizer, CLASSES)
+    generator.begin(cfg, store)
+    batch = family.batches(store, cfg, quantizer, 0).batch_at(0, range(32))
+    generator.loss(batch, TrainStep(0, 0, range(32), 32, CPU))[0].backward()
+    assert [name for name, p in generator.network.named_parameters() if p.grad is None] == []
+
+
 @all_families
 def test_the_loss_does_not_depend_on_how_a_batch_is_shared(name: str, tmp_path: Path) -> None:
     quantizer = rvq()
@@ -99,10 +114,11 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_shared(name: str, tmp_path: 
     assert float(losses[0]) == pytest.approx(float(losses[1] + losses[2]) / 2, rel=1e-4)
 
 
-@all_families
+@pytest.mark.parametrize(("name", "network"), VARIANTS, ids=str)
 @pytest.mark.parametrize("cfg", [0.0, 1.5])
-def test_a_sample_depends_on_seed_and_index_not_on_the_batch(name: str, cfg: float) -> None:
-    generator, labels, indices = make(name, class_latents=True, class_tokens=2), torch.tensor([0, 2, 1, 1]), range(4)
+def test_a_sample_depends_on_seed_and_index_not_on_the_batch(name: str, network: dict[str, Any], cfg: float) -> None:
+    generator = make(name, **{"class_latents": True, "class_tokens": 2, **network})
+    labels, indices = torch.tensor([0, 2, 1, 1]), range(4)
     guided, order = options(name, 3, cfg=cfg), torch.tensor([3, 0])
     codes = sample(generator, labels, indices, guided)
     assert codes.shape == (4, D, L)
@@ -159,6 +175,8 @@ def test_an_edit_that_a_family_cannot_see_is_refused() -> None:
     for name, keep in (("ar", kept(slice(3, None))), ("flow", kept(slice(None), slice(0, 2)))):
         with pytest.raises(UsageError, match=name):
             sample(make(name), [0, 0], range(2), options(name), Known(some_codes(), keep))
+        with pytest.raises(UsageError, match=name):  # and before a folder is claimed
+            make(name).check_known(keep)
 
 
 def test_maskgit_keeps_any_codes() -> None:
@@ -199,6 +217,20 @@ def test_maskgits_bound_of_a_uniform_guess_is_its_entropy(tmp_path: Path) -> Non
     assert np.mean(measured["unigram"]) == pytest.approx(np.log(V), rel=0.1)
 
 
+@pytest.mark.parametrize("grid", [(3,), (3, 3), (4, 4)], ids=str)
+def test_each_share_of_maskgits_bound_is_measured_once_also_of_few_slots(grid: tuple[int, ...], tmp_path: Path) -> None:
+    quantizer = make_quantizer("rvq", grid, bias="none", steps=1)
+    store = latent_store(tmp_path / "codes", quantizer, C)
+    generator = FAMILIES["maskgit"].make(config("maskgit").network, quantizer, CLASSES)
+    batches = FAMILIES["maskgit"].batches(store, config("maskgit"), quantizer, 0)
+    assert held_out(generator, batches, CPU)["bound"] == pytest.approx([np.log(V)] * 10, rel=1e-5)
+    slots = quantizer.grid[0] ** len(grid)
+    counts = FAMILIES["maskgit"].batches(store, config("maskgit"), quantizer, 0).held_out_counts(slots)  # type: ignore[attr-defined]
+    assert min(counts) >= 1
+    assert max(counts) <= slots
+    assert np.mean(counts) == pytest.approx((slots + 1) / 2, abs=0.6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_maskgits_loss_is_torchs_cross_entropy_of_masked_tokens(smoothing: float, tmp_path: Path) -> None:
     quantizer = rvq()
@@ -228,11 +260,11 @@ def make_ar(kind: str, **network: Any) -> AR:
 def test_ar_gives_the_same_logits_one_token_at_a_time(kind: str, positions: str) -> None:
     generator, codes_BLD = make_ar(kind, positions=positions), some_codes().mT
     condition = generator.condition({"labels": torch.tensor([0, 2])})
-    whole, growing = generator.predict(codes_BLD, condition), generator.network.begin()
+    whole, decoding = generator.predict(codes_BLD, condition), generator.network.start()
     for slot in range(L * D):
         known = codes_BLD.flatten(1).clone()
         known[:, slot:] = 7  # must not be read
-        logits = generator.network.next_logits(known.view(2, L, D), slot, condition, growing)
+        logits = generator.network.next_logits(known.view(2, L, D), slot, condition, decoding)
         torch.testing.assert_close(logits, whole.flatten(1, 2)[:, slot], rtol=1e-4, atol=1e-4)
 
 
@@ -271,19 +303,17 @@ def test_ars_nats_are_those_of_the_chain_rule(tmp_path: Path) -> None:
     assert isinstance(generator, AR)
     batches = FAMILIES["ar"].batches(store, config("ar"), quantizer, 0)
     batch = next(iter(batches.held_out_batches()))
-    codes_BLD, condition, growing = batch.codes_BTS.mT, generator.condition(batch.columns), generator.network.begin()
+    codes_BLD, condition, decoding = batch.codes_BTS.mT, generator.condition(batch.columns), generator.network.start()
     nats = 0.0
     for slot in range(L * D):
-        log_p = generator.network.next_logits(codes_BLD, slot, condition, growing).log_softmax(-1)
+        log_p = generator.network.next_logits(codes_BLD, slot, condition, decoding).log_softmax(-1)
         nats -= float(log_p.gather(1, codes_BLD.flatten(1)[:, slot : slot + 1]).mean())
-    total, count = generator.held_out(batch)["ce"].sum(1).tolist()
+    total, count = generator.held_out(batch)["nats"].sum(1).tolist()
     assert total / count == pytest.approx(nats / (L * D), rel=1e-4)
 
 
-@pytest.mark.parametrize(("solver", "steps", "tolerance"), [("euler", 200, 0.02), ("heun", 20, 0.02)])
-def test_flows_sampler_reproduces_a_known_gaussian(
-    solver: str, steps: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 200), ("heun", 20)])
+def test_flows_sampler_reproduces_a_known_gaussian(solver: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the exact velocity of z ~ N(m, s²) each noise ends at m + s·eps."""
     generator = make("flow", rvq(codes=64))
     assert isinstance(generator, Flow)
@@ -308,7 +338,7 @@ def test_flows_sampler_reproduces_a_known_gaussian(
     assert float(ends[0].std()) == pytest.approx(2 * spread, rel=0.05)
     exact_ends = ends[0]
     sample(generator, [0] * 200, range(200), options("flow", solver="heun", steps=200))
-    torch.testing.assert_close(exact_ends, ends[1], rtol=0, atol=2 * tolerance)
+    torch.testing.assert_close(exact_ends, ends[1], rtol=0, atol=0.04)
 
 
 def test_flow_measures_against_the_best_linear_guess(tmp_path: Path) -> None:
@@ -327,7 +357,7 @@ SMALL = [
     "network.depth=1", "network.width=32", "network.heads=2", "train.batch=16", "train.log_every=1",
     "train.eval_every=2", "train.save_every=2", "train.steps=4",
 ]  # fmt: skip
-MEASURES = {"maskgit": "heldout/bound", "ar": "heldout/ce", "flow": "heldout/mse"}
+MEASURES = {"maskgit": "heldout/bound", "ar": "heldout/nats", "flow": "heldout/mse"}
 FEWER = {"maskgit": ["sampling.steps=3"], "ar": [], "flow": ["sampling.steps=3"]}
 
 
@@ -361,7 +391,7 @@ def test_a_run_resumes_exactly_and_its_file_samples(
 def test_sound_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe("speech8-sin")
     assert recipe.tokenizer is not None
-    with pytest.raises(UsageError, match=name):
+    with pytest.raises(UsageError, match="codes"):
         FAMILIES[name].make.check_codes(recipe.tokenizer, "codes")
 
 
@@ -397,5 +427,5 @@ def test_the_cost_of_a_sample_is_that_of_its_passes(name: str, rvq_codes: Path, 
     weights = sum(p.numel() for p in network.trunk.blocks.parameters() if p.ndim == 2)
     least = 2 * weights * result["passes"] * (16 if name == "flow" else 1) / 1e9
     assert least * 0.3 < result["gflops_a_sample"] < least * 4
-    assert result["peak_memory_mib"] > 100
+    assert 0 < result["memory_mib_a_sample"] < 100
     assert result["seconds_a_sample"] > 0

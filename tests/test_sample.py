@@ -293,7 +293,7 @@ def mask(tmp_path: Path) -> Path:
 def edited(generator: Path, edit: Edit) -> tuple[torch.Tensor, Known, Tokenizer]:
     """Codes (3, T, S) of three samples, and those of the image under their noise."""
     loaded = registry.load(generator)
-    _, known = engine.open_edit(edit, loaded.tokenizer, 0)
+    _, known = engine.open_edit(edit, loaded, 0)
     job = sampler.Job(loaded.generator, loaded.tokenizer, sampling_options(cfg=1.0), 2, known)
     return job.draw(range(3), [1, 1, 1]).codes_BTS, known([0, 1, 2]), loaded.tokenizer
 

@@ -187,7 +187,7 @@ def install_flash(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """flash_attn_func by its documented layout, (B, N, A, E). -> the shapes of the queries."""
     shapes: list[torch.Size] = []
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         shapes.append(q.shape)
         scores = torch.einsum("bnae,bmae->banm", q, k) / q.shape[-1] ** 0.5
         return torch.einsum("banm,bmae->bnae", scores.softmax(-1), v)
@@ -207,7 +207,7 @@ def test_flash_attention_is_the_same_attention_but_has_no_mask(monkeypatch: pyte
     assert shapes == [torch.Size([16, 16, 2, 16])] * 2
     q = torch.randn(2, 2, 5, 4)
     with pytest.raises(UsageError, match="attention"):
-        kernel(q, q, q, torch.ones(2, 1, 1, 5, dtype=torch.bool))
+        kernel(q, q, q, torch.ones(2, 1, 1, 5, dtype=torch.bool), False)
 
 
 @pytest.mark.parametrize(("device", "precision"), [("cpu", "bf16"), ("cuda", "fp32"), ("cuda", "bf16")])

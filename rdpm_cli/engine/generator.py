@@ -21,9 +21,9 @@ from rdpm_cli.training.log import last_metrics
 
 # Values of the log in the result; each group is taken from the last line that has its first name.
 NAMED = ("heldout_images", "heldout_recordings")  # of --heldout
-MEASURES = (  # of a family each; RDPM's and AR's begin alike
-    ("ce", "accuracy", "baseline", "class_mean", "linear", "gap", "unigram"), ("nll", "baseline"), ("bound", "unigram"),
-    ("mse", "baseline"),
+MEASURES = (  # of a family each
+    ("ce", "accuracy", "baseline", "class_mean", "linear", "gap"), ("nll", "baseline"), ("bound", "unigram"),
+    ("nats", "unigram"), ("mse", "baseline"),
 )  # fmt: skip
 REPORTED = (
     ("ce", "accuracy"), ("nll",), ("mse",),

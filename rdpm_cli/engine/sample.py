@@ -32,7 +32,6 @@ from rdpm_cli.generator.registry import LoadedGenerator
 from rdpm_cli.generator.sampler import KnownCodes, Samples
 from rdpm_cli.runs import Result, stop_on_signal
 from rdpm_cli.schema import parse_yaml, validate
-from rdpm_cli.tokenizer.model import Tokenizer
 
 CLASSES_SHOWN, SAMPLES_SHOWN = 16, 8  # classes in the previews, samples of each
 GRID, STEPS_GIF, STEPS_SHEET = "previews/grid.png", "previews/steps.gif", "previews/steps.png"
@@ -86,7 +85,7 @@ def sample(
     tokenizer, micro_batch = loaded.tokenizer, options.sampling.images_at_once(picked.type)
     digests, recorded, known = {"checkpoint": loaded.digest}, {**options.sampling.model_dump(), "seed": seed}, None
     if edit:
-        image_digests, known = open_edit(edit, tokenizer, seed)
+        image_digests, known = open_edit(edit, loaded, seed)
         digests |= image_digests
         recorded["edit"] = {"from_step": edit.from_step, "masked": edit.mask is not None}
     size = tokenizer.cfg.autoencoder.resolution
@@ -249,12 +248,13 @@ def _result(out: Path, record: dict[str, Any], sampling: SamplingConfig, outputs
     return Result("samples written", values, rdpm_command("eval", "fid", out))
 
 
-def open_edit(edit: Edit, tokenizer: Tokenizer, seed: int) -> tuple[dict[str, str], KnownCodes]:
+def open_edit(edit: Edit, loaded: LoadedGenerator, seed: int) -> tuple[dict[str, str], KnownCodes]:
     """The digests of image and mask, and the function from sample indices to the codes to keep.
 
     The codes kept in sample i are the image's codes under the noise of sample i: the network sees a pair of noise and
     codes that the tokenizer would produce, and each sample has different codes of the same image. Raises UsageError for
-    an impossible mask or step, ImageError for a bad image."""
+    an impossible mask or step, or one that the family cannot keep to, ImageError for a bad image."""
+    tokenizer = loaded.tokenizer
     size, T, first = tokenizer.cfg.autoencoder.resolution, tokenizer.quantizer.steps, edit.from_step
     if not 1 <= first <= T:
         raise UsageError(f"--from-step {first} is not in 1..{T}", f"this checkpoint has T = {T}")
@@ -273,6 +273,7 @@ def open_edit(edit: Edit, tokenizer: Tokenizer, seed: int) -> tuple[dict[str, st
         if not drawn_S.any():
             raise UsageError(f"--mask {edit.mask} has no white pixel inside the crop", "white is drawn again")
     keep_TS = ~((torch.arange(1, T + 1).view(-1, 1) >= first) & drawn_S)
+    loaded.generator.check_known(keep_TS[None])
 
     @cache
     def latents() -> Tensor:  # not before the tokenizer is on its device

@@ -47,7 +47,7 @@ BASELINES = {
 }  # fmt: skip
 HELD_OUT = {  # a family's measurement -> title and horizontal axis of its panel
     "heldout/accuracy": "held-out accuracy per t|t", "heldout/nll": "held-out nats/dim|masked depths",
-    "heldout/bound": "held-out nats/token, at most|tenth that is masked", "heldout/ce": "held-out nats/token|depth",
+    "heldout/bound": "held-out nats/token, a bound|tenth that is masked", "heldout/nats": "held-out nats/token|depth",
     "heldout/mse": "held-out squared error|tenth of t",
 }  # fmt: skip
 PREVIEWS = 8  # images, or samples a class
@@ -348,7 +348,7 @@ def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run
     panels["generator loss|step"] = _over_time(rows, "ce", "nll", "mse")
     for name, title in HELD_OUT.items():
         for row in rows:
-            if name in row and (name != "heldout/ce" or "heldout/unigram" in row):  # the last measurement counts
+            if name in row:  # the last measurement counts
                 lines = {line: row[f"heldout/{key}"] for key, line in BASELINES.items() if f"heldout/{key}" in row}
                 panels[title] = {"model": _per_t(row[name]), **{line: _per_t(v) for line, v in lines.items()}}
     panels["proxy score|step"] = _over_time(rows, "proxy/frechet_distance")

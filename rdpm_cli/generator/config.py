@@ -318,7 +318,7 @@ class FlowSampling(SamplingConfig):
     family: ClassVar[str] = "flow"
 
     steps: int = Field(50, ge=1, description="steps of the solver from noise to latents")
-    solver: Literal["euler", "heun"] = Field("euler", description="heun: two passes a step but the last")
+    solver: Literal["euler", "heun"] = Field("euler", description="heun: two passes a step")
 
 
 class FlowConfig(GeneratorConfig):

@@ -104,6 +104,10 @@ class Generator(Protocol):
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this family or its tokenizer cannot use."""
 
+    def check_known(self, keep_BTS: Tensor) -> None:
+        """Raise UsageError if this family cannot keep these codes; True where the code is kept."""
+        return
+
     def passes(self, options: SampleOptions, first: int = 1) -> int:
         """Passes of the network for one sample whose codes are drawn from step `first` on, two where it is guided."""
 

@@ -24,7 +24,6 @@ from rdpm_cli.generator.contract import Batch, Columns, Condition, Generator, Ge
 from rdpm_cli.generator.drawing import guide, to_device
 from rdpm_cli.generator.tokens import refuse_sound
 from rdpm_cli.generator.transformer import Transformer, zero_linear
-from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
 TIMES = 10  # at which held-out latents are measured: .05, .15, ..., .95
@@ -100,9 +99,7 @@ class Flow(Generator):
         self.quantizer, self.classes = quantizer, classes
         self.network = FlowNetwork(cfg, quantizer, classes)
 
-    @staticmethod
-    def check_codes(tokenizer: TokenizerArchitecture, origin: str) -> None:
-        refuse_sound(tokenizer, origin, "flow")
+    check_codes = staticmethod(refuse_sound)
 
     def begin(self, cfg: FlowConfig, store: CodeStore) -> dict[str, Any]:
         rows = store.split()[0]
@@ -125,7 +122,7 @@ class Flow(Generator):
 
     @torch.no_grad()
     def held_out(self, batch: LatentBatch, baselines: None = None) -> dict[str, Tensor]:
-        """By time: mean squared error of the velocity, and of the best linear guess from x_t alone, `baseline`."""
+        """By time: mean squared error of the velocity, and `baseline`, that of the best multiple of x_t, z white."""
         assert batch.eps_BCS is not None
         number_B = (batch.t_B * TIMES).long()
         mse_B, t_B = self._errors(batch, batch.eps_BCS).mean((1, 2)), batch.t_B
@@ -140,9 +137,14 @@ class Flow(Generator):
     def check(self, options: SampleOptions) -> None:
         """All options of the family serve any checkpoint of it."""
 
+    def check_known(self, keep_BTS: Tensor) -> None:
+        if bool((keep_BTS != keep_BTS[:, :1]).any()):
+            reason = "the family flow draws the latents of a position at once and cannot keep some of its codes"
+            raise UsageError(reason, "give --mask without --from-step")
+
     def passes(self, options: SampleOptions, first: int = 1) -> int:
         s = options.sampling
-        return (s.steps if s.solver == "euler" else 2 * s.steps - 1) * (2 if s.cfg else 1)
+        return s.steps * (1 + (s.solver == "heun")) * (2 if s.cfg else 1)
 
     @torch.no_grad()
     def sample(self, columns: Columns, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
@@ -155,10 +157,8 @@ class Flow(Generator):
         eps = to_device(noise.normal_rows("sample", options.seed, indices, zeros, zeros, shape), device)
         keep_B1S, z_known = torch.zeros(B, 1, shape[1], dtype=torch.bool, device=device), torch.zeros_like(eps)
         if known is not None:
+            self.check_known(known.keep_BTS)
             keep_B1S, z_known = known.keep_BTS[:, :1], quantizer.decode(known.codes_BTS) / self.network.scale
-            if bool((known.keep_BTS != keep_B1S).any()):
-                reason = "the family flow draws the latents of a position at once and cannot keep some of its codes"
-                raise UsageError(reason, "give --mask without --from-step")
         both = condition.joined(self.null_condition(columns)) if s.cfg else condition
 
         def velocity(x_BCS: Tensor, t: float) -> Tensor:
@@ -171,7 +171,7 @@ class Flow(Generator):
             t, following = 1 - number / s.steps, 1 - (number + 1) / s.steps
             v = velocity(x_BCS, t)
             ahead = x_BCS + (following - t) * v
-            if s.solver == "heun" and following > 0:
+            if s.solver == "heun":
                 ahead = x_BCS + (following - t) * 0.5 * (v + velocity(ahead, following))
             x_BCS = ahead
         noise_BTCS = noise.normal_steps("sample", options.seed, indices, zeros, quantizer.steps, shape)

@@ -18,7 +18,6 @@ from rdpm_cli.generator.drawing import guide
 from rdpm_cli.generator.masking import Inputs, MaskBatch, MaskBatches, MaskedGenerator
 from rdpm_cli.generator.tokens import TokenNetwork, log_frequencies, refuse_sound, token_grid, unigram
 from rdpm_cli.generator.transformer import Transformer
-from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
 SHARES = 10  # of masked slots at which held-out codes are measured: 5%, 15%, ..., 95%
@@ -28,8 +27,8 @@ class MaskGITBatches(MaskBatches):
     """Codes, labels and masks of a training step."""
 
     def held_out_counts(self, slots: int) -> list[int]:
-        """Evenly spaced, whatever the schedule: the mean over them is the bound that `MaskGIT.held_out` measures."""
-        return [math.ceil((number + 0.5) / SHARES * slots) for number in range(SHARES)]
+        """Evenly spaced, whatever the schedule: the mean over them estimates the bound of `MaskGIT.held_out`."""
+        return [max(1, math.floor((number + 0.5) / SHARES * slots + 0.5)) for number in range(SHARES)]
 
 
 class MaskGITNetwork(TokenNetwork):
@@ -41,7 +40,7 @@ class MaskGITNetwork(TokenNetwork):
 
     def forward(self, codes_BLD: Tensor, masked_BLD: Tensor, condition: Condition) -> Tensor:
         """The hidden state that the heads see, (B, N, W)."""
-        numbers_BLD = torch.where(masked_BLD, self.nothing, self.numbers(codes_BLD))
+        numbers_BLD = torch.where(masked_BLD, self.no_token, self.numbers(codes_BLD))
         return self.run(self.embedding(numbers_BLD.flatten(1)), condition)
 
 
@@ -54,9 +53,7 @@ class MaskGIT(MaskedGenerator):
         self.quantizer, self.classes, self.objective = quantizer, classes, MaskGITObjective()
         self.network = MaskGITNetwork(cfg, quantizer, classes)
 
-    @staticmethod
-    def check_codes(tokenizer: TokenizerArchitecture, origin: str) -> None:
-        refuse_sound(tokenizer, origin, "maskgit")
+    check_codes = staticmethod(refuse_sound)
 
     def predict(self, codes_BLD: Tensor, masked_BLD: Tensor, condition: Condition) -> Tensor:
         """Logits of every slot's token, (B, L, D, V) fp32."""
@@ -80,20 +77,18 @@ class MaskGIT(MaskedGenerator):
         """Nats a token by the masked share, (2, SHARES); `unigram`, of the codes' frequencies.
 
         With n of N slots masked, n uniform in 1..N and any n alike, the expected cross-entropy of a masked token times
-        N bounds -log p of the codes (arXiv 2110.02037, eq. 4): the mean over shares is the bound a token."""
+        N bounds -log p of the codes (arXiv 2110.02037, eq. 4): the mean over shares estimates the bound a token."""
         masked, codes_BLD = batch.masked_BLD, batch.codes_BTS.transpose(1, 2)
         logits = self.predict(codes_BLD, masked, self.condition(batch.columns))
         ce_BLD = F.cross_entropy(logits.flatten(0, 2), codes_BLD.flatten(), reduction="none").view_as(codes_BLD)
         measures = {"bound": ce_BLD}
         if baselines is not None:
             measures["unigram"] = unigram(baselines, codes_BLD)
-        count_B = masked.flatten(1).sum(1)
-        share_B = (count_B * SHARES / masked[0].numel()).long().clamp_max(SHARES - 1)
-        number_K = share_B.bincount(minlength=SHARES)
         sums = {}
         for name, values in measures.items():
-            mean_B = (values * masked).flatten(1).sum(1) / count_B
-            sums[name] = torch.stack([mean_B.new_zeros(SHARES).index_add_(0, share_B, mean_B), number_K])
+            mean_B = (values * masked).flatten(1).sum(1) / masked.flatten(1).sum(1)
+            sums[name] = mean_B.new_zeros(2, SHARES)
+            sums[name][:, batch.number] = torch.stack([mean_B.sum(), mean_B.new_tensor(len(mean_B))])
         return sums
 
     def draw_tokens(

@@ -77,6 +77,7 @@ class MaskBatch(Batch):
     # Means over the whole global batch, by which losses are divided: a loss must not depend on how a batch is shared.
     positions: float = 0.0  # with a masked slot, an image
     slots: float = 0.0  # masked, an image
+    number: int = 0  # of the numbers of masked slots at which held-out rows are measured
 
 
 class MaskBatches(GeneratorBatches):
@@ -129,9 +130,9 @@ class MaskBatches(GeneratorBatches):
         for store_rows in self.held_out_rows():
             (codes, columns), open_BLD = self.read(store_rows), self.open_slots(store_rows, None)
             counts = [self.held_out_counts(slots) for slots in open_BLD.flatten(1).sum(1).tolist()]
-            for number, count_B in enumerate(zip(*counts, strict=True), 1):
-                keys = noise.uniform_rows("mask", 0, *self.addresses(store_rows), number, open_BLD.shape[1:])
-                yield MaskBatch(codes, columns, self._mask(keys, open_BLD, count_B))
+            for number, count_B in enumerate(zip(*counts, strict=True)):
+                keys = noise.uniform_rows("mask", 0, *self.addresses(store_rows), number + 1, open_BLD.shape[1:])
+                yield MaskBatch(codes, columns, self._mask(keys, open_BLD, count_B), number=number)
 
 
 Inputs = tuple[Tensor, Tensor, Condition]  # codes (B, L, D), of which the masked ones do not count; masks; conditions

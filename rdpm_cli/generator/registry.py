@@ -97,10 +97,11 @@ def find_kernel(cfg: configs.GeneratorConfig, device: str) -> Kernel:
         hint = "uv pip install 'rdpm[flash]' --no-build-isolation, or leave attention=sdpa"
         raise UsageError("attention=flash needs the flash-attn package, which is not installed", hint) from error
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         if mask is not None:
-            raise UsageError("attention=flash cannot mask tokens", "leave attention=sdpa")
-        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # its layout: (B, N, A, E)
+            raise UsageError("attention=flash cannot mask the condition's tokens", "leave attention=sdpa")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # its layout: (B, N, A, E)
+        return flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
 
     return flash
 

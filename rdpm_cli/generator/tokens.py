@@ -23,11 +23,11 @@ from rdpm_cli.tokenizer.quantizer import Quantizer
 READ_AT_ONCE = 4096  # rows whose codes are counted
 
 
-def refuse_sound(tokenizer: TokenizerArchitecture, origin: str, family: str) -> None:
-    """Raise UsageError for codes of sound."""
+def refuse_sound(tokenizer: TokenizerArchitecture, origin: str) -> None:
+    """`Generator.check_codes` of families that draw images only."""
     if not isinstance(tokenizer.autoencoder, AutoencoderConfig):
         hint = "train rdpm or resgen, e.g. --recipe speech8-sin"
-        raise UsageError(f"{origin} holds codes of sound, and the family {family} draws images only", hint)
+        raise UsageError(f"{origin} holds codes of sound, and this family draws images only", hint)
 
 
 class TokenNetwork(nn.Module):
@@ -43,7 +43,7 @@ class TokenNetwork(nn.Module):
         self.heads = nn.ModuleList(zero_linear(cfg.hidden, self.codes) for _ in range(self.depths))
 
     @property
-    def nothing(self) -> int:
+    def no_token(self) -> int:
         """The number in the place of a token that is not known."""
         return self.depths * self.codes
 

@@ -16,8 +16,9 @@ from rdpm_cli.generator.conditions import LONGEST, SpeechCondition, TextConditio
 from rdpm_cli.generator.config import TransformerConfig
 from rdpm_cli.generator.contract import Columns, Condition
 
-# q, k, v (B, A, N, E) and a mask of keys (B, 1, 1, N) or of pairs (1, 1, N, N), bool, None for all -> (B, A, N, E)
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# q, k, v (B, A, N, E), a mask of keys (B, 1, 1, N) or of pairs (1, 1, N, N), bool, None for all, and whether each token
+# sees only those before it and itself -> (B, A, N, E)
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 Turns = tuple[Tensor, Tensor] | None  # cosine and sine of RoPE's angles, (N, E / 2) each
 
 
@@ -47,8 +48,8 @@ class Cache:
         return keys, values
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def rope_table(grid: Sequence[int], head_width: int) -> Tensor:
@@ -84,9 +85,9 @@ class Attention(nn.Module):
 
     kernel: Kernel = staticmethod(sdpa)
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         if turns is not None:
             qk = rotate(qk, *turns).to(v.dtype)  # both at once; the angles are fp32 also under bf16
         k, v = (qk[1], v) if cache is None else cache.append(qk[1], v)
-        mixed = self.kernel(qk[0], k, v, mask)
+        mixed = self.kernel(qk[0], k, v, mask, self.causal and mask is None and N > 1)
         return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
 
 
@@ -140,11 +141,11 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """AdaLN-Zero: shift, scale and gate of both branches from the condition, starting as the identity."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, mlp: int, cross: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, mlp: int, cross: bool, causal: bool) -> None:
         """mlp: hidden width of SwiGLU. cross: attend to a text, too; what this adds starts at zero."""
         super().__init__()
         self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(width, heads, qk_norm)
+        self.attn = Attention(width, heads, qk_norm, causal)
         self.norm2 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = SwiGLU(width, mlp)
         self.modulation = nn.Linear(width, 6 * width)
@@ -182,7 +183,8 @@ class Transformer(nn.Module):
     def __init__(
         self, cfg: TransformerConfig, grid: Sequence[int], channels: int, classes: int, causal: bool = False
     ) -> None:
-        """grid: positions on each of its axes. channels: C of class latents. classes: without the null class.
+        """grid: positions on each of its axes. channels: C of class latents. classes: without the null class; 0: no
+        tables of classes, for conditions from elsewhere.
 
         causal: a position attends to the condition's tokens, itself and the positions before it."""
         super().__init__()
@@ -196,7 +198,7 @@ class Transformer(nn.Module):
             raise UsageError("network.align=cross is for sound", "leave it out")
         # The order of the modules is the order in which the initialisation draws: it is part of what a seed means.
         self.step_embedding = StepEmbedding(D)
-        self.class_embedding = None if is_speech else nn.Embedding(classes + 1, D)
+        self.class_embedding = None if is_speech or classes == 0 else nn.Embedding(classes + 1, D)
         self.speech: SpeechCondition | TextCondition | None = None
         if is_speech and cross:
             self.speech = TextCondition(D, heads, cfg.text_depth, channels, classes)
@@ -206,7 +208,9 @@ class Transformer(nn.Module):
         self.class_latents = nn.Embedding(classes + 1, self.length * channels) if cfg.class_latents else None
         self.class_latents_in = nn.Linear(channels, D, bias=False) if cfg.class_latents else None
         self.class_tokens = nn.Embedding(classes + 1, cfg.class_tokens * D) if cfg.class_tokens else None
-        self.blocks = nn.ModuleList(Block(D, heads, cfg.qk_norm, cfg.mlp_width, cross) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(
+            Block(D, heads, cfg.qk_norm, cfg.mlp_width, cross, causal) for _ in range(cfg.depth)
+        )
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(D, 2 * D)
         if cfg.positions in ("rope", "both"):
@@ -248,6 +252,7 @@ class Transformer(nn.Module):
         tokens_BMD = None if self.cfg.align == "cross" else condition.tokens_BMD
         M = 0 if tokens_BMD is None else tokens_BMD.shape[1]
         first = caches[0].length - M if caches and caches[0].length else 0
+        assert first == 0 or S == 1, "sequences grow by one position at a time"
         places = slice(first, first + S)
         if self.positions is not None:
             x_BSD = x_BSD + self.positions.weight[places]
@@ -261,7 +266,7 @@ class Transformer(nn.Module):
         front = x_BND.shape[1] - S
         if self.cfg.positions != "learned":  # the condition's tokens have no place and are not turned
             turns = F.pad(self.cos[places], (0, 0, front, 0), value=1.0), F.pad(self.sin[places], (0, 0, front, 0))
-        mask = self._causal_mask(M, first + S, x_BND) if self.causal else self._mask(condition, S, text)
+        mask = self._causal_mask(M, S, front) if self.causal else self._mask(condition, S, text)
         for number, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 x_BND = torch.utils.checkpoint.checkpoint(block, x_BND, cond_BD, turns, mask, text, use_reentrant=False)
@@ -278,14 +283,16 @@ class Transformer(nn.Module):
             return F.pad(condition.mask_BM, (0, positions), value=True)[:, None, None]
         return None
 
-    def _causal_mask(self, tokens: int, positions: int, x_BND: Tensor) -> Tensor | None:
-        """What each of the last N of these tokens and positions may attend to, (1, 1, N, all)."""
-        N = x_BND.shape[1]
-        if N == 1:  # it is the last one
+    def _causal_mask(self, tokens: int, positions: int, front: int) -> Tensor | None:
+        """What `front` tokens of the condition and these positions may attend to, (1, 1, N, N).
+
+        None: what comes before them, which the kernel knows without a mask; so does a single one after cached ones."""
+        if tokens == 0 or front + positions == 1:
             return None
-        mask = torch.ones(tokens + positions, tokens + positions, dtype=torch.bool, device=x_BND.device).tril()
-        mask[:, :tokens] = True
-        return mask[None, None, -N:]
+        mask = torch.ones(front + positions, front + positions, dtype=torch.bool, device=self.modulation.weight.device)
+        mask = mask.tril()
+        mask[:, :front] = True
+        return mask[None, None]
 
     def _text(self, condition: Condition) -> Text:
         """The tokens of a condition of text. The angles of positions run over as many units as those of its tokens.

@@ -1,40 +1,42 @@
-"""What a sample of a generator costs, as JSON: passes of the network, operations, seconds and peak memory.
+"""What a sample of a generator costs, as JSON: passes of the network, operations, seconds and memory.
 
     python recipes/ablations/cost.py runs/flow/generator.pt steps=25 solver=heun
 
-Drawn and decoded at one batch, after one that is not timed. Operations are those that torch counts, a multiply-add two.
+Drawn and decoded at one batch. Operations are those that torch counts, a multiply-add two. The memory is the most bytes
+that the tensors of a batch have at once, without the weights. The seconds are the median of three batches.
 """
 
 import argparse
 import json
-import resource
+import statistics
 import time
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from rdpm_cli.engine.plan import Live
 from rdpm_cli.engine.sample import key_values, sampling_options
 from rdpm_cli.generator import registry, sampler
 from rdpm_cli.generator.contract import SampleOptions
 
 
 def cost(ckpt: Path, overrides: list[str], batch: int, device: torch.device) -> dict[str, float]:
-    """Per sample, at `batch` samples a pass; the memory of the whole process on a CPU, of torch's tensors on a GPU."""
+    """Per sample, at `batch` samples a pass."""
     loaded = registry.load(ckpt).to(device)
     options = SampleOptions(sampling_options(loaded.sampling, None, key_values(overrides)))
     job = sampler.Job(loaded.generator, loaded.tokenizer, options, batch)
     labels = [index % loaded.generator.classes for index in range(batch)]
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, Live() as live:
         job.draw(range(batch), labels)
-    start = time.perf_counter()
-    job.draw(range(batch, 2 * batch), labels)  # ends with pixels on the CPU
-    seconds = time.perf_counter() - start
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        job.draw(range(batch), labels)  # ends with pixels on the CPU
+        seconds.append(time.perf_counter() - start)
     return {
         "passes": loaded.generator.passes(options), "gflops_a_sample": counter.get_total_flops() / batch / 1e9,
-        "seconds_a_sample": seconds / batch, "peak_memory_mib": peak / 2**20,
+        "seconds_a_sample": statistics.median(seconds) / batch, "memory_mib_a_sample": live.peak / batch / 2**20,
     }  # fmt: skip
 
 

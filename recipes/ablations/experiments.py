@@ -101,7 +101,7 @@ SCALES = {
         per_class=50, single=("autoencoder.multipliers=[1,1,4]", "quantizer.codes=181"),
         sizes={f"d{d}": (f"imagenet256-d{d}",) for d in (12, 16, 20)}, half=("train.epochs=100",),
         strengths={"weak": ("train.epochs=20",), "middle": ("train.epochs=60",), "strong": ()},
-        epochs=("train.epochs=100",), codes=4096, t_an_image=1, flops=1.3e20, baselines=("imagenet256",),
+        epochs=("train.epochs=100",), codes=4096, t_an_image=1,
     ),
     "speech": Scale(
         tokenizer="speech8-sin", generator="speech8-sin", plus="speech8-sin", resgen="speech8-rvq", chain="strings",
@@ -341,11 +341,13 @@ def resgen_schedules(scale: Scale) -> list[Cell]:
 
 
 def families(scale: Scale) -> list[Cell]:
-    """RDPM and ResGen beside MaskGIT, autoregression and flow: equal tokens, widths and operations of training.
+    """RDPM, the paper's and with the options beyond it, ResGen, MaskGIT, autoregression and flow, unguided.
 
-    RDPM's codes are of its own tokenizer, with as many steps as the others' has depths: it draws from their noise."""
+    Equal tokens, widths, depths and operations of training. RDPM's codes are of its own tokenizer, as many of as many
+    bits: it draws from their noise."""
     steps = f"quantizer.steps={RVQ_DEPTH}"
-    noisy = ("--recipe", scale.tokenizer, *scale.tokenizers, *TOKENIZER, "schedule.kind=sin", steps)
+    sin = ("schedule.kind=sin", steps, "quantizer.codes=256")
+    noisy = ("--recipe", scale.tokenizer, *scale.tokenizers, *TOKENIZER, *sin)
     plain = ("--recipe", scale.resgen, *scale.tokenizers, steps)
     prefix, *sizes = scale.baselines
     maskgit, flow, flat = (("--recipe", f"{prefix}-{family}", *sizes) for family in ("maskgit", "flow", "ar"))
@@ -355,8 +357,10 @@ def families(scale: Scale) -> list[Cell]:
         "flow": (flow, ("5", "10", "25", "100", "250")),
     }
     unguided = replace(Cell("", plain, ("--keep", "latents"), sampling=UNGUIDED), flops=scale.flops)
+    noisy_cell = replace(unguided, tokenizer=noisy, tokenize=scale.tokenize)
+    rdpm: dict[str, Words] = {"RDPM": GENERATOR, "RDPM, plus": ()}
     return [
-        replace(unguided, name="RDPM", tokenizer=noisy, tokenize=scale.tokenize, generator=("--recipe", scale.plus)),
+        *(replace(noisy_cell, name=name, generator=("--recipe", scale.plus, *words)) for name, words in rdpm.items()),
         *(
             replace(unguided, name=f"{name} in {n}", generator=words, sampling=(*UNGUIDED, f"steps={n}"))
             for name, (words, steps) in passes.items()
@@ -368,7 +372,9 @@ def families(scale: Scale) -> list[Cell]:
 
 
 def targets(scale: Scale) -> list[Cell]:
-    """ResGen's sum of masked depths against each depth's token, over depths; and the number of its components."""
+    """ResGen's sum of masked depths against each depth's token, over depths; and the number of its components.
+
+    Losses of the two have other units, and so have their gradients' norms."""
     kinds = {"cumulative": (), "direct": ("network.target=direct",)}
     return [
         *(resgen_cell(scale, f"{k}, depth {d}", *words, depth=d) for d in (4, 8, 16) for k, words in kinds.items()),
@@ -466,11 +472,11 @@ _SAMPLES = (
 )  # fmt: skip
 _TRAINED = (*_SAMPLES, "heldout.ce", "heldout.gap")
 _COST = (*_SAMPLES, "parameters", "train_steps", "passes", "seconds_an_image")
-_STABILITY = ("images_per_second", "grad_norm", "grad_norm_spread", "loss_spread")
+_STABILITY = ("images_per_second", "grad_norm", "clipped", "loss_jumps")
 _FAMILIES = (
     "fid/frechet_distance", "inception_score/classifier_score", "precision", "recall", "class_accuracy", "validity",
-    "heldout.ce", "heldout.bound", "passes", "gflops_a_sample", "seconds_a_sample", "peak_memory_mib", "parameters",
-    "train_steps", *_STABILITY,
+    "heldout.nats", "heldout.bound", "passes", "gflops_a_sample", "seconds_a_sample", "memory_mib_a_sample",
+    "parameters", "train_steps", "images", *_STABILITY,
 )  # fmt: skip
 _SPOKEN = (
     "word_accuracy", "speaker_accuracy", "another.word_accuracy", "sim_o", "recon.word_accuracy",

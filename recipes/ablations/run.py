@@ -16,7 +16,9 @@ sample seeds; then the rows that need no generator, and the paper's. OUT/plot.pn
 import argparse
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -40,6 +42,8 @@ from tables import Record, Score, costs, curves, dots, markdown, numbers, rows_o
 
 from rdpm_cli import files
 from rdpm_cli.errors import RdpmError
+
+SECONDS = ("seconds_a_sample", "seconds_an_image", "images_per_second")
 
 
 class Failure(SystemExit):
@@ -151,6 +155,8 @@ class Experiment:
         scores |= numbers({"seconds_an_image": drawn.get("sample_seconds"), "passes": drawn["passes"], **trained})
         if cell.flops:
             scores |= numbers(cost(run / "generator.pt", cell.sampling))
+            if self.options.jobs > 1:  # seconds beside other jobs are no measurement
+                scores = {name: value for name, value in scores.items() if name not in SECONDS}
         words = ("eval", "baselines", images, "--heldout", heldout, "--codes", codes, *self.scale.crop, *many)
         rows = self.stage("baselines", *words)[1]["rows"]
         return {"cell": scores, **{name: numbers(row) for name, row in rows.items()}}
@@ -176,8 +182,9 @@ class Experiment:
             f"heldout.{name}": statistics.mean(v for v in value if v is not None) if isinstance(value, list) else value
             for name, value in measured.items()
         }
-        steps = metrics(run)[-1]["step"]
-        return run, {"parameters": result["parameters"], "train_steps": steps, **means, **stability(metrics(run))}
+        steps, training = metrics(run)[-1]["step"], recorded_training(run)
+        sizes = {"parameters": result["parameters"], "train_steps": steps, "images": steps * training["batch"]}
+        return run, {**sizes, **means, **stability(metrics(run), training.get("clip") or math.inf)}
 
 
 def parts_of(options: argparse.Namespace, scale: Scale, work: Path) -> tuple[str, str]:
@@ -222,15 +229,24 @@ def metrics(run: Path) -> list[Score]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def stability(lines: Sequence[Score]) -> Score:
-    """Of the second half of a training's log: images a second, and mean and standard deviation of what was logged."""
+def recorded_training(run: Path) -> Score:
+    """The section `train` of a run's recipe."""
+    record: Score = json.loads((run / "run.json").read_text())["settings"]["recipe"]["generator"]["train"]
+    return record
+
+
+def stability(lines: Sequence[Score], clip: float) -> Score:
+    """Of the second half of a training's log: images a second, gradient norms, the share of them that was clipped.
+
+    loss_jumps: standard deviation of the loss about its trend, by the differences between lines, in the loss's unit."""
     logged = [row for row in lines if "grad_norm" in row]
     half = logged[len(logged) // 2 :]
     norms, losses = ([row[name] for row in half] for name in ("grad_norm", "loss"))
+    jumps = [b - a for a, b in itertools.pairwise(losses)]
     return {
         "images_per_second": statistics.median(row["images_per_second"] for row in half),
-        "grad_norm": statistics.mean(norms), "grad_norm_spread": statistics.pstdev(norms),
-        "loss_spread": statistics.pstdev(losses),
+        "grad_norm": statistics.mean(norms), "clipped": statistics.mean(norm > clip for norm in norms),
+        "loss_jumps": math.sqrt(statistics.mean(jump**2 for jump in jumps) / 2) if jumps else None,
     }  # fmt: skip
 
 
@@ -248,7 +264,7 @@ def cost(ckpt: Path, sampling: Words) -> Score:
 def steps_in(run: Path, seconds: float) -> int:
     """Steps that fit into the seconds, at the rate between a run's first and last logged step, start-up left out."""
     logged = [row for row in metrics(run) if "images_per_second" in row]
-    batch = json.loads((run / "run.json").read_text())["settings"]["recipe"]["generator"]["train"]["batch"]
+    batch = recorded_training(run)["batch"]
     start, end = (row["step"] * batch / row["images_per_second"] for row in (logged[0], logged[-1]))
     return round(seconds * (logged[-1]["step"] - logged[0]["step"]) / (end - start))
 
@@ -334,6 +350,9 @@ def main() -> None:
     if foreign := [name for name in options.tables if TABLES[name].chain != scale.chain]:
         names = ", ".join(name for name, table in TABLES.items() if table.chain == scale.chain)
         raise Failure(f"{foreign[0]} is not for --scale {options.scale}, which has {names}")
+    if "families" in options.tables and scale.flops is None:
+        named = ", ".join(name for name, other in SCALES.items() if other.flops)
+        raise Failure(f"families is not for --scale {options.scale}, but for {named}")
     if options.scale == "imagenet256" and not options.heldout:
         raise Failure("--scale imagenet256 needs --heldout, its validation images")
     if shutil.which("rdpm") is None:
