@@ -143,3 +143,26 @@ def random_backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[Net, Path
             state[f"features.{name}"] = scale * torch.randn(value.shape, generator=generator)
         torch.save(state, path, _use_new_zipfile_serialization=net == "alex")  # the published VGG16 has the old format
     return paths
+
+
+@pytest.fixture(scope="session")
+def rvq_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tokenizer of plain residual quantisation with a book a depth, whose codes get shorter."""
+    sizes = {"resolution": 16, "width": 8, "multipliers": (1, 1, 2), "res_blocks": 1, "groups": 4, "channels": 4}
+    quantizer = {"codes": 32, "steps": 4, "bias": "none", "codebooks": "per_step"}
+    sections = {"autoencoder": {**sizes, "attention": False}, "schedule": {"kind": "rvq"}, "quantizer": quantizer}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = model.Tokenizer(TokenizerArchitecture.model_validate(sections))
+    tokenizer.quantizer.set_books(tokenizer.quantizer.books * torch.tensor([1, 0.6, 0.3, 0.2]).view(-1, 1, 1))
+    path = tmp_path_factory.mktemp("rvq") / "tokenizer.pt"
+    checkpoint.save(path, model.pack(tokenizer, class_names=[], provenance={}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def rvq_codes(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, rvq_file: Path) -> Path:
+    """A finished store of `image_folder` by it: 36 images, latents kept."""
+    out = tmp_path_factory.mktemp("rvq-store") / "codes"
+    Making(out, open_source(str(image_folder)), rvq_file, views=1, shard_images=4096).finish()
+    return out

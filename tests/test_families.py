@@ -15,8 +15,6 @@ from generators import fixed_seed, make_quantizer, sample, wake  # noqa: F401
 from helpers import CPU, metrics
 from PIL import Image
 from stores import Making, latent_store
-from test_resgen import rvq_codes as rvq_codes  # a fixture
-from test_resgen import rvq_file as rvq_file
 from torch import Tensor
 
 from rdpm_cli.cli.app import run

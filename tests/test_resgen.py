@@ -15,7 +15,6 @@ from helpers import CPU, metrics
 from stores import Making
 from torch import Tensor
 
-from rdpm_cli import checkpoint
 from rdpm_cli.cli.app import run
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.data.open import open_source
@@ -30,7 +29,7 @@ from rdpm_cli.generator.mixture import Mixture
 from rdpm_cli.generator.resgen import ResGen, requantise
 from rdpm_cli.runs import Result
 from rdpm_cli.tokenizer import model
-from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig, TokenizerArchitecture
+from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.training.config import TrainConfig
 
@@ -239,29 +238,6 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_shared(target: str) -> None:
         part = MaskBatch(whole.codes_BTS[i], columns, whole.masked_BLD[i], whole.positions, whole.slots)
         total += float(generator.loss(part, STEP)[0]) * len(part.masked_BLD) / 6
     assert total == pytest.approx(float(generator.loss(whole, STEP)[0]), rel=1e-5)
-
-
-@pytest.fixture(scope="session")
-def rvq_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained tokenizer of plain residual quantisation with a book a depth, whose codes get shorter."""
-    sizes = {"resolution": 16, "width": 8, "multipliers": (1, 1, 2), "res_blocks": 1, "groups": 4, "channels": 4}
-    quantizer = {"codes": 32, "steps": 4, "bias": "none", "codebooks": "per_step"}
-    sections = {"autoencoder": {**sizes, "attention": False}, "schedule": {"kind": "rvq"}, "quantizer": quantizer}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokenizer = model.Tokenizer(TokenizerArchitecture.model_validate(sections))
-    tokenizer.quantizer.set_books(tokenizer.quantizer.books * torch.tensor([1, 0.6, 0.3, 0.2]).view(-1, 1, 1))
-    path = tmp_path_factory.mktemp("rvq") / "tokenizer.pt"
-    checkpoint.save(path, model.pack(tokenizer, class_names=[], provenance={}))
-    return path
-
-
-@pytest.fixture(scope="session")
-def rvq_codes(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, rvq_file: Path) -> Path:
-    """A finished store of `image_folder` by it: 36 images, latents kept."""
-    out = tmp_path_factory.mktemp("rvq-store") / "codes"
-    Making(out, open_source(str(image_folder)), rvq_file, views=1, shard_images=4096).finish()
-    return out
 
 
 def quantizer_of(root: Path) -> Quantizer:

@@ -21,7 +21,7 @@ from rdpm_cli.data.open import is_there, open_source
 from rdpm_cli.data.pixels import TRANSFORM
 from rdpm_cli.data.source import Source
 from rdpm_cli.data.text import Kind
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.schema import Section, added
 
 # Next to the shards. The manifest is written last; tokenizer.pt is a copy; bad.jsonl lists items that were left out.
@@ -293,6 +293,11 @@ class CodeStore:
         return out
 
     @property
+    def keeping_latents(self) -> str:
+        """The command that makes a store of the same source with latents."""
+        return rdpm_command("tokenize", self.manifest.data.source, "NEW_FOLDER", "--keep", "latents")
+
+    @property
     def split_keys(self) -> Ints:
         """A number a row by which it is held out: rows with the same number are on one side of the split."""
         return self.index
@@ -308,6 +313,11 @@ class CodeStore:
             raise DataError(message, "tokenize more")
         rows = np.arange(len(self), dtype=np.int64)
         return rows[~held], rows[held]
+
+
+def evenly_spaced(rows: Ints, most: int) -> Ints:
+    """`most` of some rows, or all where they are fewer."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64)]
 
 
 def held_out(index_N: Ints, percent: int = 2) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rdpm_cli import noise
-from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.codes.store import CodeStore, evenly_spaced
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
 FITTED_ROWS, READ_AT_ONCE = 20_000, 256  # training rows that are fitted, evenly spaced
@@ -46,7 +46,7 @@ def fit(store: CodeStore, rows: noise.Ints, quantizer: Quantizer) -> list[Linear
 
     z is the stored latent where there is one, else z'_T. The class enters as its one-hot, without a penalty: classes'
     means are subtracted. Beyond FEATURES values a position is predicted by the vector at the same position alone."""
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FITTED_ROWS)).astype(np.int64)]
+    rows = evenly_spaced(rows, FITTED_ROWS)
     parts = np.array_split(rows, -(-len(rows) // READ_AT_ONCE))
     labels = [torch.from_numpy(store.columns["labels"][part].astype(np.int64)) for part in parts]
     codes = [torch.from_numpy(store.codes(part).astype(np.int32)) for part in parts]

@@ -177,10 +177,9 @@ class GeneratorBatches(ABC):
 
     def rows_at(self, step: int, rows: range) -> noise.Ints:
         """The store's rows of these rows of a step's global batch."""
-        steps = self.objective.sorted_steps if isinstance(self.store, RaggedStore) else 1
-        if steps == 1:
+        if not isinstance(self.store, RaggedStore) or self.objective.sorted_steps == 1:
             return self.rows[noise.epoch_rows(self.seed, step, self.batch, len(self.rows), rows)]
-        assert isinstance(self.store, RaggedStore)
+        steps = self.objective.sorted_steps
         number, place = divmod(step, steps)
         if self._sorted is None or self._sorted[0] != number:
             drawn = self.rows[noise.epoch_rows(self.seed, number, steps * self.batch, len(self.rows))]

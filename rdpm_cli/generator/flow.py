@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli import noise
-from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.codes.store import CodeStore, evenly_spaced
 from rdpm_cli.distributed import TrainStep
-from rdpm_cli.errors import DataError, UsageError, rdpm_command
+from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.generator.config import FlowConfig, TransformerConfig
 from rdpm_cli.generator.contract import Batch, Columns, Condition, Generator, GeneratorBatches, Known, SampleOptions
 from rdpm_cli.generator.drawing import guide, to_device
@@ -44,8 +44,8 @@ class LatentBatches(GeneratorBatches):
 
     def __init__(self, store: CodeStore, cfg: FlowConfig, quantizer: Quantizer, seed: int) -> None:
         if not store.manifest.latents:
-            command = rdpm_command("tokenize", store.manifest.data.source, "NEW_FOLDER", "--keep", "latents")
-            raise DataError(f"{store.root} keeps no latents, which the family flow learns", f"run `{command}`")
+            reason = f"{store.root} keeps no latents, which the family flow learns"
+            raise DataError(reason, f"run `{store.keeping_latents}`")
         super().__init__(store, cfg, quantizer, seed)
 
     @staticmethod
@@ -102,8 +102,7 @@ class Flow(Generator):
     check_codes = staticmethod(refuse_sound)
 
     def begin(self, cfg: FlowConfig, store: CodeStore) -> dict[str, Any]:
-        rows = store.split()[0]
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MEASURED_ROWS)).astype(np.int64)]
+        rows = evenly_spaced(store.split()[0], MEASURED_ROWS)
         scale = float(np.sqrt(np.square(store.latents(rows).astype(np.float64)).mean()))
         self.network.scale.fill_(scale)
         return {"latent_scale": scale}

@@ -142,7 +142,11 @@ class MaskedGenerator(Generator):
     """A family that predicts all masked tokens at once, in as many passes as asked for."""
 
     quantizer: Quantizer
-    coarse_first = False  # whether a position's coarser depths are always visible before its finer ones
+
+    @property
+    def coarse_first(self) -> bool:
+        """Whether a position's coarser depths are always visible before its finer ones."""
+        return False
 
     @abstractmethod
     def draw_tokens(
@@ -156,6 +160,11 @@ class MaskedGenerator(Generator):
         slots = math.prod(self.quantizer.grid) * self.quantizer.steps
         if options.sampling.steps > slots > 0:  # negative where the number is the item's
             raise UsageError(f"--steps {options.sampling.steps}: an image has only {slots} tokens", "give fewer")
+
+    def check_known(self, keep_BTS: Tensor) -> None:
+        if self.coarse_first and bool((keep_BTS[:, 1:] & ~keep_BTS[:, :-1]).any()):
+            reason = "some known codes have coarser codes that are not known"
+            raise UsageError(reason, "give the coarsest depths of a position")
 
     def passes(self, options: SampleOptions, first: int = 1) -> int:
         s = options.sampling
@@ -172,10 +181,8 @@ class MaskedGenerator(Generator):
         masked_BLD = exists_BL.unsqueeze(-1).repeat(1, 1, self.quantizer.steps)
         codes_BLD, shape = torch.zeros_like(masked_BLD, dtype=torch.int64), masked_BLD.shape[1:]
         if known is not None:
+            self.check_known(known.keep_BTS)
             codes_BLD, masked_BLD = known.codes_BTS.transpose(1, 2), masked_BLD & ~known.keep_BTS.transpose(1, 2)
-        if self.coarse_first and bool((masked_BLD[..., :-1] & ~masked_BLD[..., 1:]).any()):
-            reason = "some known codes have coarser codes that are not known"
-            raise UsageError(reason, "give the coarsest depths of a position")
         slots_B = masked_BLD.flatten(1).sum(1).tolist()
         counts_BS = torch.tensor([sampling_counts(s.schedule, s.steps, slots) for slots in slots_B], device=device)
         both = condition.joined(self.null_condition(columns)) if s.cfg else condition

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rdpm_cli import noise
 from rdpm_cli.codes.store import CodeStore
 from rdpm_cli.distributed import TrainStep, full_precision, one_thread
-from rdpm_cli.errors import DataError, UsageError, rdpm_command
+from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.generator.baselines import Linear, fit
 from rdpm_cli.generator.config import NetworkConfig, RDPMConfig, RDPMSampling
 from rdpm_cli.generator.contract import Batch, Columns, Condition, Generator, GeneratorBatches, Known, SampleOptions
@@ -52,8 +52,8 @@ class CodeBatches(GeneratorBatches):
 
     def __init__(self, store: CodeStore, cfg: RDPMConfig, quantizer: Quantizer, seed: int) -> None:
         if (cfg.objective.noise == "fresh" or store.manifest.speech) and not store.manifest.latents:
-            command = rdpm_command("tokenize", store.manifest.data.source, "NEW_FOLDER", "--keep", "latents")
-            hint = f"run `{command}`, or train with objective.noise=fresh-from-codes or objective.noise=cached"
+            others = "objective.noise=fresh-from-codes or objective.noise=cached"
+            hint = f"run `{store.keeping_latents}`, or train with {others}"
             raise DataError(f"{store.root} keeps no latents, so fresh noise cannot be drawn", hint)
         super().__init__(store, cfg, quantizer, seed)
         self.quantizer = quantizer

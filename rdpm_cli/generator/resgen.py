@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdpm_cli import noise
-from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.codes.store import CodeStore, evenly_spaced
 from rdpm_cli.distributed import TrainStep, full_precision
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.generator import mixture
@@ -35,8 +35,7 @@ def measure(store: CodeStore, quantizer: Quantizer, objective: ResGenObjective) 
 
     rho_k: of the sum of the finest, or any, k depths' embeddings. sigma_psi: the recipe's; of z - z'_T; or rho_1 / 2.
     """
-    rows = store.split()[0]
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MEASURED_ROWS)).astype(np.int64)]
+    rows = evenly_spaced(store.split()[0], MEASURED_ROWS)
     device, D, error, count = quantizer.books.device, quantizer.steps, 0.0, 0
     moments_DD = torch.zeros(D, D, dtype=torch.float64, device=device)  # of e_j e_l over positions and dimensions
     for start in range(0, len(rows), MEASURED_AT_ONCE):
@@ -106,7 +105,7 @@ class ResGen(MaskedGenerator):
     network: MaskedNetwork
 
     @property
-    def coarse_first(self) -> bool:  # type: ignore[override]
+    def coarse_first(self) -> bool:
         return bool(self.network.coarse_first)
 
     def __init__(self, cfg: ResGenNetwork, quantizer: Quantizer, classes: int) -> None:

@@ -363,8 +363,8 @@ def families(scale: Scale) -> list[Cell]:
         *(replace(noisy_cell, name=name, generator=("--recipe", scale.plus, *words)) for name, words in rdpm.items()),
         *(
             replace(unguided, name=f"{name} in {n}", generator=words, sampling=(*UNGUIDED, f"steps={n}"))
-            for name, (words, steps) in passes.items()
-            for n in steps
+            for name, (words, counts) in passes.items()
+            for n in counts
         ),
         replace(unguided, name="AR", generator=flat),
         replace(unguided, name="AR, a transformer over depths", generator=(*flat, "network.depth_layers=1")),

@@ -182,9 +182,10 @@ class Experiment:
             f"heldout.{name}": statistics.mean(v for v in value if v is not None) if isinstance(value, list) else value
             for name, value in measured.items()
         }
-        steps, training = metrics(run)[-1]["step"], recorded_training(run)
+        lines, training = metrics(run), recorded_training(run)
+        steps = lines[-1]["step"]
         sizes = {"parameters": result["parameters"], "train_steps": steps, "images": steps * training["batch"]}
-        return run, {**sizes, **means, **stability(metrics(run), training.get("clip") or math.inf)}
+        return run, {**sizes, **means, **stability(lines, training.get("clip") or math.inf)}
 
 
 def parts_of(options: argparse.Namespace, scale: Scale, work: Path) -> tuple[str, str]:
@@ -282,7 +283,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--per-class", type=int, help="samples a class and sample seed; default: by scale")
     parser.add_argument("--sample-seeds", type=int, help="default: by scale")
     parser.add_argument("--seconds", type=float, help="of cells at equal time; 0: as the recipe says")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; with several, `families` has no seconds")
     parser.add_argument("--gpus", type=int, help="processes of each command, one a GPU")
     parser.add_argument("--ref", help="reference of the scores; default: the training images")
     options = parser.parse_args()
