@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rdpm_cli.cli.app import tune_allocator
+from rdpm_cli.data.source import spread
 from rdpm_cli.evaluation import metrics
 
 GOALS = {"FID": 60, "precision, recall": 300}  # CPU seconds a thread
@@ -85,7 +86,11 @@ def bench_metrics(count: int, references: int) -> None:
         "sFID: statistics, distance": lambda: metrics.frechet_distance(metrics.statistics(spatial), spatial_pool),
         "IS": lambda: metrics.inception_score(logits),
         "precision, recall": lambda: metrics.precision_recall(samples, reference),
+        "density, coverage": lambda: metrics.density_coverage(samples, reference),
         "KID: 100 subsets of 1,000": lambda: metrics.kernel_distance(samples, reference),
+        "MIND": lambda: metrics.mind(samples[spread(count, references)], reference),
+        "CMMD": lambda: metrics.cmmd(samples[spread(count, references)], reference),
+        "FD-infinity": lambda: metrics.fd_infinity(samples, pool),
     }
     rows = []
     for name, job in jobs.items():

@@ -1,5 +1,6 @@
 """Each metric against an independent computation: torch-fidelity's, scipy's, a few lines of numpy, or known values."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -104,15 +105,25 @@ def test_balanced_subsets_are_disjoint_and_balanced(counts: list[int], size: int
         assert len(shares) == min(size, sum(count > 0 for count in counts))
 
 
-@pytest.mark.parametrize("count", [10, 57, 200])
-def test_the_score_is_torch_fidelitys_unshuffled(count: int) -> None:
-    logits = 3 * np.random.default_rng(0).normal(size=(count, 12))
+def test_the_score_is_torch_fidelitys_unshuffled() -> None:
+    """Where the images divide into splits of one size; ADM's last split may be smaller."""
+    logits = 3 * np.random.default_rng(0).normal(size=(200, 12))
     theirs = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
-    by_split, order_free = metrics.inception_score(logits)
+    by_split, order_free = metrics.inception_score(logits, 20)
     assert float(by_split.mean()) == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
     assert float(np.std(by_split)) == pytest.approx(theirs["inception_score_std"], rel=1e-9)
     whole = isc_features_to_metric(torch.from_numpy(logits), splits=1, shuffle=True)["inception_score_mean"]
     assert order_free == pytest.approx(whole, rel=1e-12)
+
+
+def test_splits_have_five_thousand_images_as_adms_whatever_their_number() -> None:
+    logits = np.random.default_rng(0).normal(size=(12_000, 3))
+    by_split, order_free = metrics.inception_score(logits)
+    ends = [0, 5000, 10_000, 12_000]
+    assert by_split == pytest.approx([metrics.inception_score(logits[a:b])[1] for a, b in itertools.pairwise(ends)])
+    few, of_all = metrics.inception_score(logits[:3000])
+    assert few.tolist() == [of_all]
+    assert of_all != order_free
 
 
 @pytest.mark.parametrize(("counts", "k"), [((60, 40), 3), ((40, 90), 3), ((30, 30), 1), ((7, 5), 4)])
@@ -127,6 +138,61 @@ def test_precision_and_recall_are_torch_fidelitys_whatever_the_blocks(
     theirs = calculate_precision_recall_full(torch.from_numpy(samples), torch.from_numpy(reference), k)
     assert values == pytest.approx(theirs[:2], abs=1e-7)
     assert 0 < values[0] < 1 or counts == (7, 5)
+
+
+def test_features_on_a_grid_keep_their_ties() -> None:
+    """Counts: many distances equal a radius exactly, which decides whether a sample is inside."""
+    random = np.random.default_rng(0)
+    samples, reference = (random.integers(0, 4, (n, 6)).astype(np.float32) + 7 for n in (300, 200))
+    theirs = calculate_precision_recall_full(torch.from_numpy(samples), torch.from_numpy(reference))
+    for scale in (1, 1 / 8, 1024):
+        assert metrics.precision_recall(scale * samples, scale * reference) == pytest.approx(theirs[:2], abs=1e-7)
+
+
+@pytest.mark.parametrize(("counts", "k"), [((60, 40), 5), ((40, 90), 3)])
+def test_density_and_coverage_are_their_definition(counts: tuple[int, int], k: int) -> None:
+    samples, reference = correlated(counts[0], 6, 1, 0.2), correlated(counts[1], 6, 2)
+    x, y = samples.astype(np.float64), reference.astype(np.float64)
+    radii = np.sort(np.linalg.norm(y[:, None] - y[None], axis=2), 1)[:, k]  # 0 is the point itself
+    inside = np.linalg.norm(x[:, None] - y[None], axis=2) <= radii
+    expected = inside.sum() / (k * len(x)), inside.any(0).mean()
+    assert metrics.density_coverage(samples, reference, k) == pytest.approx(expected)
+    assert 0 < expected[1] < 1
+
+
+def test_mind_is_the_sliced_wasserstein_distance() -> None:
+    """Of a shift by v: 3 |v|². Of sets on a line in one dimension: 3 times the mean squared distance of quantiles."""
+    samples = correlated(300, 8, 0)
+    shift = np.arange(8, dtype=np.float32) / 4
+    assert metrics.mind(samples, samples) == 0
+    assert metrics.mind(samples + shift, samples) == pytest.approx(3 * np.sum(shift**2), rel=0.1)  # of 1,000 directions
+    a, b = np.random.default_rng(0).normal(size=(2, 500, 1)).astype(np.float32) * [[[1]], [[3]]]
+    expected = 3 * np.mean((np.sort(a[:, 0]) - np.sort(b[:, 0])) ** 2)
+    assert metrics.mind(a, b[np.random.default_rng(1).permutation(500)]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cmmd_is_its_definition_and_blind_to_the_features_length() -> None:
+    samples, reference = correlated(40, 8, 1, 0.2), correlated(60, 8, 2)
+
+    def kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+        distances = ((x[:, None] - y[None]) ** 2).sum(2)
+        return float(np.exp(-distances / 200).mean())
+
+    x, y = (side / np.linalg.norm(side.astype(np.float64), axis=1, keepdims=True) for side in (samples, reference))
+    expected = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+    assert metrics.cmmd(samples, reference) == pytest.approx(expected, rel=1e-4)
+    assert metrics.cmmd(7 * samples, reference) == pytest.approx(expected, rel=1e-4)
+    assert metrics.cmmd(samples, samples) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_extrapolated_distance_has_no_bias_of_few_images() -> None:
+    reference, shift = Statistics(np.zeros(6), np.eye(6), 10_000), 0.1
+    sets = [np.random.default_rng(seed).normal(shift, 1, (400, 6)) for seed in range(60)]
+    plain = [frechet_distance(statistics(each), reference) for each in sets]
+    infinite = [metrics.fd_infinity(each, reference) for each in sets]
+    exact, error = 6 * shift**2, np.std(infinite) / 60**0.5
+    assert np.mean(infinite) == pytest.approx(exact, abs=3 * error)
+    assert np.mean(plain) > exact + 5 * np.std(plain) / 60**0.5
 
 
 def test_a_large_common_mean_moves_no_neighbour() -> None:
@@ -182,8 +248,8 @@ def test_the_interval_of_a_distance_holds_the_mean_of_such_distances(count: int,
 
 @pytest.mark.parametrize("count", [40, 205])
 def test_the_intervals_of_a_score_hold_the_mean_of_such_scores(count: int) -> None:
-    other = [metrics.inception_score(logits(count, 1000 + seed)) for seed in range(400)]
-    scores = [metrics.inception_score(logits(count, seed)) for seed in range(SETS)]
+    other = [metrics.inception_score(logits(count, 1000 + seed), count // 10) for seed in range(400)]
+    scores = [metrics.inception_score(logits(count, seed), count // 10) for seed in range(SETS)]
     intervals = [metrics.score_intervals(logits(count, seed), *scores[seed]) for seed in range(SETS)]
     splits, whole = zip(*intervals, strict=True)
     check(whole, [order_free for _, order_free in other], 1.4)

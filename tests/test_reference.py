@@ -139,7 +139,8 @@ def test_an_adm_file_gives_the_scores_of_its_images_and_a_pytorch_fid_file_only_
         np.savez(path, mu=content["mu"].astype(np.float32), sigma=content["sigma"])
     values = scored("all", target, load_statistics(path, Blocks()))
     assert values["fid"] == pytest.approx(by_images["fid"], rel=1e-5)
-    assert set(values["not_computed"]) == {"sfid", "precision", "recall", "kid"}
+    of_features = {"precision", "recall", "density", "coverage", "kid", "mind", "cmmd"}
+    assert set(values["not_computed"]) == {"sfid", "fd_infinity", *of_features}
     assert values["precision"] is None
 
 

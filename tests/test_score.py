@@ -20,6 +20,7 @@ from rdpm_cli import checkpoint
 from rdpm_cli.cli.app import run
 from rdpm_cli.data.pictures import save_npz
 from rdpm_cli.data.pixels import chw
+from rdpm_cli.data.source import spread
 from rdpm_cli.engine.sample import Outputs, sample
 from rdpm_cli.engine.score import eval_images
 from rdpm_cli.errors import DataError
@@ -47,10 +48,11 @@ def scored(metric: str, target: Images, reference: Images | None, **options: Any
 
 @pytest.mark.parametrize("metric", [*score.METRICS, "all"])
 def test_every_score_is_the_metric_of_the_features(metric: str) -> None:
-    target, reference = pixels(40, 1), pixels(60, 2)
-    values = scored(metric, target, None if metric == "is" else reference)
-    (a, spatial_a), (b, spatial_b) = (
-        (collect(Blocks(), [side]), Blocks()(chw(side)).spatial_BP) for side in (target, reference)
+    target, reference, heldout = pixels(140, 1), pixels(60, 2), pixels(70, 3)
+    options = {"heldout": image_set(heldout)} if metric in ("fdr", "all") else {}
+    values = scored(metric, target, None if metric == "is" else reference, **options)
+    (a, spatial_a), (b, spatial_b), (real, _) = (
+        (collect(Blocks(), [side]), Blocks()(chw(side)).spatial_BP) for side in (target, reference, heldout)
     )
     assert spatial_a is not None
     assert spatial_b is not None
@@ -60,17 +62,22 @@ def test_every_score_is_the_metric_of_the_features(metric: str) -> None:
 
     by_split, order_free = metrics.inception_score(a.logits_NK)
     precision, recall = metrics.precision_recall(a.features_ND, b.features_ND)
+    density, coverage = metrics.density_coverage(a.features_ND, b.features_ND)
+    pool, half, third = metrics.statistics(b.features_ND), a.features_ND[::2], a.features_ND[spread(140, 60)]
     expected = {
         "fid": distance(a.features_ND, b.features_ND), "sfid": distance(spatial_a.numpy(), spatial_b.numpy()),
         "inception_score": by_split.mean(), "inception_score_order_free": order_free, "order_free": order_free,
         "precision": precision, "recall": recall, "kid": metrics.kernel_distance(a.features_ND, b.features_ND)[0],
+        "density": density, "coverage": coverage, "mind": metrics.mind(third, b.features_ND),
+        "cmmd": metrics.cmmd(a.features_ND, b.features_ND), "fd_infinity": metrics.fd_infinity(a.features_ND, pool),
+        "fdr": distance(half, b.features_ND) / distance(real.features_ND, b.features_ND),
     }  # fmt: skip
     if "value" in values:
         assert values["value"] == pytest.approx(expected[values["metric"]], rel=1e-6)
     same = expected.keys() & values.keys()
     assert {name: values[name] for name in same} == pytest.approx({name: expected[name] for name in same}, rel=1e-6)
-    assert len(same) == {"is": 1, "pr": 2, "all": 7}.get(metric, 0)
-    assert values["target"] == {"name": "images", "count": 40, "sha256": a.sha256}
+    assert len(same) == {"is": 1, "pr": 2, "dc": 2, "all": 13}.get(metric, 0)
+    assert values["target"] == {"name": "images", "count": 140, "sha256": a.sha256}
     assert metric == "is" or values["reference"] == {"name": "images", "count": 60, "sha256": b.sha256}
     assert values["extractor"] == {"name": "inception-2015-12-05", "sha256": "6" * 64}
     assert "not_computed" not in values
@@ -78,7 +85,7 @@ def test_every_score_is_the_metric_of_the_features(metric: str) -> None:
 
 
 def test_precision_and_recall_take_ten_thousand_of_a_large_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score, "REFERENCE_FEATURES", 20)
+    monkeypatch.setattr(score, "MOST_FEATURES", 20)
     values = scored("pr", pixels(40, 1), pixels(60, 2))
     a, b = (collect(Blocks(), [side]).features_ND for side in (pixels(40, 1), pixels(60, 2)[::3]))
     assert (values["precision"], values["recall"]) == metrics.precision_recall(a, b)
@@ -150,15 +157,19 @@ def test_a_judge_has_no_sfid_and_the_record_says_so(judge_path: Path) -> None:
         score.score("sfid", extractor, [target], reference)
     (values,) = score.score("all", extractor, [target], reference)
     assert values["spatial_frechet_distance"] is None
-    assert set(values["not_computed"]) == {"spatial_frechet_distance"}
+    assert set(values["not_computed"]) == {"spatial_frechet_distance", "fd_infinity"}  # of 40 images
     assert values["extractor"]["heldout_accuracy"] == 0.25
     p = torch.softmax(extractor(chw(pixels(40, 1))).logits_BK.double(), 1)
     kl = (p * (p.log() - p.mean(0).log())).sum(1).mean()
     assert values["classifier_score_order_free"] == pytest.approx(float(kl.exp()))
 
 
-def test_images_in_class_order_have_no_score_by_splits() -> None:
+def test_images_in_class_order_have_no_score_by_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless there is one split only."""
     labels = [0, 1, 2] * 10
+    (whole,) = score.score("is", Blocks(), [image_set(pixels(30), sorted(labels))], None)
+    assert whole["value"] == whole["order_free"]
+    monkeypatch.setattr(metrics, "SPLIT", 3)
     in_order, mixed = score.score("is", Blocks(), [image_set(pixels(30), y) for y in (sorted(labels), labels)], None)
     assert (in_order["value"], in_order["order_free"]) == (None, mixed["order_free"])
     assert "order_free" in in_order["not_computed"]["value"]
@@ -168,8 +179,9 @@ def test_images_in_class_order_have_no_score_by_splits() -> None:
 @pytest.mark.parametrize(
     ("metric", "counts", "options"),
     [
-        ("is", (9, 60), {}), ("fid", (1, 60), {}), ("sfid", (60, 1), {}), ("pr", (3, 60), {}), ("kid", (60, 1), {}),
-        ("all", (60, 3), {}), ("fid", (0, 60), {}), ("fid", (19, 60), {"ci": True}),
+        ("is", (1, 60), {}), ("fid", (1, 60), {}), ("sfid", (60, 1), {}), ("pr", (3, 60), {}), ("kid", (60, 1), {}),
+        ("all", (60, 1), {}), ("fid", (0, 60), {}), ("dc", (60, 5), {}), ("fd_infinity", (129, 60), {}),
+        ("fid", (19, 60), {"ci": True}),
         ("fid", (30, 60), {"subset": 6}),  # without labels
     ],
 )  # fmt: skip
@@ -344,7 +356,7 @@ def test_scores_of_several_seeds_are_the_means_over_one_seed_each(
     both = answer(capsys, *args, "--seed", 3, "--seeds", 2)
     assert extracted == [297, 18, 18]  # the reference once
     scores = {"frechet_distance", "classifier_score", "classifier_score_order_free", "precision", "recall"}
-    scores |= {"kernel_distance", "class_accuracy"}
+    scores |= {"kernel_distance", "class_accuracy", "density", "coverage", "mind", "cmmd"}
     assert both["spread_over_seeds"].keys() == scores
     for name in scores:
         each = [values[name] for values in singles]
@@ -357,6 +369,22 @@ def test_scores_of_several_seeds_are_the_means_over_one_seed_each(
     assert singles[0].keys() - both.keys() == of_one_set
     assert singles[0]["options"].keys() - both["options"].keys() == {"seed"}
     assert both["target"] == {"name": str(generator_path), "count": 18}
+
+
+def test_the_ratio_of_several_extractors_is_the_mean_of_theirs(
+    judge_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("a", 1), ("heldout", 2)):
+        np.savez(tmp_path / f"{name}.npz", pixels(40, seed))
+    other = save_judge(tmp_path / "other.pt", 1)
+    args = ["fdr", tmp_path / "a.npz", "--ref", "digits", "--heldout", tmp_path / "heldout.npz", "--extractor"]
+    each = [answer(capsys, *args, path) for path in (judge_path, other)]
+    both = answer(capsys, *args, f"{judge_path},{other}")
+    assert both["value"] == pytest.approx(np.mean([one["value"] for one in each]))
+    assert [one["fdr"] for one in both["by_extractor"]] == [one["value"] for one in each]
+    assert answer(capsys, "fdr", tmp_path / "a.npz", *args[2:4], "--heldout", tmp_path / "a.npz", *args[6:], other)[
+        "value"
+    ] == pytest.approx(1)
 
 
 def test_factor_coverage_is_averaged_by_factor() -> None:

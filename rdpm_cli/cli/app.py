@@ -134,8 +134,11 @@ def command(
             files.check_working_folder()
             progress.quiet = quiet or not launcher.is_first()
             values = {key: _local(key, value) for key, value in values.items()}
-            for key in (key for key in CHECKPOINTS if values.get(key) not in (None, "inception")):
-                files.check_tensors(Path(values[key]), files.HINTS[CHECKPOINTS[key]])
+            for key, kind in CHECKPOINTS.items():
+                named = str(values.get(key) or "")
+                for value in named.split(",") if key == "extractor" else [named]:  # of `eval fdr` several
+                    if value not in ("", "inception"):
+                        files.check_tensors(Path(value), files.HINTS[kind])
             if reading := {name: values.pop(name) for name in (*READING.split(), "unlabelled") if name in values}:
                 values["reading"] = {name: value for name, value in reading.items() if value}
             result = _answer(function, section, values)

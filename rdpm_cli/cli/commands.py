@@ -24,9 +24,14 @@ SCORING = "extractor weights download gpus device"
 METRICS = {
     "fid": "Fréchet distance to a reference: Inception by default, never silently another extractor.",
     "sfid": "Fréchet distance of spatial features (sFID), which only Inception has.",
-    "is": "Inception Score: ADM's mean over 10 consecutive splits, and an order-free value; needs no reference.",
+    "is": "Inception Score: ADM's mean over splits of 5,000 images, and an order-free value; needs no reference.",
     "pr": "Precision and recall of the 3-nearest-neighbour manifolds, exact.",
+    "dc": "Density and coverage of the reference's 5-nearest-neighbour balls, exact.",
     "kid": "Kernel distance (KID), with its spread over subsets.",
+    "mind": "Sliced Wasserstein distance of as many images of either side (MIND).",
+    "cmmd": "Maximum mean discrepancy of unit features (CMMD, whose extractor is clip).",
+    "fd-infinity": "Fréchet distance extrapolated to infinitely many images.",
+    "fdr": "Fréchet distance over that of held-out images (FDr), averaged over extractors: --extractor A,B,C.",
     "all": "Every score of images, from one pass over them.",
 }
 
@@ -206,6 +211,7 @@ def evaluate(
     ckpt: Annotated[Path | None, cli.CKPT] = None,
     seed: Annotated[int | None, cli.SEED] = None,
     seeds: cli.Seeds = 1,
+    heldout: Annotated[str | None, typer.Option(metavar="IMAGES", help="fdr: real ones not trained on")] = None,
     features: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="save activations, or reuse")] = None,
     subset: Annotated[int | None, typer.Option(min=2, help="fid: mean over balanced subsets of N images")] = None,
     ci: Annotated[bool, typer.Option("--ci", help="fid, is: 95% intervals, by leaving images out")] = False,
@@ -233,13 +239,14 @@ def evaluate(
         target = arguments[0]
     else:  # ignoring some of them would score other samples than those asked for
         raise UsageError(f"expected one TARGET, got {' '.join(words) or 'none'}", "the other options belong to --ckpt")
-    return score.eval_images(metric, target, features=features, subset=subset, ci=ci, **shared)
+    return score.eval_images(metric, target, heldout=heldout, features=features, subset=subset, ci=ci, **shared)
 
 
 for _metric, _summary in METRICS.items():
-    _score = functools.partial(evaluate, _metric)
+    _score = functools.partial(evaluate, _metric.replace("-", "_"))
     _score.__doc__ = f"{_summary}\n\n    {evaluate.__doc__}"
     _example = f"eval {_metric} samples/" + ("" if _metric == "is" else " --ref reference.npz")
+    _example += " --heldout imagenet/val" if _metric == "fdr" else ""
     command(evaluation, _example, f"classes per_class preset ref resolution {SCORING} {READING}", name=_metric)(_score)
 
 

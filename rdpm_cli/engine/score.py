@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rdpm_cli import files
@@ -18,20 +19,28 @@ from rdpm_cli.evaluation import score
 from rdpm_cli.evaluation.features import Inception, identity, open_extractor
 from rdpm_cli.runs import Result, versions
 
+# metric -> options that it takes
+TAKES = {"fid": ("--subset", "--ci"), "is": ("--ci",), "fdr": ("--heldout",), "all": ("--subset", "--ci", "--heldout")}
+
 
 def eval_images(
     metric: str, target: str | Callable[[torch.device], Sequence[ImageSet]], ref: str | None = None, *,
     extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
-    features: Path | None = None, subset: int | None = None, ci: bool = False, resolution: int | None = None,
-    device: str = "auto", reading: Mapping[str, Any] | None = None,
+    heldout: str | None = None, features: Path | None = None, subset: int | None = None, ci: bool = False,
+    resolution: int | None = None, device: str = "auto", reading: Mapping[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """A metric of `score.METRICS`, or all, of images or of samples that `target` draws. features: file to keep them.
 
-    Of samples of several seeds the result has the means and standard deviations."""
-    taken = {"fid": ["--subset", "--ci"], "all": ["--subset", "--ci"], "is": ["--ci"]}.get(metric, [])
-    named = " and ".join(["--subset"] * bool(subset) + ["--ci"] * ci)
-    if named and named not in taken:
-        raise UsageError(f"`eval {metric}` does not take {named}", "fid and all take --subset or --ci, is takes --ci")
+    extractor: of `fdr` several, separated by commas. Of samples of several seeds the result has the means and standard
+    deviations."""
+    named = {"--subset": subset, "--ci": ci, "--heldout": heldout}
+    if foreign := [option for option, value in named.items() if value and option not in TAKES.get(metric, ())]:
+        taking = [name for name, options in TAKES.items() if foreign[0] in options]
+        raise UsageError(f"`eval {metric}` does not take {foreign[0]}", f"{' and '.join(taking)} do")
+    if subset and ci:
+        raise UsageError("--subset does not go with --ci", "leave one out")
+    if metric == "fdr" and heldout is None:
+        raise UsageError("`eval fdr` needs --heldout", "name real images that were not trained on")
     if ref is not None and metric == "is":
         raise UsageError("--ref: `eval is` compares with no reference", "leave it out")
     if isinstance(target, str) and not is_there(target):
@@ -40,26 +49,45 @@ def eval_images(
         raise UsageError("--resolution is that of the checkpoint", "leave it out")
     if features:
         files.make_folder(features.parent)  # before the pass, not after it
+    extractors = str(extractor).split(",") if extractor and metric == "fdr" else [extractor]
     with process_group(device, several=True) as rank_device:
         # A checkpoint first: one that draws no images must not ask for the weights of Inception.
         sets: Sequence[ImageSet] = [] if isinstance(target, str) else target(rank_device)
-        opened = open_extractor(extractor, weights, rank_device, download)
-        if metric == "sfid" and not opened.spatial_width:
+        opened = [open_extractor(name, weights, rank_device, download) for name in extractors]
+        if metric == "sfid" and not opened[0].spatial_width:
             raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
         if isinstance(target, str):
-            sets = [score.open_target(target, resolution, opened, reading)]
-        images = sets[0]
-        reference = None if metric == "is" else score.open_reference(ref, images, opened, reading)
-        records = score.score(metric, opened, sets, reference, subset=subset, ci=ci, file=features)
-    if not records:
+            sets = [score.open_target(target, resolution, opened[0], reading)]
+        by_extractor = []
+        for each in opened:
+            reference = None if metric == "is" else score.open_reference(ref, sets[0], each, reading)
+            real = score.open_reference(heldout, sets[0], each, reading) if heldout else None
+            if isinstance(real, score.Reference):
+                raise DataError(f"{heldout} holds statistics", "give images as --heldout")
+            by_extractor.append(
+                score.score(metric, each, sets, reference, heldout=real, subset=subset, ci=ci, file=features)
+            )
+    if not by_extractor[0]:
         return Result("score")
-    values = records[0]
+    values = [records[0] for records in by_extractor]
     if len(sets) > 1:
-        values = score.average(records, [drawn.record["options"].pop("seed") for drawn in sets])
-    libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(opened, Inception) else {}
-    values |= {"options": images.record.get("options"), "versions": {**versions(), **libraries}}
-    values |= {"checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution}
-    return Result("score", values)
+        seeds = [drawn.record["options"].pop("seed") for drawn in sets]
+        values = [score.average(records, seeds) for records in by_extractor]
+    result = values[0] if len(values) == 1 else _averaged(values)
+    libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(opened[0], Inception) else {}
+    images = sets[0]
+    result |= {"options": images.record.get("options"), "versions": {**versions(), **libraries}}
+    result |= {"checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution}
+    return Result("score", result)
+
+
+def _averaged(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """FDr as the mean over extractors, with that of each."""
+    each = [{"extractor": one["extractor"], "fdr": one["value"], "n": one["n"]} for one in values]
+    mean = float(np.mean([one["value"] for one in values]))
+    names = ", ".join(one["extractor"]["name"] for one in values)
+    notes = list(dict.fromkeys(note for one in values for note in one["notes"]))
+    return {**values[0], "value": mean, "extractor": {"name": names}, "by_extractor": each, "notes": notes}
 
 
 def eval_reference(

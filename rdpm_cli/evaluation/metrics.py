@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.special
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,12 +18,14 @@ AnyFloats = NDArray[np.floating]
 Interval = list[float]  # [lower, upper]
 
 BLOCK = 4096  # rows that are converted to float64 at a time: 64 MiB of Inception's features
-SPLITS = 10  # of an Inception Score: consecutive, in file order; of 5,000 images at 50,000, as ADM
-NEIGHBOURS = 3  # ADM's k
+SPLIT = 5000  # images of a split of an Inception Score: consecutive, in file order, as ADM
+NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # k: ADM's, of precision and recall; Naeem et al.'s, of density and coverage
 ROWS, COLUMNS = 4096, 8192  # of a block of distances: 128 MiB
 SUBSETS, SUBSET_SIZE, SUBSET_SEED = 100, 1000, 2020  # torch-fidelity's, of a kernel distance
+PROJECTIONS, DIRECTIONS = 1000, 100  # of MIND: all, and those of one matrix product
+SIGMA, CMMD_SCALE = 10, 1000  # of CMMD's kernel and value, as its authors take them
+SIZES = 15  # of subsets from a tenth of the images to all, through which FD-infinity draws its line
 GROUPS = 50  # of images, that an interval leaves out in turn
-T_GROUPS, T_SPLITS = 2.01, 2.262  # 97.5% of Student's t with GROUPS - 1 and SPLITS - 1 degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,12 @@ def balanced_subsets(labels_N: NDArray[np.integer], size: int) -> list[NDArray[n
         subsets.append(np.array(rows, dtype=np.int64))
 
 
-def inception_score(logits_NK: AnyFloats, splits: int = SPLITS) -> tuple[Array, float]:
+def inception_score(logits_NK: AnyFloats, split: int = SPLIT) -> tuple[Array, float]:
     """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016) -> of each consecutive split (S,), of all images.
 
-    ADM's is the mean over splits, which depends on the order of the images; that of all does not, and is larger."""
-    ends = [split * len(logits_NK) // splits for split in range(splits + 1)]
-    sums = [_score_sums(logits_NK[start:end]) for start, end in itertools.pairwise(ends)]
+    ADM's is the mean over splits of 5,000 images, of which the last may be smaller. It depends on the order of the
+    images; that of all at once does not, and is larger."""
+    sums = [_score_sums(logits_NK[start : start + split]) for start in range(0, len(logits_NK), split)]
     return np.array([_score(part) for part in sums]), _score(np.sum(sums, 0))
 
 
@@ -146,17 +149,46 @@ def precision_recall(
     samples_ND: AnyFloats, reference_MD: AnyFloats, k: int = NEIGHBOURS, device: torch.device | None = None
 ) -> tuple[float, float]:
     """(precision, recall): exact shares inside the other set's k-neighbour balls (Kynkäänniemi et al. 2019)."""
-    # |a|² - 2ab + |b|² loses small distances where the features have a large common mean, so it is subtracted: in
-    # float64, rounded to fp32, without a float64 copy of the whole.
-    centre_D, sides = reference_MD.mean(0, dtype=np.float64), (samples_ND, reference_MD)
-    centred = (np.subtract(x, centre_D, out=np.empty(x.shape, np.float32), casting="same_kind") for x in sides)
-    samples, reference = (torch.from_numpy(side).to(device) for side in centred)
+    samples, reference = _centred(samples_ND, reference_MD, device)
     radii_N, radii_M = _radii(samples, k), _radii(reference, k)
     precise, recalled = torch.zeros_like(radii_N, dtype=torch.bool), torch.zeros_like(radii_M, dtype=torch.bool)
     for rows, columns, distances in _blocks(samples, reference):
         precise[rows] |= (distances <= radii_M[columns]).any(1)
         recalled[columns] |= (distances <= radii_N[rows, None]).any(0)
     return float(precise.double().mean()), float(recalled.double().mean())
+
+
+def density_coverage(
+    samples_ND: AnyFloats, reference_MD: AnyFloats, k: int = DENSITY_NEIGHBOURS, device: torch.device | None = None
+) -> tuple[float, float]:
+    """(density, coverage) by the k-neighbour balls of the reference (Naeem et al. 2020).
+
+    Density: balls that a sample lies in, over k, on average; not bounded by 1. Coverage: share of balls that hold a
+    sample."""
+    samples, reference = _centred(samples_ND, reference_MD, device)
+    radii_M, inside, covered = _radii(reference, k), 0, torch.zeros(len(reference), dtype=torch.bool, device=device)
+    for _, columns, distances in _blocks(samples, reference):
+        within = distances <= radii_M[columns]
+        inside += int(within.sum())
+        covered[columns] |= within.any(0)
+    return inside / (k * len(samples)), float(covered.double().mean())
+
+
+def _centred(samples_ND: AnyFloats, reference_MD: AnyFloats, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Both in fp32 without the mean of the reference.
+
+    Their squared distances |a|² - 2ab + |b|² would lose small ones where the features have a large common mean. It is
+    rounded to a power of two near their spread: features on a grid, such as counts, stay on it, and ties stay ties."""
+    spread = reference_MD.std(dtype=np.float64)
+    grid = 2.0 ** np.floor(np.log2(spread)) if spread else 1.0
+    centre_D = np.round(reference_MD.mean(0, dtype=np.float64) / grid) * grid
+    # in float64, rounded to fp32, without a float64 copy of the whole
+    both = (
+        np.subtract(x, centre_D, out=np.empty(x.shape, np.float32), casting="same_kind")
+        for x in (samples_ND, reference_MD)
+    )
+    a, b = (torch.from_numpy(x).to(device) for x in both)
+    return a, b
 
 
 def _radii(x_ND: Tensor, k: int) -> Tensor:
@@ -200,10 +232,51 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
+def mind(samples_ND: AnyFloats, reference_ND: AnyFloats) -> float:
+    """MIND of two sets of equal size: 3 D E_u W2²(u·x, u·y), u uniform on the unit sphere (Berthet et al. 2026).
+
+    A shift by v counts 3 |v|²."""
+    directions_KD = noise.stream("mind", 0).standard_normal((PROJECTIONS, samples_ND.shape[1]))
+    directions_KD /= np.linalg.norm(directions_KD, axis=1, keepdims=True)
+    total = 0.0
+    for start in range(0, PROJECTIONS, DIRECTIONS):
+        u_DK = directions_KD[start : start + DIRECTIONS].T.astype(samples_ND.dtype)
+        a_NK, b_NK = (np.sort(side @ u_DK, 0) for side in (samples_ND, reference_ND))
+        total += float(np.square(a_NK - b_NK).mean(0, dtype=np.float64).sum())
+    return 3 * samples_ND.shape[1] * total / PROJECTIONS
+
+
+def cmmd(samples_ND: AnyFloats, reference_MD: AnyFloats, device: torch.device | None = None) -> float:
+    """CMMD (Jayasumana et al. 2024): 1,000 MMD² of unit features under exp(-|x - y|² / (2 · 10²)), not corrected for
+    bias: the diagonals count."""
+    x, y = (torch.from_numpy(np.asarray(side, np.float32)).to(device) for side in (samples_ND, reference_MD))
+    x, y = (torch.nn.functional.normalize(side, dim=1) for side in (x, y))
+
+    def mean(a: Tensor, b: Tensor) -> float:
+        """Of the kernel - 1: all its values lie near 1, which cancels."""
+        sums = [torch.expm1(d / (-2 * SIGMA**2)).sum(dtype=torch.float64) for _, _, d in _blocks(a, b)]
+        return float(sum(sums)) / (len(a) * len(b))
+
+    return CMMD_SCALE * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+
+
+def fd_infinity(features_ND: AnyFloats, reference: Statistics) -> float:
+    """The Fréchet distance of infinitely many images (Chong and Forsyth 2020), whose bias falls as 1 / N.
+
+    The line through the distances of SIZES random subsets against 1 / N, at 0. Each subset holds the one before it."""
+    root, order_N = matrix_root(reference.covariance_DD), noise.stream("infinity", 0).permutation(len(features_ND))
+    ends = np.linspace(len(order_N) / 10, len(order_N), SIZES).astype(int)
+    part, values = NO_MOMENTS, []
+    for start, end in itertools.pairwise([0, *ends]):
+        part += moments(features_ND[np.sort(order_N[start:end])])
+        values.append(frechet_distance(part.statistics(), reference, root))
+    return float(np.polyfit(1 / ends, values, 1)[1])
+
+
 # 95% intervals of what such scores of N other images of the same kind would average to; the reference counts as fixed.
 # A Fréchet distance and the order-free score by the delete-a-group jackknife (Efron and Stein 1981): random groups of
 # images are left out in turn, and the spread of the values is scaled to N. A bootstrap would count images twice, which
-# raises a distance that has few images. A mean over splits by Student's t, since splits share no image.
+# raises a distance that has few images. A mean over several splits by Student's t, since splits share no image.
 
 
 def distances_without_groups(features_ND: AnyFloats, reference: Statistics, root: Array) -> Iterator[float]:
@@ -217,19 +290,28 @@ def interval_from_groups(value: float, values_G: list[float], count: int, lowest
     """Interval of a value of `count` images from its values without each group. lowest: value of the score at best."""
     size = max(count // GROUPS, 1)
     # m images that are left out pull by m / (count - m) less than m new ones would move the value.
-    reach = T_GROUPS * ((count - size) / (count * size) ** 0.5 * float(np.std(values_G, ddof=1)))
+    reach = student(len(values_G)) * ((count - size) / (count * size) ** 0.5 * float(np.std(values_G, ddof=1)))
     return [max(value - reach, lowest), value + reach]
 
 
+def student(count: int) -> float:
+    """97.5% of Student's t with count - 1 degrees of freedom."""
+    return float(scipy.special.stdtrit(count - 1, 0.975))
+
+
 def score_intervals(logits_NK: AnyFloats, by_split_S: Array, order_free: float) -> tuple[Interval, Interval]:
-    """Intervals of the mean of an Inception Score over SPLITS splits, and of that over all images at once."""
-    mean, reach = float(by_split_S.mean()), T_SPLITS * (float(np.std(by_split_S, ddof=1)) / len(by_split_S) ** 0.5)
+    """Intervals of the mean of an Inception Score over splits, and of that over all images at once."""
     groups = list(_groups(len(logits_NK)))
     rest = np.setdiff1d(np.arange(len(logits_NK)), np.concatenate(groups))
     parts = [_score_sums(logits_NK[rows]) for rows in (*groups, rest)]
     whole = np.sum(parts, 0)
     without = [_score(whole - part) for part in parts[:-1]]
-    return [max(mean - reach, 1.0), mean + reach], interval_from_groups(order_free, without, len(logits_NK), 1.0)
+    whole_interval = interval_from_groups(order_free, without, len(logits_NK), 1.0)
+    if len(by_split_S) == 1:  # the same score
+        return whole_interval, whole_interval
+    mean = float(by_split_S.mean())
+    reach = student(len(by_split_S)) * float(np.std(by_split_S, ddof=1)) / len(by_split_S) ** 0.5
+    return [max(mean - reach, 1.0), mean + reach], whole_interval
 
 
 def _groups(count: int) -> Iterator[NDArray[np.int64]]:

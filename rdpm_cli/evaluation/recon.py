@@ -25,6 +25,7 @@ from rdpm_cli.tokenizer.losses import BACKBONES, Net, Perceptual, load_perceptua
 from rdpm_cli.tokenizer.model import Tokenizer
 
 BATCH = 16  # images; always padded to this number, since sums in convolutions depend on it
+BORDER = 5  # pixels on each side whose SSIM window is not whole
 
 PairScores = dict[str, metrics.Array]  # name -> one value an image
 
@@ -70,18 +71,22 @@ def encode_recording(tokenizer: Tokenizer, wave: Wave, index: int, seed: int) ->
 def pair_scores(originals: Pixels, recon: Pixels, perceptual: Mapping[Net, Perceptual] | None = None) -> PairScores:
     """mse on [-1, 1], psnr in dB, ssim, and lpips where there are networks, of (B, H, W, 3) uint8 pairs.
 
-    psnr and ssim have the data range 1.0 on uint8/255, ssim a Gaussian window of 11 with sigma 1.5."""
+    psnr and ssim have the data range 1.0 on uint8/255. ssim is the mean over whole windows, Gaussian, of 11 pixels a
+    side, sigma 1.5 (Wang et al. 2004); smaller images have none."""
     # seconds to import, which trainings need not wait for
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     a, b = chw(originals), chw(recon)
     options: dict[str, Any] = {"data_range": 1.0, "reduction": "none"}
     psnr_B = peak_signal_noise_ratio(b.double() / 255, a.double() / 255, dim=(1, 2, 3), **options)
-    # torchmetrics averages over mirrored borders too, Wang et al. (2004) only over whole windows.
-    ssim_B = structural_similarity_index_measure(b.float() / 255, a.float() / 255, **options)
     mse_B = ((b.double() - a.double()) / 127.5).square().flatten(1).mean(1)
-    # torchmetrics gives the ssim of one image as a scalar
-    values = {"mse": mse_B, "psnr": psnr_B.clamp_max(EXACT_PSNR), "ssim": torch.atleast_1d(ssim_B)}
+    values = {"mse": mse_B, "psnr": psnr_B.clamp_max(EXACT_PSNR)}
+    if min(a.shape[2:]) > 2 * BORDER:
+        _, map_BCHW = structural_similarity_index_measure(
+            b.float() / 255, a.float() / 255, **options, return_full_image=True
+        )
+        inner = slice(BORDER, -BORDER)  # torchmetrics' own mean takes the windows over mirrored borders too
+        values["ssim"] = map_BCHW[..., inner, inner].flatten(1).mean(1)
     for net, network in (perceptual or {}).items():
         device = next(network.parameters()).device
         values[f"lpips_{net}"] = network(to_model(b).to(device), to_model(a).to(device))

@@ -5,7 +5,7 @@ A reference is images, or an .npz of statistics: `mu, sigma` of the pooled featu
 reference`, hold features instead of images, and record which extractor made them."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,16 @@ from rdpm_cli.evaluation import factors, features, judge, metrics
 from rdpm_cli.evaluation.features import PUBLISHED, Extractor, Features, Floats, collect_shared, identity
 from rdpm_cli.evaluation.metrics import NO_MOMENTS, Statistics, moments
 
-METRICS = ("fid", "sfid", "is", "pr", "kid")
-# Only scores by the published Inception weights have the names that papers use.
+# Only scores by the published Inception weights have the names that papers use for Inception's.
 NAMES = {
     "fid": ("fid", "frechet_distance"), "sfid": ("sfid", "spatial_frechet_distance"), "kid": ("kid", "kernel_distance"),
     "is": ("inception_score", "classifier_score"),
 }  # fmt: skip
-REFERENCE_FEATURES = 10_000  # images of a reference that precision, recall and KID take: ADM's number
-FEWEST = {"fid": 2, "sfid": 2, "is": metrics.SPLITS, "pr": metrics.NEIGHBOURS + 1, "kid": 2}  # images
+PAIRS = {"pr": ("precision", "recall"), "dc": ("density", "coverage")}
+BY_FEATURES = {"pr", "dc", "kid", "mind", "cmmd"}  # what compares features of a reference, not its statistics
+MOST_FEATURES = 10_000  # images of a reference whose features are compared (ADM's number), and of samples for CMMD
+FEWEST = {"fid": 2, "sfid": 2, "is": 2, "pr": 4, "dc": 6, "kid": 2, "mind": 2, "cmmd": 2, "fdr": 2}  # images
+FEWEST_CI = 20  # images that an interval needs
 ENOUGH = 4  # images a class, of a split of an Inception Score
 SIZES = 8  # of images, that are counted; photographs have thousands
 RECORD = "rdpm_reference"  # the name of our record in the .npz
@@ -228,25 +230,27 @@ def load_statistics(path: Path, extractor: Extractor) -> Reference:
 
 def score(
     metric: str, extractor: Extractor, targets: Sequence[ImageSet], reference: ImageSet | Reference | None, *,
-    subset: int | None = None, ci: bool = False, file: Path | None = None, without: Collection[str] = (),
+    heldout: ImageSet | None = None, subset: int | None = None, ci: bool = False, file: Path | None = None,
+    without: Collection[str] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The record of each target by a metric of METRICS, or `all`. Every process calls it; the first one gets them.
 
-    reference: None for `is`. subset: the Fréchet distance as a mean over disjoint class-balanced subsets of this size.
-    ci: 95% intervals. file: keeps the features of the target. without: metrics that `all` leaves out. Raises
-    DataError."""
-    parts = [part for part in METRICS if part not in without] if metric == "all" else [metric]
-    fewest = max(*(FEWEST[part] for part in parts), 2 * metrics.SPLITS if ci else 0)
+    reference: None for `is`. heldout: real images, for `fdr`. subset: the Fréchet distance as a mean over disjoint
+    class-balanced subsets of this size. ci: 95% intervals. file: keeps the features of the target. without: metrics
+    that `all` leaves out. Raises DataError."""
+    whole = [part for part in METRICS if part not in without and (heldout or part != "fdr")]
+    parts = whole if metric == "all" else [metric]
     for target in targets:
         judge.check_size(extractor.resolution, target.resolution)
-    for images in (*targets, reference):
-        if isinstance(images, ImageSet) and images.count < fewest:
-            raise DataError(f"`eval {metric}` needs at least {fewest} images, not {images.count}", "take more images")
+    sets = [images for images in (*targets, reference, heldout) if isinstance(images, ImageSet)]
     subsets = [_subsets(target, subset) for target in targets]
-    absent = _absent(extractor, reference)
+    absent = _absent(extractor, reference, targets, min(sets, key=lambda images: images.count))
     if set(parts) <= set(absent):
-        raise DataError(absent[parts[0]], "give images as --ref, or a file that has them")
+        raise DataError(f"`eval {metric}`: {absent[parts[0]]}", "take more images, or a --ref that has what it needs")
+    if ci and (smallest := min(target.count for target in targets)) < FEWEST_CI:
+        raise DataError(f"an interval needs at least {FEWEST_CI} images, not {smallest}", "take more images")
     compared = measured(extractor, reference, parts)
+    real = collect_shared(extractor, heldout) if heldout and "fdr" not in absent else None
     records = []
     for target, subsets_of_target in zip(targets, subsets, strict=True):
         if extractor.factor_layer is not None:  # validity reads the images again
@@ -254,16 +258,12 @@ def score(
         scored = collect_shared(extractor, target, "sfid" in parts, file)
         if scored is None:
             continue
+        comparison = Comparison(extractor, scored, target.labels, compared, real, subsets_of_target, ci)
         rows = dict[str, Row]()
         for part in parts:
-            names = ("precision", "recall") if part == "pr" else [NAMES[part][extractor.name != PUBLISHED]]
-            new: list[Row] = [{"value": None, "not_computed": absent.get(part)} for _ in names]
-            if part == "is":
-                new = [_inception_row(scored.logits_NK, target.labels, ci)]
-            elif part not in absent:
-                assert compared is not None
-                new = _compared_rows(part, extractor, scored, compared, subsets_of_target, ci)
-            rows |= zip(names, new, strict=True)
+            names = PAIRS.get(part) or [NAMES[part][extractor.name != PUBLISHED] if part in NAMES else part]
+            reasons: list[Row] = [{"value": None, "not_computed": absent.get(part)} for _ in names]
+            rows |= zip(names, reasons if part in absent else ROWS[part](comparison), strict=True)
         records.append(_record(metric, rows, extractor, target, scored, compared))
     return records
 
@@ -292,21 +292,30 @@ def _subsets(target: ImageSet, size: int | None) -> list[Any]:
     return subsets
 
 
-def _absent(extractor: Extractor, reference: ImageSet | Reference | None) -> dict[str, str]:
-    """The parts of METRICS that cannot be computed, with the reason."""
-    absent = {}
+def _absent(
+    extractor: Extractor, reference: ImageSet | Reference | None, targets: Sequence[ImageSet], smallest: ImageSet
+) -> dict[str, str]:
+    """The parts of METRICS that cannot be computed, with the reason. smallest: of all sets of images."""
+    absent = {
+        part: f"it needs at least {fewest} images, not {smallest.count} as in {smallest.name}"
+        for part, fewest in FEWEST.items()
+        if smallest.count < fewest
+    }
+    count = min(target.count for target in targets)
+    if (fewest := 10 * (extractor.width + 1)) > count:  # a tenth, its smallest subset, needs a covariance of full rank
+        absent["fd_infinity"] = f"it needs at least {fewest} samples for {extractor.width} features, not {count}"
     if isinstance(reference, Reference):
         if reference.spatial is None:
             absent["sfid"] = f"{reference.name} has no mu_s and sigma_s"
         if reference.features_ND is None and reference.images is None:
-            absent |= dict.fromkeys(("pr", "kid"), f"{reference.name} has neither features nor images (arr_0)")
+            absent |= dict.fromkeys(BY_FEATURES, f"{reference.name} has neither features nor images (arr_0)")
     return absent if extractor.spatial_width else {**absent, "sfid": f"{extractor.name} has no spatial features"}
 
 
 def measured(extractor: Extractor, reference: ImageSet | Reference | None, parts: Sequence[str]) -> Reference | None:
     """The reference with all that the parts need. Measured here: None in all processes but the first."""
     images = reference.images if isinstance(reference, Reference) else reference
-    rows = spread(images.count, REFERENCE_FEATURES) if images and not {"pr", "kid"}.isdisjoint(parts) else []
+    rows = spread(images.count, MOST_FEATURES) if images and not BY_FEATURES.isdisjoint(parts) else []
     if isinstance(reference, ImageSet):
         return measure(extractor, reference, "sfid" in parts, rows)
     if reference and images and rows:
@@ -315,44 +324,113 @@ def measured(extractor: Extractor, reference: ImageSet | Reference | None, parts
     return reference
 
 
-def _inception_row(logits_NK: Floats, labels: list[int] | None, ci: bool) -> Row:
+@dataclass
+class Comparison:
+    """One target and what it is compared with. subsets: rows of balanced subsets for the Fréchet distance, or all."""
+
+    extractor: Extractor
+    target: Features
+    labels: list[int] | None
+    reference: Reference | None
+    heldout: Features | None
+    subsets: Sequence[Any]
+    ci: bool
+
+    @property
+    def sides(self) -> tuple[Floats, Floats]:
+        """Features of the target, and of images of the reference."""
+        assert self.reference is not None
+        assert self.reference.features_ND is not None
+        return self.target.features_ND, self.reference.features_ND
+
+    @property
+    def pool(self) -> Statistics:
+        assert self.reference is not None
+        return self.reference.pool
+
+    @property
+    def facts(self) -> dict[str, int]:
+        return {"reference_features": len(self.sides[1])}
+
+
+def _inception_row(c: Comparison) -> list[Row]:
     """The Inception Score: mean over splits, and over all images at once."""
-    by_split, order_free = metrics.inception_score(logits_NK)
+    logits_NK, labels = c.target.logits_NK, c.labels
+    by_split, order_free = metrics.inception_score(logits_NK, metrics.SPLIT)
     row: Row = {
         "value": float(by_split.mean()), "spread_over_splits": float(np.std(by_split)), "splits": len(by_split),
-        "images_per_split": len(logits_NK) // len(by_split), "order_free": order_free,
+        "images_per_split": min(metrics.SPLIT, len(logits_NK)), "order_free": order_free,
     }  # fmt: skip
-    if ci:
+    if c.ci:
         row["ci95"], row["order_free_ci95"] = metrics.score_intervals(logits_NK, by_split, order_free)
-    if labels is not None and len(set(labels)) > 1 and labels == sorted(labels):
+    if len(by_split) > 1 and labels is not None and len(set(labels)) > 1 and labels == sorted(labels):
         row |= {key: None for key in ("value", "spread_over_splits", "ci95") if key in row}
         row["not_computed"] = "the images are in class order, so a mean over splits says nothing; see order_free"
     if row["images_per_split"] < ENOUGH * logits_NK.shape[1]:
         row["notes"] = [f"{row['images_per_split']} images a split: such a score is too low; compare it at the same N"]
-    return row
+    return [row]
 
 
-def _compared_rows(
-    part: str, extractor: Extractor, scored: Features, reference: Reference, subsets: Sequence[Any], ci: bool
-) -> list[Row]:
-    """The rows of the scores that compare with a reference."""
-    features_ND, reference_ND = scored.features_ND, reference.features_ND
-    if part == "fid":
-        return [_frechet_row(features_ND, reference.pool, "features", subsets, ci)]
-    if part == "sfid":
-        assert scored.spatial_NP is not None
-        assert reference.spatial is not None
-        row = _frechet_row(scored.spatial_NP, reference.spatial, "spatial features", [slice(None)], False)
-        return [{"value": row["value"], "notes": row["notes"]}]
-    assert reference_ND is not None
-    facts = {"reference_features": len(reference_ND)}
-    if part == "pr":
-        shares = metrics.precision_recall(features_ND, reference_ND, device=extractor.device)
-        return [{"value": share, "neighbours": metrics.NEIGHBOURS, **facts} for share in shares]
-    value, spread_over_subsets = metrics.kernel_distance(features_ND, reference_ND)
-    size = min(metrics.SUBSET_SIZE, len(features_ND), len(reference_ND))
+def _fid_row(c: Comparison) -> list[Row]:
+    return [_frechet_row(c.target.features_ND, c.pool, "features", c.subsets, c.ci)]
+
+
+def _sfid_row(c: Comparison) -> list[Row]:
+    assert c.reference is not None
+    assert c.reference.spatial is not None
+    assert c.target.spatial_NP is not None
+    row = _frechet_row(c.target.spatial_NP, c.reference.spatial, "spatial features", [slice(None)], False)
+    return [{"value": row["value"], "notes": row["notes"]}]
+
+
+def _pr_rows(c: Comparison) -> list[Row]:
+    shares = metrics.precision_recall(*c.sides, device=c.extractor.device)
+    return [{"value": share, "neighbours": metrics.NEIGHBOURS, **c.facts} for share in shares]
+
+
+def _dc_rows(c: Comparison) -> list[Row]:
+    values = metrics.density_coverage(*c.sides, device=c.extractor.device)
+    return [{"value": value, "neighbours": metrics.DENSITY_NEIGHBOURS, **c.facts} for value in values]
+
+
+def _kid_row(c: Comparison) -> list[Row]:
+    value, spread_over_subsets = metrics.kernel_distance(*c.sides)
+    size = min(metrics.SUBSET_SIZE, *map(len, c.sides))
     draws = {"spread_over_subsets": spread_over_subsets, "subsets": metrics.SUBSETS, "subset_size": size}
-    return [{"value": value, **draws, **facts}]
+    return [{"value": value, **draws, **c.facts}]
+
+
+def _mind_row(c: Comparison) -> list[Row]:
+    n = min(map(len, c.sides))
+    return [{"value": metrics.mind(*(side[spread(len(side), n)] for side in c.sides)), "n": n}]
+
+
+def _cmmd_row(c: Comparison) -> list[Row]:
+    samples_ND, reference_MD = (side[spread(len(side), MOST_FEATURES)] for side in c.sides)
+    return [{"value": metrics.cmmd(samples_ND, reference_MD, c.extractor.device), "n": len(samples_ND), **c.facts}]
+
+
+def _fd_infinity_row(c: Comparison) -> list[Row]:
+    return [{"value": metrics.fd_infinity(c.target.features_ND, c.pool), "sizes": metrics.SIZES}]
+
+
+def _fdr_row(c: Comparison) -> list[Row]:
+    """The Fréchet distance over that of as many held-out images (Yang et al. 2026), so that both have the same bias."""
+    assert c.heldout is not None
+    sides, root = (c.target.features_ND, c.heldout.features_ND), metrics.matrix_root(c.pool.covariance_DD)
+    n = min(map(len, sides))
+    parts = (metrics.statistics(side[spread(len(side), n)]) for side in sides)
+    samples, real = (metrics.frechet_distance(part, c.pool, root) for part in parts)
+    if not real:
+        raise DataError("the held-out images are those of the reference", "give other images as --heldout")
+    return [{"value": samples / real, "n": n, "heldout_distance": real}]
+
+
+ROWS: dict[str, Callable[[Comparison], list[Row]]] = {
+    "fid": _fid_row, "sfid": _sfid_row, "is": _inception_row, "pr": _pr_rows, "dc": _dc_rows, "kid": _kid_row,
+    "mind": _mind_row, "cmmd": _cmmd_row, "fd_infinity": _fd_infinity_row, "fdr": _fdr_row,
+}  # fmt: skip
+METRICS = tuple(ROWS)
 
 
 def _frechet_row(features_ND: Floats, reference: Statistics, kind: str, subsets: Sequence[Any], ci: bool) -> Row:
