@@ -20,7 +20,8 @@ from rdpm_cli.errors import CheckpointError, DataError
 from rdpm_cli.evaluation import factors, judge
 from rdpm_cli.evaluation.features import collect, open_extractor
 from rdpm_cli.evaluation.judge import ClassJudge, Judge, JudgeBatches, JudgeConfig, JudgeTask
-from rdpm_cli.evaluation.score import class_accuracy, open_images
+from rdpm_cli.evaluation.reference import open_images
+from rdpm_cli.evaluation.score import class_accuracy
 from rdpm_cli.training.config import TrainConfig
 
 SMALL = ["width=8", "blocks=1", "features=6", "train.batch=16", "train.epochs=null", "train.steps=3"]

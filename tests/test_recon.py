@@ -20,7 +20,7 @@ from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation import metrics, recon
 from rdpm_cli.evaluation.features import INCEPTION, PUBLISHED, collect, open_extractor
 from rdpm_cli.evaluation.recon import open_networks, pair_scores, reconstructions
-from rdpm_cli.evaluation.score import open_images
+from rdpm_cli.evaluation.reference import open_images
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.losses import Net, load_perceptual
 

@@ -22,15 +22,15 @@ from rdpm_cli.engine.score import eval_images, eval_reference
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import features
 from rdpm_cli.evaluation.metrics import statistics
-from rdpm_cli.evaluation.score import (
+from rdpm_cli.evaluation.reference import (
     Reference,
     load_statistics,
     measure,
     open_recorded,
     open_reference,
     save_statistics,
-    score,
 )
+from rdpm_cli.evaluation.score import score
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from rdpm_cli.engine.score import eval_images
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import features, metrics, score
 from rdpm_cli.evaluation.features import INCEPTION, collect, open_extractor
+from rdpm_cli.evaluation.reference import open_target
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +259,7 @@ def test_a_set_of_many_sizes_is_refused_before_all_are_read(tmp_path: Path, judg
 
 def test_images_of_one_oblong_size_are_cropped_to_their_short_side(tmp_path: Path) -> None:
     save_images(tmp_path / "images", pixels(4, side=24)[:, :20])
-    images = score.open_target(str(tmp_path / "images"), None, Blocks())
+    images = open_target(str(tmp_path / "images"), None, Blocks())
     assert (images.resolution, next(images.read([range(4)])).shape) == (20, (4, 20, 20, 3))
 
 

@@ -16,8 +16,9 @@ from rdpm_cli.codes.store import CodeStore, store_reference
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.generator import train_gen
 from rdpm_cli.errors import CheckpointError, DataError
-from rdpm_cli.evaluation import features, score
+from rdpm_cli.evaluation import features
 from rdpm_cli.evaluation import metrics as measures
+from rdpm_cli.evaluation.reference import open_recorded
 from rdpm_cli.generator import registry, sampler
 from rdpm_cli.generator.config import ProxyConfig
 from rdpm_cli.generator.contract import SampleOptions
@@ -94,7 +95,7 @@ def test_the_proxy_score_is_that_of_the_same_samples_scored_by_hand(
     samples = list(sampler.sample(loaded.generator, loaded.tokenizer, labels, options, sampling.micro_batch))
     extractor, store = features.open_extractor(judge_file, None, CPU), CodeStore(digits_codes)
     drawn = features.collect(extractor, [s.pixels_BHWC for s in samples])
-    real = score.open_recorded(store_reference(store.root, store.manifest), "store", "hint")
+    real = open_recorded(store_reference(store.root, store.manifest), "store", "hint")
     a, b = (measures.statistics(x.features_ND) for x in (drawn, features.collect(extractor, real)))
     assert rows[-1]["proxy/frechet_distance"] == pytest.approx(measures.frechet_distance(a, b), rel=1e-9)
     assert rows[-1]["proxy/class_accuracy"] == np.mean(drawn.logits_NK.argmax(1) == np.array(labels))

@@ -23,6 +23,7 @@ from rdpm_cli.evaluation import gaussian, metrics, score
 from rdpm_cli.evaluation.features import identity, open_extractor
 from rdpm_cli.evaluation.gaussian import ClassGaussian
 from rdpm_cli.evaluation.recon import BATCH, reconstructions
+from rdpm_cli.evaluation.reference import crop_side, open_images, open_reference
 from rdpm_cli.generator.baselines import fit, sample
 from rdpm_cli.generator.sampler import balanced_labels
 from rdpm_cli.runs import Result, versions
@@ -49,12 +50,12 @@ def eval_baselines(
     store = codes and CodeStore(codes, digest)
     with process_group(device, several=True) as rank_device:
         opened, loaded = open_extractor(extractor, weights, rank_device, download), loaded and loaded.to(rank_device)
-        side = resolution or score.crop_side(*sources.values(), default=opened.resolution)
+        side = resolution or crop_side(*sources.values(), default=opened.resolution)
         if loaded and (of_tokenizer := loaded.cfg.autoencoder.resolution) != side:
             message = f"the images are {side}×{side}, and the tokenizer's {of_tokenizer}×{of_tokenizer}"
             raise UsageError(message, f"give --resolution {of_tokenizer}")
-        training = score.open_images(sources["training"], side)
-        compared = training if ref is None else score.open_reference(ref, training, opened, reading)
+        training = open_images(sources["training"], side)
+        compared = training if ref is None else open_reference(ref, training, opened, reading)
         reference = score.measured(opened, compared, score.METRICS)
         models: dict[str, ClassGaussian | LinearBaseline] = {"gaussian": gaussian.fit(training)}
         if loaded and store:
@@ -122,11 +123,11 @@ def _rows(
     subsets = {name: class_subset(source, per_class, seed) for name, source in sources.items()}
     rows = {name: model.samples(per_class, seed) for name, model in models.items()}
     side = rows["gaussian"].resolution
-    rows["training"] = score.open_images(subsets["training"], side)
+    rows["training"] = open_images(subsets["training"], side)
     if tokenizer:
         rows["reconstructions"] = _reconstructed(subsets.get("heldout", subsets["training"]), tokenizer, seed)
     if "heldout" in subsets:
-        rows["heldout"] = score.open_images(subsets["heldout"], side)
+        rows["heldout"] = open_images(subsets["heldout"], side)
     return rows
 
 
@@ -148,7 +149,7 @@ def _reconstructed(subset: Subset, tokenizer: Tokenizer, seed: int) -> ImageSet:
             batches = reconstructions(subset.source, tokenizer, [seed], device, indices)
             yield np.concatenate([by_seed[0][0] for _, _, by_seed in batches])
 
-    originals = score.open_images(subset, tokenizer.cfg.autoencoder.resolution)
+    originals = open_images(subset, tokenizer.cfg.autoencoder.resolution)
     return replace(originals, name=f"reconstructions of {subset.spec}", read=read)
 
 

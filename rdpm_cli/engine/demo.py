@@ -16,7 +16,7 @@ from rdpm_cli.engine.tokenizer import StoreOptions, reconstruct, tokenize, train
 from rdpm_cli.engine.watch import training_curves
 from rdpm_cli.errors import rdpm_command
 from rdpm_cli.evaluation import gaussian
-from rdpm_cli.evaluation.score import open_images
+from rdpm_cli.evaluation.reference import open_images
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, versions
 

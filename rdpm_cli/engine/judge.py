@@ -14,7 +14,7 @@ from rdpm_cli.engine.train import Training, recipe_settings, train_once
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import judge, speech_judge
 from rdpm_cli.evaluation.judge import JudgeConfig
-from rdpm_cli.evaluation.score import crop_side
+from rdpm_cli.evaluation.reference import crop_side
 from rdpm_cli.evaluation.speech_judge import SpeechBatches, SpeechJudge, SpeechJudgeConfig, SpeechJudgeTask
 from rdpm_cli.recipes import Recipe, load_recipe
 from rdpm_cli.runs import Result, versions

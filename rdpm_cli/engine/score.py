@@ -17,6 +17,7 @@ from rdpm_cli.distributed import process_group
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
 from rdpm_cli.evaluation.features import Inception, identity, open_extractor
+from rdpm_cli.evaluation.reference import Reference, measure, open_reference, open_target, save_statistics
 from rdpm_cli.runs import Result, versions
 
 # metric -> options that it takes
@@ -57,12 +58,12 @@ def eval_images(
         if metric == "sfid" and not opened[0].spatial_width:
             raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
         if isinstance(target, str):
-            sets = [score.open_target(target, resolution, opened[0], reading)]
+            sets = [open_target(target, resolution, opened[0], reading)]
         by_extractor = []
         for each in opened:
-            reference = None if metric == "is" else score.open_reference(ref, sets[0], each, reading)
-            real = score.open_reference(heldout, sets[0], each, reading) if heldout else None
-            if isinstance(real, score.Reference):
+            reference = None if metric == "is" else open_reference(ref, sets[0], each, reading)
+            real = open_reference(heldout, sets[0], each, reading) if heldout else None
+            if isinstance(real, Reference):
                 raise DataError(f"{heldout} holds statistics", "give images as --heldout")
             by_extractor.append(
                 score.score(metric, each, sets, reference, heldout=real, subset=subset, ci=ci, file=features)
@@ -101,13 +102,13 @@ def eval_reference(
     files.make_folder(out.parent)
     with process_group(device, several=True) as rank_device:
         opened = open_extractor(extractor, weights, rank_device, download)
-        target = score.open_target(images, resolution, opened, reading)
+        target = open_target(images, resolution, opened, reading)
         if target.count < 2:
             raise DataError(f"a covariance needs at least 2 images, not {target.count}", "take more images")
-        reference = score.measure(opened, target, True, spread(target.count, features))
+        reference = measure(opened, target, True, spread(target.count, features))
     if reference is None or reference.features_ND is None:
         return Result("reference written")
-    score.save_statistics(out, reference, {"transform": TRANSFORM, "versions": versions()}, opened)
+    save_statistics(out, reference, {"transform": TRANSFORM, "versions": versions()}, opened)
     values = {
         "reference": str(out), "name": target.name, "count": target.count, "resolution": target.resolution,
         "features": len(reference.features_ND), "sha256": reference.sha256, "extractor": identity(opened),

@@ -11,7 +11,7 @@ from rdpm_cli.errors import RecipeError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
 from rdpm_cli.evaluation.features import Extractor, collect, open_extractor
 from rdpm_cli.evaluation.metrics import frechet_distance, statistics
-from rdpm_cli.evaluation.score import Reference
+from rdpm_cli.evaluation.reference import Reference, open_reference
 from rdpm_cli.generator import registry, sampler
 from rdpm_cli.generator.config import SamplingConfig
 from rdpm_cli.generator.contract import SampleOptions
@@ -94,7 +94,7 @@ def tune_sampling(
     size, opened = loaded.tokenizer.cfg.autoencoder.resolution, open_extractor(extractor, weights, picked)
     recorded = {"reference": loaded.provenance.get("reference")}
     drawn = ImageSet(str(ckpt), samples, size, None, loaded.class_names, lambda pieces: iter(()), recorded)
-    reference = score.open_reference(ref, drawn, opened, reading)
+    reference = open_reference(ref, drawn, opened, reading)
     facts = {
         "metric": "frechet_distance", "extractor": {"name": opened.name, "sha256": opened.sha256},
         "reference": reference.name, "n": samples, "seed": seed,

@@ -27,6 +27,7 @@ from rdpm_cli.errors import UsageError
 from rdpm_cli.evaluation import features, judge, metrics, score
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
+from rdpm_cli.evaluation.reference import open_recorded
 from rdpm_cli.generator import sampler
 from rdpm_cli.generator.config import GeneratorConfig, ProxyConfig
 from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions, held_out
@@ -321,7 +322,7 @@ def open_proxy(cfg: ProxyConfig, store: CodeStore, device: torch.device) -> tupl
     judge.check_size(extractor.resolution, store.manifest.resolution)
     record = store_reference(store.root, store.manifest)
     hint = "go on without the score with proxy.samples=0"
-    return extractor, score.open_recorded(record, str(store.root), hint, PROXY_REFERENCES)
+    return extractor, open_recorded(record, str(store.root), hint, PROXY_REFERENCES)
 
 
 def training_curves(path: Path, tokenizer_run: Path | None = None, generator_run: Path | None = None) -> None:
