@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from extractors import CPU, Images, assert_close, pixels, save_judge
+import torch
+from extractors import CPU, Images, answer, assert_close, pixels, save_judge
 from numpy.typing import NDArray
 from processes import ranks
 
@@ -19,7 +20,7 @@ from rdpm_cli.engine.recon import eval_recon
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation import metrics, recon
 from rdpm_cli.evaluation.features import INCEPTION, PUBLISHED, collect, open_extractor
-from rdpm_cli.evaluation.recon import open_networks, pair_scores, reconstructions
+from rdpm_cli.evaluation.recon import Perturb, open_networks, pair_scores, reconstructions
 from rdpm_cli.evaluation.reference import open_images
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.losses import Net, load_perceptual
@@ -93,6 +94,39 @@ def test_scores_of_pairs_equal_their_formulas_whatever_the_batches(side: int, no
     assert np.allclose(scores["ssim"], [ssim_by_hand(x, y) for x, y in zip(a, b, strict=True)], atol=1e-4)
     parts = [pair_scores(a[rows], b[rows]) for rows in ([0], [1, 2])]
     assert recon.means(parts) == pytest.approx({name: each.mean() for name, each in scores.items()}, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_perturbed_codes_are_near_ones_of_a_share_of_each_step(tiny_tokenizer_file: Path, share: float) -> None:
+    tokenizer, _ = model.load(tiny_tokenizer_file)
+    K, perturb = tokenizer.cfg.quantizer.codes, Perturb(share, tokenizer)
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, K, (3, tokenizer.quantizer.steps, 16)))
+    changed = perturb(codes, 5, [7, 2, 9])
+    assert (changed != codes).sum(2).unique().tolist() == [round(16 * share)]
+    for t in range(tokenizer.quantizer.steps):
+        book = tokenizer.quantizer.book(t + 1).detach().numpy()
+        for old, new in zip(codes[:, t].flatten().tolist(), changed[:, t].flatten().tolist(), strict=True):
+            nearer = (np.linalg.norm(book - book[old], axis=1) < np.linalg.norm(book[new] - book[old])).sum()
+            assert nearer <= perturb.neighbours  # of them the code itself
+    assert torch.equal(perturb(codes[1:2], 5, [2]), changed[1:2])
+    assert not torch.equal(perturb(codes, 6, [7, 2, 9]), changed)
+
+
+def test_perturbed_and_cut_reconstructions_are_scored_and_say_so(
+    image_folder: Path, tiny_tokenizer_file: Path, judge_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["recon", image_folder, "--tokenizer", tiny_tokenizer_file, "--extractor", judge_path, "--seeds", 1]
+    plain, perturbed, cut = (
+        answer(capsys, *args, *more) for more in ([], ["--perturb", 0.5], ["--dtype-cut", "floor"])
+    )
+    assert perturbed["latent_mse"] > plain["latent_mse"]
+    assert perturbed["continuous"] == plain["continuous"]
+    assert perturbed["options"]["perturb"] == 0.5
+    assert cut["latent_mse"] == plain["latent_mse"]
+    assert cut["mse"] != plain["mse"]
+    assert cut["options"]["dtype_cut"] == "floor"
+    x = torch.tensor([[[[-1.5, -1, 0.9999, 1]]]])
+    assert to_pixels(x, "floor").flatten().tolist() == [0, 0, 254, 255]
 
 
 def test_a_perfect_reconstruction_has_finite_scores() -> None:

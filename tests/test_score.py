@@ -324,6 +324,9 @@ def test_a_checkpoint_scores_like_its_samples_and_writes_nothing(
     direct = answer(capsys, "all", "tau=2", *drawn, *ref)
     raw = answer(capsys, "is", *drawn, "--preset", "raw", "--extractor", judge_path)
     assert raw["options"]["draw"] == "argmax"
+    cut = answer(capsys, "is", "tau=2", *drawn, "--dtype-cut", "floor", "--extractor", judge_path)
+    assert cut["options"] == {**direct["options"], "dtype_cut": "floor"}
+    assert cut["target"]["sha256"] != direct["target"]["sha256"]
     assert list(tmp_path.iterdir()) == []
     for name, outputs in {"files": Outputs(), "packed": Outputs(png=False, npz=True)}.items():
         sample(generator_path, "all", 6, tmp_path / name, seed=3, sampling={"tau": 2.0}, outputs=outputs, device="cpu")

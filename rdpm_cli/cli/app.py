@@ -40,6 +40,9 @@ SEED = typer.Option(min=0, max=2**63 - 1, help="of everything that is drawn at r
 Seed = Annotated[int, SEED]
 PER_CLASS = typer.Option(min=1, help="samples a class")
 Judge = Annotated[str | None, typer.Option(metavar="FILE", help="judge.pt of `rdpm eval judge`")]
+DtypeCut = Annotated[
+    Literal["round", "floor"], typer.Option(help="of drawn values to 8 bits; floor: as pipelines that do not round")
+]
 Seeds = Annotated[int, typer.Option(min=1, help="number of seeds to average over, from --seed on")]
 
 # Options of several commands, sampling options and those of sound: type, default, declaration.

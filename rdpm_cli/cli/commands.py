@@ -215,6 +215,7 @@ def evaluate(
     features: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="save activations, or reuse")] = None,
     subset: Annotated[int | None, typer.Option(min=2, help="fid: mean over balanced subsets of N images")] = None,
     ci: Annotated[bool, typer.Option("--ci", help="fid, is: 95% intervals, by leaving images out")] = False,
+    dtype_cut: cli.DtypeCut = "round",
     **shared: Any,
 ) -> cli.Result:
     """With --ckpt instead of TARGET the samples are drawn without files in between, as --classes, --per-class, --seed,
@@ -225,7 +226,7 @@ def evaluate(
     classes, per_class, preset = (shared.pop(name) for name in ("classes", "per_class", "preset"))
     drawing = {
         "--classes": classes != "all", "--per-class": per_class != 8, "--seed": seed, "--seeds": seeds > 1,
-        "--preset": preset,
+        "--preset": preset, "--dtype-cut": dtype_cut != "round",
     }  # fmt: skip
     words = [*(arguments or []), *(name for name, value in drawing.items() if value)]
     if seeds > 1 and (features or subset or ci):
@@ -234,7 +235,8 @@ def evaluate(
         from rdpm_cli.engine import sample
 
         sample_seeds = range(seed or 0, (seed or 0) + seeds)
-        target: Any = sample.Drawn(ckpt, classes, per_class, sample_seeds, tuple(arguments or []), preset).sets
+        options = tuple(arguments or [])
+        target: Any = sample.Drawn(ckpt, classes, per_class, sample_seeds, options, preset, dtype_cut).sets
     elif arguments and len(words) == 1:
         target = arguments[0]
     else:  # ignoring some of them would score other samples than those asked for
@@ -270,15 +272,21 @@ def recon(
     seeds: cli.Seeds = 4,
     lpips_alex: Annotated[Path | None, typer.Option(metavar="FILE", help="AlexNet weight file, for LPIPS")] = None,
     lpips_vgg: Annotated[Path | None, typer.Option(metavar="FILE", help="VGG16 weight file, for LPIPS")] = None,
+    perturb: Annotated[float, typer.Option(metavar="SHARE", min=0, max=1, help="of codes, replaced by neighbours")] = 0,
+    dtype_cut: cli.DtypeCut = "round",
     **shared: Any,
 ) -> cli.Result:
     """rFID, PSNR, SSIM, LPIPS, MSE and latent error of reconstructions, with their spread over noise seeds.
 
     `continuous` are those of z itself, not quantised. rFID is that of the first seed. It and LPIPS need weights: if
-    they are absent, the score is left out and names the file it needs."""
+    they are absent, the score is left out and names the file it needs. With --perturb the rFID is a pFID: a generator's
+    errors are imitated, by codes near the right ones."""
     from rdpm_cli.engine import recon as engine
 
-    return engine.eval_recon(images, seed=seed, seeds=seeds, lpips_alex=lpips_alex, lpips_vgg=lpips_vgg, **shared)
+    return engine.eval_recon(
+        images, seed=seed, seeds=seeds, lpips_alex=lpips_alex, lpips_vgg=lpips_vgg, perturb=perturb, cut=dtype_cut,
+        **shared,
+    )  # fmt: skip
 
 
 @command(

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from rdpm_cli.errors import DataError, ImageError, RdpmError, RunError
 
 Pixels = NDArray[np.uint8]  # (H, W, 3) RGB, or (B, H, W, 3)
+Cut = Literal["round", "floor"]  # of values to 8 bits
 TRANSFORM = "adm-center-crop"  # its name in manifests
 EXACT_PSNR = 100.0  # dB of an exact copy, so that means stay finite
 # Formats that start other programs (EPS), or that no data set consists of, are left out.
@@ -114,9 +115,12 @@ def to_model(pixels_BCHW: Tensor) -> Tensor:
     return pixels_BCHW.float() / 127.5 - 1.0
 
 
-def to_pixels(x_BCHW: Tensor) -> Tensor:
-    """[-1, 1] -> uint8: round(127.5 x + 127.5), clamped. The inverse of `to_model`."""
-    return (127.5 * x_BCHW.float() + 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_pixels(x_BCHW: Tensor, cut: Cut = "round") -> Tensor:
+    """[-1, 1] -> uint8: round(127.5 x + 127.5), clamped. The inverse of `to_model`.
+
+    cut: `floor` is what pipelines do that convert to uint8 without rounding."""
+    values_BCHW = 127.5 * x_BCHW.float() + 127.5
+    return (values_BCHW.round() if cut == "round" else values_BCHW.floor()).clamp(0, 255).to(torch.uint8)
 
 
 def hwc(pixels_BCHW: Tensor) -> Pixels:

@@ -47,7 +47,7 @@ MAX_PICTURES, MAX_PICTURE_SIZE = 24, (1120, 1400)  # on a page; pixels
 
 # metric -> label, +1 if higher is better, -1 if lower is better, 0 if neither
 METRICS = {
-    "fid": ("FID", -1), "sfid": ("sFID", -1), "rfid": ("rFID", -1), "kid": ("KID", -1),
+    "fid": ("FID", -1), "sfid": ("sFID", -1), "rfid": ("rFID", -1), "pfid": ("pFID", -1), "kid": ("KID", -1),
     "frechet_distance": ("Fréchet distance", -1), "spatial_frechet_distance": ("spatial Fréchet distance", -1),
     "frechet_distance_heldout": ("Fréchet distance of held-out images", 0), "kernel_distance": ("kernel distance", -1),
     "inception_score": ("IS", 1), "classifier_score": ("classifier score", 1), "precision": ("precision", 1),

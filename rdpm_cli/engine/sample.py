@@ -20,7 +20,7 @@ from rdpm_cli.data import folder, pictures
 from rdpm_cli.data.folder import ImageSet, SampleFiles
 from rdpm_cli.data.labels import parse_classes
 from rdpm_cli.data.open import open_item
-from rdpm_cli.data.pixels import Pixels, cells, center_crop, chw, to_model
+from rdpm_cli.data.pixels import Cut, Pixels, cells, center_crop, chw, to_model
 from rdpm_cli.distributed import one_thread, pick_device
 from rdpm_cli.engine.watch import decode_prefixes
 from rdpm_cli.errors import UsageError, rdpm_command
@@ -361,6 +361,7 @@ class Drawn:
     seeds: range = range(1)
     overrides: tuple[str, ...] = ()
     preset: str | None = None
+    cut: Cut = "round"
 
     def sets(self, device: torch.device) -> list[ImageSet]:
         """The samples of each seed, drawn as they are read; each process draws only those that it reads."""
@@ -373,11 +374,13 @@ class Drawn:
 
             def read(pieces: Iterable[range]) -> Iterator[Pixels]:
                 loaded.to(device, options.sampling.compile)
-                job = sampler.Job(loaded.generator, loaded.tokenizer, replace(options, seed=seed), micro_batch)
+                drawn_by = replace(options, seed=seed)
+                job = sampler.Job(loaded.generator, loaded.tokenizer, drawn_by, micro_batch, cut=self.cut)
                 for piece in pieces:
                     yield job.draw(piece, labels[piece.start : piece.stop]).pixels_BHWC
 
             drawn = {"seed": seed, "classes": self.classes, "per_class": self.per_class, "checkpoint": loaded.digest}
+            drawn |= {} if self.cut == "round" else {"dtype_cut": self.cut}
             record = {
                 "reference": loaded.provenance.get("reference"),
                 "options": {**options.sampling.model_dump(), **drawn},

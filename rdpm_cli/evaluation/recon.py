@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdpm_cli import progress
+from rdpm_cli import noise, progress
 from rdpm_cli.data.mel import Mel, Wave, log_mel
-from rdpm_cli.data.pixels import EXACT_PSNR, Pixels, chw, hwc, to_model, to_pixels
+from rdpm_cli.data.pixels import EXACT_PSNR, Cut, Pixels, chw, hwc, to_model, to_pixels
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import gather, one_thread, world
 from rdpm_cli.errors import AbsentWeightsError, UsageError
@@ -30,13 +30,36 @@ BORDER = 5  # pixels on each side whose SSIM window is not whole
 PairScores = dict[str, metrics.Array]  # name -> one value an image
 
 
+class Perturb:
+    """Replaces a share of each step's codes by one of the K / 20 nearest other codes, uniformly (arXiv 2503.08354)."""
+
+    def __init__(self, share: float, tokenizer: Tokenizer) -> None:
+        books_MKC = tokenizer.quantizer.books.detach()
+        self.share, self.neighbours = share, max(1, books_MKC.shape[1] // 20)
+        distances_MKK = torch.cdist(books_MKC, books_MKC)
+        distances_MKK.diagonal(dim1=1, dim2=2).fill_(torch.inf)  # a code is no neighbour of itself
+        self.nearest_MKD = distances_MKK.topk(self.neighbours, largest=False).indices
+
+    def __call__(self, codes_BTS: Tensor, seed: int, indices: Sequence[int]) -> Tensor:
+        """The codes of images of these indices; which change, and to what, depends on (seed, index, t) only."""
+        steps, count = [], round(self.share * codes_BTS.shape[2])
+        for t, codes_BS in enumerate(codes_BTS.unbind(1), 1):
+            shape = (2, codes_BS.shape[1])
+            uniform = noise.uniform_rows("perturb", seed, indices, [0] * len(indices), t, shape)
+            order_BS, draw_BS = torch.from_numpy(uniform).to(codes_BS.device).unbind(1)
+            other_BS = (draw_BS * self.neighbours).long()
+            replaced_BS = self.nearest_MKD[min(t, len(self.nearest_MKD)) - 1][codes_BS, other_BS]
+            steps.append(torch.where(order_BS.argsort(1).argsort(1) < count, replaced_BS, codes_BS))
+        return torch.stack(steps, 1)
+
+
 def reconstructions(
     source: Source, tokenizer: Tokenizer, seeds: Sequence[int | None], device: torch.device, indices: list[int],
-    rank: int = 0, size: int = 1,
+    rank: int = 0, size: int = 1, *, perturb: Perturb | None = None, cut: Cut = "round",
 ) -> Iterator[tuple[list[int], Pixels, list[tuple[Pixels, Tensor]]]]:  # fmt: skip
     """(indices, originals, [(reconstructions, mean of (z' - z)² of each) of each seed]) under the `eval` noise.
 
-    Seed None: of z itself, without quantisation."""
+    Seed None: of z itself, without quantisation. cut: of values to 8 bits."""
     for start in range(rank * BATCH, len(indices), size * BATCH):
         batch = indices[start : start + BATCH]
         padded = batch + [batch[-1]] * (BATCH - len(batch))
@@ -48,8 +71,10 @@ def reconstructions(
                 decoded_BCS = z_BCS
                 if seed is not None:
                     eps_BTCS = tokenizer.noise("eval", seed, padded, [0] * BATCH).to(device)
-                    decoded_BCS = tokenizer.quantizer.decode(tokenizer.quantizer.encode(z_BCS, eps_BTCS))
-                pixels = hwc(to_pixels(tokenizer.decode_latents(decoded_BCS)))
+                    codes_BTS = tokenizer.quantizer.encode(z_BCS, eps_BTCS)
+                    codes_BTS = perturb(codes_BTS, seed, padded) if perturb else codes_BTS
+                    decoded_BCS = tokenizer.quantizer.decode(codes_BTS)
+                pixels = hwc(to_pixels(tokenizer.decode_latents(decoded_BCS), cut))
                 mse_B = (decoded_BCS - z_BCS).square().flatten(1).mean(1)
                 recons.append((pixels[: len(batch)], mse_B[: len(batch)]))
         yield batch, originals[: len(batch)], recons
@@ -134,15 +159,19 @@ def open_networks(
 
 
 def score(
-    source: Source, tokenizer: Tokenizer, networks: Networks, seeds: range, device: torch.device, limit: int | None
-) -> dict[str, Any] | None:
+    source: Source, tokenizer: Tokenizer, networks: Networks, seeds: range, device: torch.device, limit: int | None,
+    *, perturb: Perturb | None = None, cut: Cut = "round",
+) -> dict[str, Any] | None:  # fmt: skip
     """Means over images and seeds, their spread over seeds, the Fréchet distance of the first seed; in process 0.
 
     continuous: the scores of z itself."""
     (rank, size), extractor = world(), networks.extractor
     indices, batches = spread(len(source), limit), []
+    made = reconstructions(
+        source, tokenizer, [*seeds, None], device, indices, rank, size, perturb=perturb, cut=cut
+    )  # fmt: skip
     with progress.Bar("reconstruct", len(indices), "images") as bar:
-        for part, originals, recons in reconstructions(source, tokenizer, [*seeds, None], device, indices, rank, size):
+        for part, originals, recons in made:
             scores = [pair_scores(originals, pixels, networks.perceptual) for pixels, _ in recons]
             for each, (_, mse_B) in zip(scores[:-1], recons[:-1], strict=True):
                 each["latent_mse"] = mse_B.double().cpu().numpy()
@@ -151,11 +180,16 @@ def score(
             batches.append((features.image_digests(originals), sides_ND, scores))
             bar.advance(min(len(part) * size, len(indices) - bar.done))
     by_rank = gather(batches)
-    return None if by_rank is None else _record(source, networks, seeds, features.in_order(by_rank))
+    name = "pfid" if perturb else "rfid"
+    return None if by_rank is None else _record(source, networks, seeds, features.in_order(by_rank), name)
 
 
-def _record(source: Source, networks: Networks, seeds: range, batches: list[tuple[Any, Any, Any]]) -> dict[str, Any]:
-    """batches: digests of the originals, features of them and their reconstructions, scores of each seed and of z."""
+def _record(
+    source: Source, networks: Networks, seeds: range, batches: list[tuple[Any, Any, Any]], fid: str
+) -> dict[str, Any]:
+    """batches: digests of the originals, features of them and their reconstructions, scores of each seed and of z.
+
+    fid: the name of a Fréchet distance by the published Inception."""
     digests, features_of, scores_of = zip(*batches, strict=True)
     extractor, count = networks.extractor, sum(map(len, digests))
     *by_seed, continuous = (means(scores) for scores in zip(*scores_of, strict=True))
@@ -163,8 +197,7 @@ def _record(source: Source, networks: Networks, seeds: range, batches: list[tupl
     notes = [network.note for network in networks.perceptual.values() if network.note]
     if extractor:
         original, recon, of_z = (metrics.statistics(np.concatenate(side)) for side in zip(*features_of, strict=True))
-        # Only the published Inception's distance of reconstructions may be called rFID.
-        name = "rfid" if extractor.name == features.PUBLISHED else "frechet_distance"
+        name = fid if extractor.name == features.PUBLISHED else "frechet_distance"
         values[name], continuous[name] = (metrics.frechet_distance(side, original) for side in (recon, of_z))
         notes += [extractor.note] if extractor.note else []
         notes += rank_notes(recon.count, len(recon.mean_D))

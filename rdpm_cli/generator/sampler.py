@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rdpm_cli import noise, progress
-from rdpm_cli.data.pixels import Pixels, hwc, to_pixels
+from rdpm_cli.data.pixels import Cut, Pixels, hwc, to_pixels
 from rdpm_cli.distributed import one_thread
 from rdpm_cli.generator.contract import Generator, Known, SampleOptions
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -55,6 +55,7 @@ class Job:
     options: SampleOptions
     micro_batch: int  # images a pass
     known_codes: KnownCodes | None = None  # for editing
+    cut: Cut = "round"
 
     def __post_init__(self) -> None:
         self.device = next(self.generator.network.parameters()).device
@@ -109,5 +110,5 @@ class Job:
             columns = {"labels": torch.tensor(labels, device=self.device)}
             codes = self.generator.sample(columns, torch.tensor(indices), self.options, known)
             with one_thread():  # convolutions depend on the number of threads
-                pixels = hwc(to_pixels(self.tokenizer.decode(codes)))
+                pixels = hwc(to_pixels(self.tokenizer.decode(codes), self.cut))
         return codes[:count].cpu(), pixels[:count]
