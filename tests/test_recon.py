@@ -106,8 +106,8 @@ def test_perturbed_codes_are_near_ones_of_a_share_of_each_step(tiny_tokenizer_fi
     for t in range(tokenizer.quantizer.steps):
         book = tokenizer.quantizer.book(t + 1).detach().numpy()
         for old, new in zip(codes[:, t].flatten().tolist(), changed[:, t].flatten().tolist(), strict=True):
-            nearer = (np.linalg.norm(book - book[old], axis=1) < np.linalg.norm(book[new] - book[old])).sum()
-            assert nearer <= perturb.neighbours  # of them the code itself
+            distances = np.linalg.norm(book - book[old], axis=1)
+            assert (distances < distances[new]).sum() <= perturb.neighbours  # of them the code itself
     assert torch.equal(perturb(codes[1:2], 5, [2]), changed[1:2])
     assert not torch.equal(perturb(codes, 6, [7, 2, 9]), changed)
 

@@ -36,7 +36,7 @@ class Perturb:
     def __init__(self, share: float, tokenizer: Tokenizer) -> None:
         books_MKC = tokenizer.quantizer.books.detach()
         self.share, self.neighbours = share, max(1, books_MKC.shape[1] // 20)
-        distances_MKK = torch.cdist(books_MKC, books_MKC)
+        distances_MKK = torch.cdist(books_MKC, books_MKC, compute_mode="donot_use_mm_for_euclid_dist")  # exact
         distances_MKK.diagonal(dim1=1, dim2=2).fill_(torch.inf)  # a code is no neighbour of itself
         self.nearest_MKD = distances_MKK.topk(self.neighbours, largest=False).indices
 
