@@ -15,12 +15,41 @@ from rdpm_cli.data.source import spread
 from rdpm_cli.distributed import process_group
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
-from rdpm_cli.evaluation.features import Inception, identity, open_extractor
+from rdpm_cli.evaluation.features import Extractor, Inception, identity, open_extractor
 from rdpm_cli.runs import Result, versions
+
+Target = str | Callable[[torch.device], Sequence[ImageSet]]  # images, or the samples of each seed, drawn when read
+
+
+def open_target(
+    target: Target, device: torch.device, extractor: str | Path | None, weights: Path | None, download: bool,
+    resolution: int | None, reading: Mapping[str, Any] | None,
+) -> tuple[Extractor, Sequence[ImageSet]]:  # fmt: skip
+    """The extractor, and the images or the sets of samples to score. Raises UsageError."""
+    if isinstance(target, str):
+        if not is_there(target):
+            hint = "name a folder of samples or images, an .npz, or give --ckpt FILE"
+            raise UsageError(f"{target} does not exist", hint)
+        opened = open_extractor(extractor, weights, device, download)
+        return opened, [score.open_target(target, resolution, opened, reading)]
+    if resolution:
+        raise UsageError("--resolution is that of the checkpoint", "leave it out")
+    # A checkpoint first: one that draws no images must not ask for the weights of Inception.
+    sets = target(device)
+    return open_extractor(extractor, weights, device, download), sets
+
+
+def made_with(images: ImageSet, extractor: Extractor) -> dict[str, Any]:
+    """Options, checkpoint and resolution of scored images, and the versions of libraries."""
+    libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(extractor, Inception) else {}
+    return {
+        "options": images.record.get("options"), "versions": {**versions(), **libraries},
+        "checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution,
+    }  # fmt: skip
 
 
 def eval_images(
-    metric: str, target: str | Callable[[torch.device], Sequence[ImageSet]], ref: str | None = None, *,
+    metric: str, target: Target, ref: str | None = None, *,
     extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
     features: Path | None = None, subset: int | None = None, ci: bool = False, resolution: int | None = None,
     device: str = "auto", reading: Mapping[str, Any] | None = None,
@@ -34,20 +63,12 @@ def eval_images(
         raise UsageError(f"`eval {metric}` does not take {named}", "fid and all take --subset or --ci, is takes --ci")
     if ref is not None and metric == "is":
         raise UsageError("--ref: `eval is` compares with no reference", "leave it out")
-    if isinstance(target, str) and not is_there(target):
-        raise UsageError(f"{target} does not exist", "name a folder of samples or images, an .npz, or give --ckpt FILE")
-    if callable(target) and resolution:
-        raise UsageError("--resolution is that of the checkpoint", "leave it out")
+    if metric == "sfid" and extractor not in (None, "inception"):
+        raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
     if features:
         files.make_folder(features.parent)  # before the pass, not after it
     with process_group(device, several=True) as rank_device:
-        # A checkpoint first: one that draws no images must not ask for the weights of Inception.
-        sets: Sequence[ImageSet] = [] if isinstance(target, str) else target(rank_device)
-        opened = open_extractor(extractor, weights, rank_device, download)
-        if metric == "sfid" and not opened.spatial_width:
-            raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
-        if isinstance(target, str):
-            sets = [score.open_target(target, resolution, opened, reading)]
+        opened, sets = open_target(target, rank_device, extractor, weights, download, resolution, reading)
         images = sets[0]
         reference = None if metric == "is" else score.open_reference(ref, images, opened, reading)
         records = score.score(metric, opened, sets, reference, subset=subset, ci=ci, file=features)
@@ -56,10 +77,7 @@ def eval_images(
     values = records[0]
     if len(sets) > 1:
         values = score.average(records, [drawn.record["options"].pop("seed") for drawn in sets])
-    libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(opened, Inception) else {}
-    values |= {"options": images.record.get("options"), "versions": {**versions(), **libraries}}
-    values |= {"checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution}
-    return Result("score", values)
+    return Result("score", values | made_with(images, opened))
 
 
 def eval_reference(

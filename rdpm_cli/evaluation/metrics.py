@@ -153,7 +153,7 @@ def precision_recall(
     samples, reference = (torch.from_numpy(side).to(device) for side in centred)
     radii_N, radii_M = _radii(samples, k), _radii(reference, k)
     precise, recalled = torch.zeros_like(radii_N, dtype=torch.bool), torch.zeros_like(radii_M, dtype=torch.bool)
-    for rows, columns, distances in _blocks(samples, reference):
+    for rows, columns, distances in blocks(samples, reference):
         precise[rows] |= (distances <= radii_M[columns]).any(1)
         recalled[columns] |= (distances <= radii_N[rows, None]).any(0)
     return float(precise.double().mean()), float(recalled.double().mean())
@@ -162,7 +162,7 @@ def precision_recall(
 def _radii(x_ND: Tensor, k: int) -> Tensor:
     """Squared distance of each row to its k-th nearest neighbour, (N,)."""
     nearest_NK = torch.full((len(x_ND), k), torch.inf, device=x_ND.device)
-    for rows, columns, distances in _blocks(x_ND, x_ND):
+    for rows, columns, distances in blocks(x_ND, x_ND):
         first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
         diagonal = torch.arange(first, max(first, last), device=x_ND.device)
         distances[diagonal - rows.start, diagonal - columns.start] = torch.inf  # a point is no neighbour of itself
@@ -171,7 +171,7 @@ def _radii(x_ND: Tensor, k: int) -> Tensor:
     return nearest_NK.amax(1)
 
 
-def _blocks(a_ND: Tensor, b_MD: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def blocks(a_ND: Tensor, b_MD: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, their squared distances)."""
     a_squared, b_squared = a_ND.square().sum(1), b_MD.square().sum(1)
     for row in range(0, len(a_ND), ROWS):
