@@ -99,6 +99,7 @@ WALK = {
     "eval pr": f"samples --ref images {JUDGED}",
     "eval kid": f"samples --ref images {JUDGED}",
     "eval all": f"samples --ref images {JUDGED}",
+    "eval memory": f"samples --ref images --heldout images --sheet pairs.png {JUDGED}",
     "eval reference": f"images ref.npz --features 8 --resolution 16 {JUDGED}",
     "eval recon": "images --tokenizer runs/tok/tokenizer.pt --limit 4 --seeds 1",
     "eval baselines": "images --heldout images --resolution 16 --per-class 4 --seeds 1 "

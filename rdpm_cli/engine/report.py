@@ -51,8 +51,9 @@ METRICS = {
     "frechet_distance": ("Fréchet distance", -1), "spatial_frechet_distance": ("spatial Fréchet distance", -1),
     "frechet_distance_heldout": ("Fréchet distance of held-out images", 0), "kernel_distance": ("kernel distance", -1),
     "inception_score": ("IS", 1), "classifier_score": ("classifier score", 1), "precision": ("precision", 1),
-    "recall": ("recall", 1), "class_accuracy": ("class accuracy", 1), "validity": ("validity, dB", 1),
-    "psnr": ("PSNR, dB", 1), "ssim": ("SSIM", 1), "lpips_alex": ("LPIPS (alex)", -1),
+    "recall": ("recall", 1), "near_copies": ("near copies", -1), "authpct": ("authentic share", 1),
+    "near_copies_features": ("near copies by features", -1), "class_accuracy": ("class accuracy", 1),
+    "validity": ("validity, dB", 1), "psnr": ("PSNR, dB", 1), "ssim": ("SSIM", 1), "lpips_alex": ("LPIPS (alex)", -1),
     "lpips_vgg": ("LPIPS (vgg)", -1), "mse": ("MSE", -1), "latent_mse": ("latent error", -1),
     "parameters": ("parameters", 0),
 }  # fmt: skip
