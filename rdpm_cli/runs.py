@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,12 @@ class Result:
     next: str = ""
     text: str = ""
     picture: Any = None
+
+
+def text_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells in aligned columns, for the text of a result."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def versions() -> dict[str, str]:

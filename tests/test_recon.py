@@ -139,7 +139,7 @@ def test_values_are_those_of_independent_computations(
 ) -> None:
     seeds, vgg, folder = (3, 4, 5), random_backbones["vgg"], str(image_folder)
     values = eval_recon(
-        folder, tiny_tokenizer_file, seed=3, seeds=3, extractor=judge_path, lpips_vgg=vgg, device="cpu"
+        folder, tiny_tokenizer_file, seed=3, seeds=3, extractor=judge_path, lpips={"vgg": vgg}, device="cpu"
     ).values
     both = [pairs(image_folder, tiny_tokenizer_file, seed)[1:] for seed in seeds]
     unit = [[chw(side).double() / 255 for side in pair] for pair in both]

@@ -32,7 +32,7 @@ Result = Any  # rdpm_cli.runs.Result, which cannot be imported without torch
 Images = Annotated[
     str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, digits, shapes")
 ]
-Heldout = Annotated[str | None, typer.Option(metavar="IMAGES", help="images or recordings to measure it on")]
+Heldout = Annotated[str | None, typer.Option(metavar="IMAGES", help="images or recordings that are not trained on")]
 CKPT = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")
 Recipe = Annotated[str, typer.Option(metavar="NAME|FILE", help="shipped recipe, or a YAML file")]
 RunFolder = Annotated[Path | None, typer.Option(metavar="RUN", help="run folder; default runs/<recipe>-...")]

@@ -205,13 +205,16 @@ def tune_sampling(
     return tune.tune_sampling(ckpt, out, samples=samples, budget=budget, seed=seed, **shared)
 
 
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="TARGET|[KEY=VALUE]...", help="to score")]
+
+
 def evaluate(
     metric: str,
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="TARGET|[KEY=VALUE]...", help="to score")] = None,
+    arguments: Arguments = None,
     ckpt: Annotated[Path | None, cli.CKPT] = None,
     seed: Annotated[int | None, cli.SEED] = None,
     seeds: cli.Seeds = 1,
-    heldout: Annotated[str | None, typer.Option(metavar="IMAGES", help="fdr: real ones not trained on")] = None,
+    heldout: cli.Heldout = None,
     features: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="save activations, or reuse")] = None,
     subset: Annotated[int | None, typer.Option(min=2, help="fid: mean over balanced subsets of N images")] = None,
     ci: Annotated[bool, typer.Option("--ci", help="fid, is: 95% intervals, by leaving images out")] = False,
@@ -223,25 +226,32 @@ def evaluate(
     seeds, next to its standard deviation; details of one set, such as its spread over splits, are left out."""
     from rdpm_cli.engine import score
 
-    classes, per_class, preset = (shared.pop(name) for name in ("classes", "per_class", "preset"))
-    drawing = {
-        "--classes": classes != "all", "--per-class": per_class != 8, "--seed": seed, "--seeds": seeds > 1,
-        "--preset": preset, "--dtype-cut": dtype_cut != "round",
-    }  # fmt: skip
-    words = [*(arguments or []), *(name for name, value in drawing.items() if value)]
     if seeds > 1 and (features or subset or ci):
         raise UsageError("--features, --subset and --ci are for samples of one seed", "leave --seeds out")
+    target = to_score(arguments or [], ckpt, seed, seeds, dtype_cut, shared)
+    return score.eval_images(metric, target, heldout=heldout, features=features, subset=subset, ci=ci, **shared)
+
+
+def to_score(
+    arguments: list[str], ckpt: Path | None, seed: int | None, seeds: int, dtype_cut: Literal["round", "floor"],
+    shared: dict[str, Any],
+) -> Any:  # fmt: skip
+    """TARGET, or what draws the samples of --ckpt; takes the options of drawing out of `shared`. Raises UsageError."""
+    classes, per_class, preset = (shared.pop(name) for name in ("classes", "per_class", "preset"))
     if ckpt is not None:
         from rdpm_cli.engine import sample
 
         sample_seeds = range(seed or 0, (seed or 0) + seeds)
-        options = tuple(arguments or [])
-        target: Any = sample.Drawn(ckpt, classes, per_class, sample_seeds, options, preset, dtype_cut).sets
-    elif arguments and len(words) == 1:
-        target = arguments[0]
-    else:  # ignoring some of them would score other samples than those asked for
+        options = tuple(arguments)
+        return sample.Drawn(ckpt, classes, per_class, sample_seeds, options, preset, dtype_cut).sets
+    drawing = {
+        "--classes": classes != "all", "--per-class": per_class != 8, "--seed": seed, "--seeds": seeds > 1,
+        "--preset": preset, "--dtype-cut": dtype_cut != "round",
+    }  # fmt: skip
+    words = [*arguments, *(name for name, value in drawing.items() if value)]
+    if not arguments or len(words) > 1:  # ignoring some of them would score other samples than those asked for
         raise UsageError(f"expected one TARGET, got {' '.join(words) or 'none'}", "the other options belong to --ckpt")
-    return score.eval_images(metric, target, heldout=heldout, features=features, subset=subset, ci=ci, **shared)
+    return arguments[0]
 
 
 for _metric, _summary in METRICS.items():
@@ -250,6 +260,29 @@ for _metric, _summary in METRICS.items():
     _example = f"eval {_metric} samples/" + ("" if _metric == "is" else " --ref reference.npz")
     _example += " --heldout imagenet/val" if _metric == "fdr" else ""
     command(evaluation, _example, f"classes per_class preset ref resolution {SCORING} {READING}", name=_metric)(_score)
+
+
+@command(
+    evaluation, "eval memory samples/ --ref imagenet/train --heldout imagenet/val --sheet pairs.png",
+    f"classes per_class preset ref resolution {SCORING} {READING}",
+)  # fmt: skip
+def memory(
+    arguments: Arguments = None,
+    ckpt: Annotated[Path | None, cli.CKPT] = None,
+    seed: Annotated[int | None, cli.SEED] = None,
+    heldout: cli.Heldout = None,
+    sheet: Annotated[Path | None, typer.Option(metavar="FILE.png", help="picture of the closest pairs")] = None,
+    **shared: Any,
+) -> cli.Result:
+    """Whether TARGET, or the samples of --ckpt, are copies of the training images, which --ref names.
+
+    `near_copies`: share of samples at most a third as far from the nearest training image as from the second nearest,
+    by their pixels. `authpct`: share that is farther from its nearest training image than that is from the others, by
+    features. Only next to the same shares of --heldout, images that were not trained on, do they mean anything."""
+    from rdpm_cli.engine import memory as engine
+
+    target = to_score(arguments or [], ckpt, seed, 1, "round", shared)
+    return engine.eval_memory(target, heldout=heldout, sheet=sheet, **shared)
 
 
 @command(evaluation, "eval reference imagenet/ ref.npz", f"resolution {SCORING} {READING}")
@@ -284,7 +317,7 @@ def recon(
     from rdpm_cli.engine import recon as engine
 
     return engine.eval_recon(
-        images, seed=seed, seeds=seeds, lpips_alex=lpips_alex, lpips_vgg=lpips_vgg, perturb=perturb, cut=dtype_cut,
+        images, seed=seed, seeds=seeds, lpips={"alex": lpips_alex, "vgg": lpips_vgg}, perturb=perturb, cut=dtype_cut,
         **shared,
     )  # fmt: skip
 

@@ -62,7 +62,9 @@ def finish(folder: Path, record: Record) -> None:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to score, in order. labels: None unless all are known. record: of samples, samples.json."""
+    """Images to score, in order. labels: None unless all are known. record: of samples, samples.json.
+
+    names: of their files; empty where they have none."""
 
     name: str
     count: int
@@ -71,6 +73,7 @@ class ImageSet:
     class_names: list[str]
     read: Reader
     record: Record = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
 
 
 def open_samples(folder: Path) -> ImageSet:
@@ -101,7 +104,9 @@ def open_samples(folder: Path) -> ImageSet:
     if packed:
         npz = NpzImages(paths[0])
         check_shape(paths[0], npz.shape, (len(rows), size, size, 3))
-    return ImageSet(str(folder), len(rows), size, labels, class_names, npz.read if packed else read, record)
+        return ImageSet(str(folder), len(rows), size, labels, class_names, npz.read, record)
+    names = [row["file"] for row in rows]
+    return ImageSet(str(folder), len(rows), size, labels, class_names, read, record, names)
 
 
 def open_npz(path: Path) -> ImageSet:

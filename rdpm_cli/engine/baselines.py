@@ -26,7 +26,7 @@ from rdpm_cli.evaluation.recon import BATCH, reconstructions
 from rdpm_cli.evaluation.reference import crop_side, open_images, open_reference
 from rdpm_cli.generator.baselines import fit, sample
 from rdpm_cli.generator.sampler import balanced_labels
-from rdpm_cli.runs import Result, versions
+from rdpm_cli.runs import Result, text_table, versions
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.model import Tokenizer
 
@@ -168,11 +168,12 @@ def _table(values: Record) -> str:
     names = dict.fromkeys(name for row in rows.values() for name, score in row.items() if isinstance(score, dict))
     lines = [["", *rows], ["n", *(str(row["n"]) for row in rows.values())]]
     lines += [[name, *(_cell(row.get(name)) for row in rows.values())] for name in names]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     seeds, (reference, extractor) = values["seeds"], (values[side]["name"] for side in ("reference", "extractor"))
     title = f"mean ± standard deviation over seeds {seeds[0]} to {seeds[-1]}; against {reference}, by {extractor}"
-    return "\n".join([title, *table, *(f"  no {row}: {why}" for row, why in values["not_computed"].items())]) + "\n"
+    return (
+        "\n".join([title, text_table(lines), *(f"  no {row}: {why}" for row, why in values["not_computed"].items())])
+        + "\n"
+    )
 
 
 def _cell(score: Record | None) -> str:

@@ -1,5 +1,6 @@
 """eval recon: scores of reconstructions, over several noise seeds."""
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,15 @@ from rdpm_cli.tokenizer.losses import Net
 def eval_recon(
     images: str, tokenizer: Path | None = None, *, seed: int = 0, seeds: int = 4, limit: int | None = None,
     extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
-    lpips_alex: Path | None = None, lpips_vgg: Path | None = None, perturb: float = 0.0, cut: Cut = "round",
+    lpips: Mapping[Net, Path | None] = {}, perturb: float = 0.0, cut: Cut = "round",
     device: str = "auto", reading: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """Scores of reconstructions: means over noise seeds seed..seed+seeds-1 and their spread; rFID of the first seed.
 
-    perturb: share of codes that neighbours replace."""
+    lpips: weight files of its networks. perturb: share of codes that neighbours replace."""
     path, source = find_tokenizer(tokenizer), open_source(images, **(reading or {}))
     loaded, content = model.load(path)
     count, size = len(spread(len(source), limit)), loaded.cfg.autoencoder.resolution
-    lpips: dict[Net, Path | None] = {"alex": lpips_alex, "vgg": lpips_vgg}
     with process_group(device, several=True) as rank_device:
         networks = recon.open_networks(count, size, rank_device, lpips, extractor, weights, download)
         noise_seeds = range(seed, seed + seeds)

@@ -16,16 +16,52 @@ from rdpm_cli.data.source import spread
 from rdpm_cli.distributed import process_group
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
-from rdpm_cli.evaluation.features import Inception, identity, open_extractor
-from rdpm_cli.evaluation.reference import Reference, measure, open_reference, open_target, save_statistics
+from rdpm_cli.evaluation.features import Extractor, Inception, identity, open_extractor
+from rdpm_cli.evaluation.reference import holds_statistics, measure, open_reference, open_target, save_statistics
 from rdpm_cli.runs import Result, versions
 
 # metric -> options that it takes
 TAKES = {"fid": ("--subset", "--ci"), "is": ("--ci",), "fdr": ("--heldout",), "all": ("--subset", "--ci", "--heldout")}
 
+Target = str | Callable[[torch.device], Sequence[ImageSet]]  # images, or the samples of each seed, drawn when read
+
+
+def open_scored(
+    target: Target, device: torch.device, extractors: Sequence[str | Path | None], weights: Path | None,
+    download: bool, resolution: int | None, reading: Mapping[str, Any] | None,
+) -> tuple[list[Extractor], Sequence[ImageSet]]:  # fmt: skip
+    """The extractors, and the images or the sets of samples to score. Raises UsageError."""
+    if isinstance(target, str) and not is_there(target):
+        raise UsageError(f"{target} does not exist", "name a folder of samples or images, an .npz, or give --ckpt FILE")
+    if callable(target) and resolution:
+        raise UsageError("--resolution is that of the checkpoint", "leave it out")
+    # A checkpoint first: one that draws no images must not ask for the weights of Inception.
+    sets: Sequence[ImageSet] = [] if isinstance(target, str) else target(device)
+    opened = [open_extractor(name, weights, device, download) for name in extractors]
+    return opened, [open_target(target, resolution, opened[0], reading)] if isinstance(target, str) else sets
+
+
+def open_compared(
+    spec: str | None, samples: ImageSet, extractor: Extractor, reading: Mapping[str, Any] | None
+) -> ImageSet:
+    """Images of the samples' size: those named, or those that the samples' record names. Raises DataError."""
+    images = None if spec and holds_statistics(spec) else open_reference(spec, samples, extractor, reading)
+    if not isinstance(images, ImageSet):
+        raise DataError(f"{spec} holds statistics", "give images")
+    return images
+
+
+def made_with(images: ImageSet, extractor: Extractor) -> dict[str, Any]:
+    """Options, checkpoint and resolution of scored images, and the versions of libraries."""
+    libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(extractor, Inception) else {}
+    return {
+        "options": images.record.get("options"), "versions": {**versions(), **libraries},
+        "checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution,
+    }  # fmt: skip
+
 
 def eval_images(
-    metric: str, target: str | Callable[[torch.device], Sequence[ImageSet]], ref: str | None = None, *,
+    metric: str, target: Target, ref: str | None = None, *,
     extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
     heldout: str | None = None, features: Path | None = None, subset: int | None = None, ci: bool = False,
     resolution: int | None = None, device: str = "auto", reading: Mapping[str, Any] | None = None,
@@ -44,27 +80,17 @@ def eval_images(
         raise UsageError("`eval fdr` needs --heldout", "name real images that were not trained on")
     if ref is not None and metric == "is":
         raise UsageError("--ref: `eval is` compares with no reference", "leave it out")
-    if isinstance(target, str) and not is_there(target):
-        raise UsageError(f"{target} does not exist", "name a folder of samples or images, an .npz, or give --ckpt FILE")
-    if callable(target) and resolution:
-        raise UsageError("--resolution is that of the checkpoint", "leave it out")
     if features:
         files.make_folder(features.parent)  # before the pass, not after it
     extractors = str(extractor).split(",") if extractor and metric == "fdr" else [extractor]
     with process_group(device, several=True) as rank_device:
-        # A checkpoint first: one that draws no images must not ask for the weights of Inception.
-        sets: Sequence[ImageSet] = [] if isinstance(target, str) else target(rank_device)
-        opened = [open_extractor(name, weights, rank_device, download) for name in extractors]
+        opened, sets = open_scored(target, rank_device, extractors, weights, download, resolution, reading)
         if metric == "sfid" and not opened[0].spatial_width:
             raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
-        if isinstance(target, str):
-            sets = [open_target(target, resolution, opened[0], reading)]
         by_extractor = []
         for each in opened:
             reference = None if metric == "is" else open_reference(ref, sets[0], each, reading)
-            real = open_reference(heldout, sets[0], each, reading) if heldout else None
-            if isinstance(real, Reference):
-                raise DataError(f"{heldout} holds statistics", "give images as --heldout")
+            real = open_compared(heldout, sets[0], each, reading) if heldout else None
             by_extractor.append(
                 score.score(metric, each, sets, reference, heldout=real, subset=subset, ci=ci, file=features)
             )
@@ -75,11 +101,7 @@ def eval_images(
         seeds = [drawn.record["options"].pop("seed") for drawn in sets]
         values = [score.average(records, seeds) for records in by_extractor]
     result = values[0] if len(values) == 1 else _averaged(values)
-    libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(opened[0], Inception) else {}
-    images = sets[0]
-    result |= {"options": images.record.get("options"), "versions": {**versions(), **libraries}}
-    result |= {"checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution}
-    return Result("score", result)
+    return Result("score", result | made_with(sets[0], opened[0]))
 
 
 def _averaged(values: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from rdpm_cli.engine.speech_scores import Judges, Sound, check_words, drawn_soun
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation.speech_networks import HubertCTC
 from rdpm_cli.generator import registry
-from rdpm_cli.runs import Result, versions
+from rdpm_cli.runs import Result, text_table, versions
 from rdpm_cli.tokenizer.inputs import MelInputs
 
 SECONDS, PROMPT_SECONDS = (4.0, 10.0), 3.0  # of an utterance; of a prompt
@@ -168,8 +168,6 @@ def _table(values: Mapping[str, Any]) -> str:
         name = f"{figure['name']}, {figure['task']} ({figure['source']})"
         published.setdefault(name, {})[figure["metric"]] = figure["value"]
     lines += [[name, *(row.get(metric, "") for metric in METRICS)] for name, row in published.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     judges = [one["name"] if isinstance(one, dict) else "the judge" for one in (values["asr"], values["voices"])]
     title = f"{values['task']}: {values['n']} utterances; words by {judges[0]}, voices by {judges[1]}"
-    return "\n".join([title, *table, *(f"  {note}" for note in values["notes"])]) + "\n"
+    return "\n".join([title, text_table(lines), *(f"  {note}" for note in values["notes"])]) + "\n"

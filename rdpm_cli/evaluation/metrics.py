@@ -152,7 +152,7 @@ def precision_recall(
     samples, reference = _centred(samples_ND, reference_MD, device)
     radii_N, radii_M = _radii(samples, k), _radii(reference, k)
     precise, recalled = torch.zeros_like(radii_N, dtype=torch.bool), torch.zeros_like(radii_M, dtype=torch.bool)
-    for rows, columns, distances in _blocks(samples, reference):
+    for rows, columns, distances in blocks(samples, reference):
         precise[rows] |= (distances <= radii_M[columns]).any(1)
         recalled[columns] |= (distances <= radii_N[rows, None]).any(0)
     return float(precise.double().mean()), float(recalled.double().mean())
@@ -167,7 +167,7 @@ def density_coverage(
     sample."""
     samples, reference = _centred(samples_ND, reference_MD, device)
     radii_M, inside, covered = _radii(reference, k), 0, torch.zeros(len(reference), dtype=torch.bool, device=device)
-    for _, columns, distances in _blocks(samples, reference):
+    for _, columns, distances in blocks(samples, reference):
         within = distances <= radii_M[columns]
         inside += int(within.sum())
         covered[columns] |= within.any(0)
@@ -194,7 +194,7 @@ def _centred(samples_ND: AnyFloats, reference_MD: AnyFloats, device: torch.devic
 def _radii(x_ND: Tensor, k: int) -> Tensor:
     """Squared distance of each row to its k-th nearest neighbour, (N,)."""
     nearest_NK = torch.full((len(x_ND), k), torch.inf, device=x_ND.device)
-    for rows, columns, distances in _blocks(x_ND, x_ND):
+    for rows, columns, distances in blocks(x_ND, x_ND):
         first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
         diagonal = torch.arange(first, max(first, last), device=x_ND.device)
         distances[diagonal - rows.start, diagonal - columns.start] = torch.inf  # a point is no neighbour of itself
@@ -203,7 +203,7 @@ def _radii(x_ND: Tensor, k: int) -> Tensor:
     return nearest_NK.amax(1)
 
 
-def _blocks(a_ND: Tensor, b_MD: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def blocks(a_ND: Tensor, b_MD: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, their squared distances)."""
     a_squared, b_squared = a_ND.square().sum(1), b_MD.square().sum(1)
     for row in range(0, len(a_ND), ROWS):
@@ -254,7 +254,7 @@ def cmmd(samples_ND: AnyFloats, reference_MD: AnyFloats, device: torch.device | 
 
     def mean(a: Tensor, b: Tensor) -> float:
         """Of the kernel - 1: all its values lie near 1, which cancels."""
-        sums = [torch.expm1(d / (-2 * SIGMA**2)).sum(dtype=torch.float64) for _, _, d in _blocks(a, b)]
+        sums = [torch.expm1(d / (-2 * SIGMA**2)).sum(dtype=torch.float64) for _, _, d in blocks(a, b)]
         return float(sum(sums)) / (len(a) * len(b))
 
     return CMMD_SCALE * (mean(x, x) + mean(y, y) - 2 * mean(x, y))

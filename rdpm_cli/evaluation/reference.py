@@ -41,7 +41,8 @@ def open_images(source: Source, resolution: int, limit: int | None = None, witho
         for piece in pieces:
             yield np.stack([source.pixels(index, resolution) for index in indices[piece.start : piece.stop]])
 
-    return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, read)
+    names = [source.names[index] for index in indices]
+    return ImageSet(source.spec, len(indices), resolution, labels, source.class_names, read, names=names)
 
 
 def open_target(
@@ -132,6 +133,11 @@ class Reference:
     images: ImageSet | None = None  # of an ADM file, for features
 
 
+def holds_statistics(ref: str) -> bool:
+    """Whether a reference is an .npz of statistics. Raises DataError for a damaged one."""
+    return ref.endswith(".npz") and Path(ref).is_file() and {"mu", "sigma"} <= set(npz_names(Path(ref)))
+
+
 def open_reference(
     ref: str | None, target: ImageSet, extractor: Extractor, reading: Mapping[str, Any] | None = None
 ) -> ImageSet | Reference:
@@ -139,7 +145,7 @@ def open_reference(
     reference: ImageSet | Reference
     if ref is None:
         reference = open_recorded(target.record.get("reference"), target.name, "give the reference with --ref IMAGES")
-    elif ref.endswith(".npz") and Path(ref).is_file() and {"mu", "sigma"} <= set(npz_names(Path(ref))):
+    elif holds_statistics(ref):
         reference = load_statistics(Path(ref), extractor)
     else:
         reference = _open_pictures(ref) or open_images(open_source(ref, **(reading or {})), target.resolution)

@@ -52,7 +52,7 @@ def score(
     subsets = [_subsets(target, subset) for target in targets]
     absent = _absent(extractor, reference, targets, min(sets, key=lambda images: images.count))
     if set(parts) <= set(absent):
-        raise DataError(f"`eval {metric}`: {absent[parts[0]]}", "take more images, or a --ref that has what it needs")
+        raise DataError(f"{metric}: {absent[parts[0]]}", "take more images, or a --ref that has what it needs")
     if ci and (smallest := min(target.count for target in targets)) < FEWEST_CI:
         raise DataError(f"an interval needs at least {FEWEST_CI} images, not {smallest}", "take more images")
     compared = measured(extractor, reference, parts)
