@@ -15,7 +15,8 @@ from rdpm_cli.data.source import spread
 from rdpm_cli.distributed import process_group
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
-from rdpm_cli.evaluation.features import Inception, identity, open_extractor
+from rdpm_cli.evaluation.backbones import Backbone, open_extractor
+from rdpm_cli.evaluation.features import Inception, identity
 from rdpm_cli.runs import Result, versions
 
 
@@ -44,8 +45,9 @@ def eval_images(
         # A checkpoint first: one that draws no images must not ask for the weights of Inception.
         sets: Sequence[ImageSet] = [] if isinstance(target, str) else target(rank_device)
         opened = open_extractor(extractor, weights, rank_device, download)
-        if metric == "sfid" and not opened.spatial_width:
-            raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
+        if {"sfid": opened.spatial_width, "is": opened.classes}.get(metric) == 0:
+            needed = "spatial features" if metric == "sfid" else "classes"
+            raise UsageError(f"`eval {metric}` needs {needed}; {opened.name} has none", "leave --extractor out")
         if isinstance(target, str):
             sets = [score.open_target(target, resolution, opened, reading)]
         images = sets[0]
@@ -56,7 +58,8 @@ def eval_images(
     values = records[0]
     if len(sets) > 1:
         values = score.average(records, [drawn.record["options"].pop("seed") for drawn in sets])
-    libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(opened, Inception) else {}
+    library = {Inception: "torch-fidelity", Backbone: "timm"}.get(type(opened))
+    libraries = {library: version(library)} if library else {}
     values |= {"options": images.record.get("options"), "versions": {**versions(), **libraries}}
     values |= {"checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution}
     return Result("score", values)

@@ -202,7 +202,7 @@ def load_statistics(path: Path, extractor: Extractor) -> Reference:
     names = set(npz_names(path))
     record = features.npz_record(path, RECORD, AGAIN) if RECORD in names else {}
     maker = record.get("extractor", {"name": PUBLISHED, "sha256": ""})
-    if maker["sha256"] != extractor.sha256 if record else maker["name"] != extractor.name:
+    if not features.is_maker(extractor, maker) if record else maker["name"] != extractor.name:
         message = f"{path} was made with {maker['name']} {maker['sha256'][:12]}, not with {extractor.name}"
         raise DataError(f"{message} {extractor.sha256[:12]}", AGAIN)
 
@@ -258,7 +258,7 @@ def score(
         for part in parts:
             names = ("precision", "recall") if part == "pr" else [NAMES[part][extractor.name != PUBLISHED]]
             new: list[Row] = [{"value": None, "not_computed": absent.get(part)} for _ in names]
-            if part == "is":
+            if part not in absent and part == "is":
                 new = [_inception_row(scored.logits_NK, target.labels, ci)]
             elif part not in absent:
                 assert compared is not None
@@ -300,7 +300,11 @@ def _absent(extractor: Extractor, reference: ImageSet | Reference | None) -> dic
             absent["sfid"] = f"{reference.name} has no mu_s and sigma_s"
         if reference.features_ND is None and reference.images is None:
             absent |= dict.fromkeys(("pr", "kid"), f"{reference.name} has neither features nor images (arr_0)")
-    return absent if extractor.spatial_width else {**absent, "sfid": f"{extractor.name} has no spatial features"}
+    if not extractor.spatial_width:
+        absent["sfid"] = f"{extractor.name} has no spatial features"
+    if not extractor.classes:
+        absent["is"] = f"{extractor.name} has no classes"
+    return absent
 
 
 def measured(extractor: Extractor, reference: ImageSet | Reference | None, parts: Sequence[str]) -> Reference | None:
@@ -462,7 +466,7 @@ def class_outputs(
     if not extractor.class_names or labels is None or not names:
         return None, ""
     try:
-        output_of = judge.class_outputs(extractor.class_names, names, labels)
+        output_of = judge.class_outputs(extractor.class_names, names, labels, extractor.name)
     except CheckpointError as error:
         return None, error.message
     return np.array([output_of[label] for label in labels]), ""
