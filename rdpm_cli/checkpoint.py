@@ -165,7 +165,7 @@ def fill(model: nn.Module, content: dict[str, Any], origin: str) -> None:
     try:
         model.load_state_dict(content["weights"])
     except RuntimeError as error:
-        raise CheckpointError(f"{origin} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
+        raise CheckpointError(f"{origin} does not fit its own config: {_first_fault(error)}") from error
 
 
 def states(folder: Path) -> list[tuple[int, Path]]:
@@ -216,10 +216,11 @@ def load_newest_state(folder: Path, device: torch.device) -> dict[str, Any] | No
 
 @dataclass(frozen=True)
 class Published:
-    """A weight file as its authors publish it; its name ends in the first digits of its sha256."""
+    """A weight file as its authors publish it. digits: the first of its sha256; None: those at the end of its name."""
 
     file: str
     url: str
+    digits: str | None = None
 
     def places(self) -> list[Path]:
         """Where it may be: in $RDPM_WEIGHTS, then where torchvision and torch-fidelity keep what they fetched."""
@@ -243,7 +244,9 @@ def weights_hint(published: Published, option: str) -> str:
 
 def find_weights(published: Published, path: Path | None, option: str, download: bool = False) -> WeightFile:
     """The file at `path`, which may hold other weights, else in one of its places; else, with download, fetched."""
-    hint, start = weights_hint(published, option), Path(published.file).stem.rpartition("-")[2]
+    hint, start = weights_hint(published, option), published.digits
+    if start is None:
+        start = Path(published.file).stem.rpartition("-")[2]
     places = published.places()
     file = path or next((place for place in places if place.is_file()), None)
     if file is None and download:
@@ -290,4 +293,9 @@ def named_tensors(content: Any, marks: Iterable[str]) -> dict[str, Tensor]:
 
 def misfit(path: Path, network: str, hint: str, error: Exception | str) -> CheckpointError:
     """The error for a file that does not hold this network's weights."""
-    return CheckpointError(f"{path} does not hold {network} weights: {' '.join(str(error).split())[:200]}", hint)
+    return CheckpointError(f"{path} does not hold {network} weights: {_first_fault(error)}", hint)
+
+
+def _first_fault(error: Exception | str) -> str:
+    """The beginning of an error on one line, without the first line of load_state_dict's, which names only a class."""
+    return " ".join(re.sub(r"Error\(s\) in loading state_dict for .*\n", "", str(error)).split())[:200]

@@ -44,7 +44,7 @@ class Blocks:
         self.name, self.sha256, self.note, self.device = name, "6" * 64, "", CPU
         self.class_names = list(class_names)
         self.accuracy: float | None = None
-        self.width, self.spatial_width = 12, SIDE
+        self.classes, self.width, self.spatial_width = 3, 12, SIDE
         self.resolution: int | None = None
         self.factor_layer: torch.nn.Module | None = None
         self.extracted = 0  # images so far

@@ -241,9 +241,10 @@ def test_weights_are_filled_in_strictly(tmp_path: Path) -> None:
     linear = nn.Linear(3, 2)
     checkpoint.fill(linear, content, "judge.pt")
     assert torch.equal(linear.weight, content["weights"]["weight"])
-    for misfit in (nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 2))):
-        with pytest.raises(CheckpointError, match=r"judge\.pt"):
+    for misfit, first in ((nn.Linear(3, 4), "[2, 3]"), (nn.Sequential(nn.Linear(3, 2)), '"0.weight"')):
+        with pytest.raises(CheckpointError, match=r"judge\.pt") as refused:
             checkpoint.fill(misfit, content, "judge.pt")
+        assert first in refused.value.message
 
 
 def state(step: int) -> dict[str, Any]:

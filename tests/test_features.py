@@ -18,7 +18,8 @@ from rdpm_cli.data.pixels import chw, to_model
 from rdpm_cli.distributed import one_thread
 from rdpm_cli.errors import CheckpointError, DataError, UsageError
 from rdpm_cli.evaluation import features
-from rdpm_cli.evaluation.features import PUBLISHED, Activations, Features, collect, collect_shared, open_extractor
+from rdpm_cli.evaluation.backbones import open_extractor
+from rdpm_cli.evaluation.features import PUBLISHED, Activations, Features, collect, collect_shared
 
 
 def shared(*args: Any, **options: Any) -> Features:
@@ -166,6 +167,20 @@ def test_inceptions_weights_are_taken_out_of_a_training_checkpoint_and_nothing_e
     weight = extractor.network.state_dict()["Conv2d_1a_3x3.conv.weight"]
     assert torch.equal(weight, weights["Conv2d_1a_3x3.conv.weight"])
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "Mixed_6d.branch1x1.conv.weight", "x" * 150])
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_weights_that_do_not_fit_are_named(change: str, name: str, random_inception: Path, tmp_path: Path) -> None:
+    weights = torch.load(random_inception, weights_only=True)
+    removed = weights.pop(name, None)  # a name that is no Inception's is unexpected in either case
+    if change == "shape" or removed is None:
+        weights[name] = torch.zeros(7, 5)
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"weights\.pth") as refused:
+        open_extractor(None, tmp_path / "weights.pth", CPU)
+    assert name in refused.value.message
+    assert change == "missing" or removed is None or "[7, 5]" in refused.value.message
 
 
 def test_weights_are_fetched_only_on_request_and_looked_up_later(

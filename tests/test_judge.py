@@ -18,7 +18,8 @@ from rdpm_cli.data.source import Source, Subset
 from rdpm_cli.distributed import TrainStep
 from rdpm_cli.errors import CheckpointError, DataError
 from rdpm_cli.evaluation import factors, judge
-from rdpm_cli.evaluation.features import collect, open_extractor
+from rdpm_cli.evaluation.backbones import open_extractor
+from rdpm_cli.evaluation.features import collect
 from rdpm_cli.evaluation.judge import ClassJudge, Judge, JudgeBatches, JudgeConfig, JudgeTask
 from rdpm_cli.evaluation.reference import open_images
 from rdpm_cli.evaluation.score import class_accuracy

@@ -19,7 +19,8 @@ from rdpm_cli.distributed import one_thread
 from rdpm_cli.engine.recon import eval_recon
 from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation import metrics, recon
-from rdpm_cli.evaluation.features import INCEPTION, PUBLISHED, collect, open_extractor
+from rdpm_cli.evaluation.backbones import open_extractor
+from rdpm_cli.evaluation.features import INCEPTION, PUBLISHED, collect
 from rdpm_cli.evaluation.recon import Perturb, open_networks, pair_scores, reconstructions
 from rdpm_cli.evaluation.reference import open_images
 from rdpm_cli.tokenizer import model

@@ -25,7 +25,8 @@ from rdpm_cli.engine.sample import Outputs, sample
 from rdpm_cli.engine.score import eval_images
 from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import features, metrics, score
-from rdpm_cli.evaluation.features import INCEPTION, collect, open_extractor
+from rdpm_cli.evaluation.backbones import open_extractor
+from rdpm_cli.evaluation.features import INCEPTION, collect
 from rdpm_cli.evaluation.reference import open_target
 
 

@@ -16,7 +16,7 @@ from rdpm_cli.codes.store import CodeStore, store_reference
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.generator import train_gen
 from rdpm_cli.errors import CheckpointError, DataError
-from rdpm_cli.evaluation import features
+from rdpm_cli.evaluation import backbones, features
 from rdpm_cli.evaluation import metrics as measures
 from rdpm_cli.evaluation.reference import open_recorded
 from rdpm_cli.generator import registry, sampler
@@ -93,7 +93,7 @@ def test_the_proxy_score_is_that_of_the_same_samples_scored_by_hand(
     labels, sampling = [0, 0, 0, 1, 1, 2, 2], loaded.sampling
     options = SampleOptions(sampling)
     samples = list(sampler.sample(loaded.generator, loaded.tokenizer, labels, options, sampling.micro_batch))
-    extractor, store = features.open_extractor(judge_file, None, CPU), CodeStore(digits_codes)
+    extractor, store = backbones.open_extractor(judge_file, None, CPU), CodeStore(digits_codes)
     drawn = features.collect(extractor, [s.pixels_BHWC for s in samples])
     real = open_recorded(store_reference(store.root, store.manifest), "store", "hint")
     a, b = (measures.statistics(x.features_ND) for x in (drawn, features.collect(extractor, real)))

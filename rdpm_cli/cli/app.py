@@ -4,6 +4,7 @@ import ctypes
 import errno
 import json as json_format
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -58,7 +59,11 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "device": (str, "auto", typer.Option(help="auto, cpu, cuda, cuda:N")),
     "download": (bool, False, typer.Option("--download", help="fetch Inception's weights if they are absent")),
     "dry_run": (bool, False, typer.Option("--dry-run", help="print what the run would take; write nothing")),
-    "extractor": (str, None, typer.Option(metavar="inception|FILE", help="a judge.pt instead of Inception")),
+    "extractor": (
+        str,
+        None,
+        typer.Option(metavar="inception|dinov2|clip|timm:NAME[:FILE]|FILE", help="network that scores, or a judge.pt"),
+    ),
     "gpu": (
         Literal["h200", "h100", "a100", "l40s", "rtx4090"],
         None,
@@ -95,7 +100,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "track": (Literal["wandb"], None, typer.Option(help="also send the log to Weights & Biases")),
     "utilisation": (float, None, typer.Option(min=0.01, max=1, help="for --dry-run: share of bf16 peak; default 0.4")),
     "vocoder": (str, None, typer.Option(metavar="KIND:FILE", help="bigvgan:FILE or vocos:FILE; default: Griffin-Lim")),
-    "weights": (Path, None, typer.Option(metavar="FILE", help="Inception weight file")),
+    "weights": (Path, None, typer.Option(metavar="FILE", help="weight file of inception, dinov2 or clip")),
     "text": (str, None, typer.Option(help="of sound: what is to be said")),
     "prompt": (str, None, typer.Option(metavar="WAV", help="of sound: the voice that is to say it")),
     "prompt_text": (str, "", typer.Option(help="what is said in --prompt")),
@@ -119,6 +124,7 @@ CHECKPOINTS = {  # options that name a file of tensors, and its kind in files.HI
     "ckpt": "rdpm-generator", "tokenizer": "rdpm-tokenizer", "extractor": "rdpm-judge", "judge": "rdpm-judge",
     "from_weights": "weights",
 }  # fmt: skip
+NAMED = re.compile("inception|dinov2|clip|timm:.*")  # extractors that are no file
 
 
 def command(
@@ -140,7 +146,7 @@ def command(
             for key, kind in CHECKPOINTS.items():
                 named = str(values.get(key) or "")
                 for value in named.split(",") if key == "extractor" else [named]:  # of `eval fdr` several
-                    if value not in ("", "inception"):
+                    if value and not NAMED.fullmatch(value):
                         files.check_tensors(Path(value), files.HINTS[kind])
             if reading := {name: values.pop(name) for name in (*READING.split(), "unlabelled") if name in values}:
                 values["reading"] = {name: value for name, value in reading.items() if value}

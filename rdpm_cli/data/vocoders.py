@@ -271,8 +271,8 @@ def open_vocoder(spec: str | None, features: Features, device: torch.device) -> 
         with torch.device("meta"):
             network = make(cfg)
         network.load_state_dict(_folded(checkpoint.named_tensors(content, MARKS)), assign=True)
-    except (KeyError, ValueError, RuntimeError) as error:  # torch's first line names only the class
-        raise checkpoint.misfit(path, name, hint, str(error).partition("\n")[2] or str(error)) from error
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise checkpoint.misfit(path, name, hint, error) from error
     network.eval().requires_grad_(False).to(device)
     return Vocoder(partial(neural_wave, network, features.hop), {"name": name, "sha256": files.sha256_file(path)})
 

@@ -20,7 +20,8 @@ from rdpm_cli.distributed import one_thread, process_group
 from rdpm_cli.engine.tokenizer import find_tokenizer
 from rdpm_cli.errors import CheckpointError, UsageError
 from rdpm_cli.evaluation import gaussian, metrics, score
-from rdpm_cli.evaluation.features import identity, open_extractor
+from rdpm_cli.evaluation.backbones import open_extractor
+from rdpm_cli.evaluation.features import identity
 from rdpm_cli.evaluation.gaussian import ClassGaussian
 from rdpm_cli.evaluation.recon import BATCH, reconstructions
 from rdpm_cli.evaluation.reference import crop_side, open_images, open_reference

@@ -26,7 +26,7 @@ from rdpm_cli.data.pixels import image_errors
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.engine.speech_scores import drawn_sounds
 from rdpm_cli.errors import AbsentWeightsError, AudioError, CheckpointError, DataError, ImageError, RdpmError
-from rdpm_cli.evaluation import features, judge, speech_judge
+from rdpm_cli.evaluation import backbones, features, judge, speech_judge
 from rdpm_cli.generator import registry
 from rdpm_cli.runs import Result, read_run
 from rdpm_cli.tokenizer import losses
@@ -264,6 +264,7 @@ def _weights(fix: dict[str, str], broken: dict[str, str]) -> Values:
     """Published weight files, by the lookup that scores and losses use."""
     options = {
         "inception": (features.INCEPTION, features.OPTION),
+        **{name: (named.published, backbones.OPTION) for name, named in backbones.NAMED.items()},
         "vgg16": (losses.BACKBONES["vgg"].published, "loss.perceptual_weights=FILE"),
         "alexnet": (losses.BACKBONES["alex"].published, "--lpips-alex FILE"),
     }

@@ -16,7 +16,8 @@ from rdpm_cli.data.source import spread
 from rdpm_cli.distributed import process_group
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
-from rdpm_cli.evaluation.features import Extractor, Inception, identity, open_extractor
+from rdpm_cli.evaluation.backbones import Backbone, open_extractor
+from rdpm_cli.evaluation.features import Extractor, Inception, identity
 from rdpm_cli.evaluation.reference import holds_statistics, measure, open_reference, open_target, save_statistics
 from rdpm_cli.runs import Result, versions
 
@@ -53,7 +54,8 @@ def open_compared(
 
 def made_with(images: ImageSet, extractor: Extractor) -> dict[str, Any]:
     """Options, checkpoint and resolution of scored images, and the versions of libraries."""
-    libraries = {"torch-fidelity": version("torch-fidelity")} if isinstance(extractor, Inception) else {}
+    library = {Inception: "torch-fidelity", Backbone: "timm"}.get(type(extractor))
+    libraries = {library: version(library)} if library else {}
     return {
         "options": images.record.get("options"), "versions": {**versions(), **libraries},
         "checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution,
@@ -85,8 +87,9 @@ def eval_images(
     extractors = str(extractor).split(",") if extractor and metric == "fdr" else [extractor]
     with process_group(device, several=True) as rank_device:
         opened, sets = open_scored(target, rank_device, extractors, weights, download, resolution, reading)
-        if metric == "sfid" and not opened[0].spatial_width:
-            raise UsageError("sFID needs spatial features; a judge has none", "leave --extractor out")
+        if {"sfid": opened[0].spatial_width, "is": opened[0].classes}.get(metric) == 0:
+            needed = "spatial features" if metric == "sfid" else "classes"
+            raise UsageError(f"`eval {metric}` needs {needed}; {opened[0].name} has none", "leave --extractor out")
         by_extractor = []
         for each in opened:
             reference = None if metric == "is" else open_reference(ref, sets[0], each, reading)

@@ -9,7 +9,8 @@ from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.distributed import process_group
 from rdpm_cli.errors import RecipeError, UsageError, rdpm_command
 from rdpm_cli.evaluation import score
-from rdpm_cli.evaluation.features import Extractor, collect, open_extractor
+from rdpm_cli.evaluation.backbones import open_extractor
+from rdpm_cli.evaluation.features import Extractor, collect
 from rdpm_cli.evaluation.metrics import frechet_distance, statistics
 from rdpm_cli.evaluation.reference import Reference, open_reference
 from rdpm_cli.generator import registry, sampler

@@ -24,7 +24,7 @@ from rdpm_cli.data.pictures import Curve
 from rdpm_cli.data.source import ItemSource, Source, spread
 from rdpm_cli.distributed import is_first, one_thread, world
 from rdpm_cli.errors import UsageError
-from rdpm_cli.evaluation import features, judge, metrics, score
+from rdpm_cli.evaluation import backbones, features, judge, metrics, score
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.metrics import Statistics
 from rdpm_cli.evaluation.reference import open_recorded
@@ -311,7 +311,7 @@ def proxy_extractor(cfg: ProxyConfig, device: torch.device) -> Extractor:
     """The extractor of the proxy score. Raises UsageError, CheckpointError and AbsentWeightsError."""
     if cfg.samples == 1:
         raise UsageError("proxy.samples=1: a covariance needs at least 2 samples", "give more, or 0 for no score")
-    return features.open_extractor(cfg.extractor, Path(cfg.weights) if cfg.weights else None, device)
+    return backbones.open_extractor(cfg.extractor, Path(cfg.weights) if cfg.weights else None, device)
 
 
 def open_proxy(cfg: ProxyConfig, store: CodeStore, device: torch.device) -> tuple[Extractor, ImageSet]:

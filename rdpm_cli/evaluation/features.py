@@ -1,6 +1,6 @@
 """Extractors, uint8 images -> features, and the features of whole sets as arrays.
 
-The default extractor is Inception; no other one ever takes its place unasked.
+The default extractor is Inception; no other one ever takes its place unasked. backbones.py has those on timm.
 Legend: B batch, N images, D feature width, K classes or logits, P spatial feature width."""
 
 import hashlib
@@ -21,7 +21,7 @@ from rdpm_cli.data.folder import ImageSet
 from rdpm_cli.data.pictures import npz_array, npz_names
 from rdpm_cli.data.pixels import Pixels, chw, to_model
 from rdpm_cli.distributed import gather, is_first, world
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError
 from rdpm_cli.evaluation import judge
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -54,6 +54,7 @@ class Extractor(Protocol):
     sha256: str
     device: torch.device
     class_names: list[str]  # empty unless it classifies the classes of a data set
+    classes: int  # K; 0: it has no logits
     note: str  # for the notes of a result
     accuracy: float | None  # of a judge, on held-out images
     width: int  # D
@@ -78,7 +79,7 @@ class Inception:
         self.name = PUBLISHED if weights.published else f"inception-v3 layout, weights {self.sha256[:8]}"
         self.note = "" if weights.published else f"the weights in {weights.path} are not the published ones"
         self.accuracy: float | None = None
-        self.class_names, self.width, self.spatial_width = list[str](), 2048, 2023
+        self.class_names, self.classes, self.width, self.spatial_width = list[str](), 1008, 2048, 2023
         self.resolution: int | None = None
         self.factor_layer: nn.Module | None = None
         hint = checkpoint.weights_hint(INCEPTION, OPTION)
@@ -109,6 +110,7 @@ class JudgeExtractor:
         self.judge, content = judge.load(path, device)
         self.name, self.device, self.sha256 = f"judge {path.name}", device, content["digest"]
         self.class_names: list[str] = content["class_names"]
+        self.classes = len(self.class_names)
         self.accuracy: float | None = float(content["provenance"]["heldout_accuracy"])
         self.width, self.spatial_width = int(content["config"]["features"]), 0
         self.resolution: int | None = self.judge.resolution
@@ -120,21 +122,17 @@ class JudgeExtractor:
         return Activations(*self.judge(to_model(pixels_BCHW).to(self.device)))
 
 
-def open_extractor(
-    extractor: str | Path | None, weights: Path | None, device: torch.device, download: bool = False
-) -> Extractor:
-    """`inception`, the default, or a judge's file. weights: Inception's, looked up by default, or fetched."""
-    if extractor is None or str(extractor) == "inception":
-        return Inception(checkpoint.find_weights(INCEPTION, weights, OPTION, download), device)
-    if weights or download:
-        raise UsageError(f"--extractor {extractor} takes neither --weights nor --download", "leave them out")
-    return JudgeExtractor(Path(extractor), device)
-
-
 def identity(extractor: Extractor) -> dict[str, Any]:
     """The extractor as results record it; a judge with its held-out accuracy."""
     judged = {} if extractor.accuracy is None else {"heldout_accuracy": extractor.accuracy}
     return {"name": extractor.name, "sha256": extractor.sha256, **judged}
+
+
+def is_maker(extractor: Extractor, record: dict[str, Any]) -> bool:
+    """Whether this extractor is the recorded one. Names count too, since two may read the same weights differently.
+
+    That of a judge is its file's, which may have been renamed."""
+    return record["sha256"] == extractor.sha256 and (extractor.accuracy is not None or record["name"] == extractor.name)
 
 
 class Features(NamedTuple):
@@ -240,7 +238,7 @@ def collect_shared(
 def _reuse(path: Path, extractor: Extractor, images: ImageSet) -> Features | None:
     """The features in a file, if they are this extractor's of these images. Raises DataError."""
     record = npz_record(path, FEATURES_RECORD, FEATURES_HINT)
-    if record["extractor"]["sha256"] != extractor.sha256:
+    if not is_maker(extractor, record["extractor"]):
         raise DataError(f"{path} holds features of {record['extractor']['name']}, not {extractor.name}", FEATURES_HINT)
     if not is_first():
         return None

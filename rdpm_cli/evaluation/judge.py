@@ -199,11 +199,13 @@ def check_size(resolution: int | None, side: int) -> None:
         raise DataError(message, f"train one with `rdpm eval judge IMAGES OUT --resolution {side}`")
 
 
-def class_outputs(known: Sequence[str], names: Sequence[str], classes: Iterable[int]) -> dict[int, int]:
-    """The number that a judge of the classes `known` gives to each of these classes of the list `names`.
+def class_outputs(
+    known: Sequence[str], names: Sequence[str], classes: Iterable[int], owner: str = "the judge"
+) -> dict[int, int]:
+    """The number that a judge, the owner of the classes `known`, gives to each of these classes of the list `names`.
 
     Raises CheckpointError for a class that the judge does not know, or whose name stands for several classes."""
-    outputs, fault = match_classes(known, names, classes, "the judge")
+    outputs, fault = match_classes(known, names, classes, owner)
     if fault:
         raise CheckpointError(fault, "train a judge on images of the same classes with `rdpm eval judge`")
     return outputs

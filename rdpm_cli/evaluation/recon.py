@@ -17,7 +17,7 @@ from rdpm_cli.data.pixels import EXACT_PSNR, Cut, Pixels, chw, hwc, to_model, to
 from rdpm_cli.data.source import Source, spread
 from rdpm_cli.distributed import gather, one_thread, world
 from rdpm_cli.errors import AbsentWeightsError, UsageError
-from rdpm_cli.evaluation import features, judge, metrics
+from rdpm_cli.evaluation import backbones, features, judge, metrics
 from rdpm_cli.evaluation.features import Extractor
 from rdpm_cli.evaluation.score import rank_notes
 from rdpm_cli.tokenizer.inputs import MelInputs
@@ -139,8 +139,10 @@ def open_networks(
     """The networks for this number of images of this size. Weights that are absent are an error only if named."""
     networks = Networks()
     try:
-        networks.extractor = features.open_extractor(extractor, weights, device, download) if count > 1 else None
+        networks.extractor = backbones.open_extractor(extractor, weights, device, download) if count > 1 else None
     except AbsentWeightsError as error:
+        if extractor is not None:
+            raise
         networks.absent["rfid"] = error.message
     if networks.extractor:
         judge.check_size(networks.extractor.resolution, resolution)

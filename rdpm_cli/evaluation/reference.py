@@ -196,7 +196,7 @@ def load_statistics(path: Path, extractor: Extractor) -> Reference:
     names = set(npz_names(path))
     record = features.npz_record(path, RECORD, AGAIN) if RECORD in names else {}
     maker = record.get("extractor", {"name": PUBLISHED, "sha256": ""})
-    if maker["sha256"] != extractor.sha256 if record else maker["name"] != extractor.name:
+    if not features.is_maker(extractor, maker) if record else maker["name"] != extractor.name:
         message = f"{path} was made with {maker['name']} {maker['sha256'][:12]}, not with {extractor.name}"
         raise DataError(f"{message} {extractor.sha256[:12]}", AGAIN)
 

@@ -115,7 +115,11 @@ def _absent(
             absent["sfid"] = f"{reference.name} has no mu_s and sigma_s"
         if reference.features_ND is None and reference.images is None:
             absent |= dict.fromkeys(BY_FEATURES, f"{reference.name} has neither features nor images (arr_0)")
-    return absent if extractor.spatial_width else {**absent, "sfid": f"{extractor.name} has no spatial features"}
+    if not extractor.spatial_width:
+        absent["sfid"] = f"{extractor.name} has no spatial features"
+    if not extractor.classes:
+        absent["is"] = f"{extractor.name} has no classes"
+    return absent
 
 
 def measured(extractor: Extractor, reference: ImageSet | Reference | None, parts: Sequence[str]) -> Reference | None:
@@ -346,7 +350,7 @@ def class_outputs(
     if not extractor.class_names or labels is None or not names:
         return None, ""
     try:
-        output_of = judge.class_outputs(extractor.class_names, names, labels)
+        output_of = judge.class_outputs(extractor.class_names, names, labels, extractor.name)
     except CheckpointError as error:
         return None, error.message
     return np.array([output_of[label] for label in labels]), ""

@@ -86,8 +86,8 @@ class ProxyConfig(Section):
     """A score of a few samples while a generator trains: for comparing steps of one run, not for reporting."""
 
     samples: int = Field(0, ge=0, description="class-balanced, drawn from fixed seeds every train.eval_every; 0 = off")
-    extractor: FileName | None = Field(None, description="a judge's file, for its features; default: Inception")
-    weights: FileName | None = Field(None, description="Inception's weight file; default: looked up, never fetched")
+    extractor: FileName | None = Field(None, description="as --extractor; default: Inception")
+    weights: FileName | None = Field(None, description="its weight file, as --weights; default: looked up")
 
 
 class ObjectiveConfig(Section):

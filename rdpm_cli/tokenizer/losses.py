@@ -161,6 +161,6 @@ def load_perceptual(net: Net, path: Path | None, option: str, without: str, reso
             if name.startswith("net.layers."):  # net.layers.slice2.5.bias is features.5.bias in torchvision's file
                 state[name] = content[f"features.{name.split('.', 3)[3]}"].float()
         perceptual.network.load_state_dict(state, assign=True)
-    except (KeyError, RuntimeError) as error:  # the first line of torch's message names only the class
-        raise checkpoint.misfit(file.path, net, hint, str(error).splitlines()[-1]) from error
+    except (KeyError, RuntimeError) as error:
+        raise checkpoint.misfit(file.path, net, hint, error) from error
     return perceptual

@@ -27,6 +27,7 @@ class Small:
 
     name, sha256, note, width, spatial_width, device = "small", "0" * 64, "", 4, 0, torch.device("cpu")
     accuracy: float | None = None
+    classes = 2
     resolution: int | None = None
     factor_layer: torch.nn.Module | None = None
 
