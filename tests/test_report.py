@@ -261,6 +261,17 @@ def test_held_out_accuracies_are_shown() -> None:
     assert all(f'<td class="number">{text}</td>' in page for text in ("0.750", "0.500", "0.250"))
 
 
+def test_the_sheet_of_a_score_is_on_the_page_while_it_is_there(tmp_path: Path) -> None:
+    sheet = tmp_path / "pairs.png"
+    Image.fromarray(pixels(1, 0)[0]).save(sheet)
+    files.write_json(tmp_path / "memory.json", {"metric": "memory", "fid": 1.0, "sheet": str(sheet)})
+    (item,) = report.read_items([tmp_path / "memory.json"])
+    images = [attributes for tag, attributes in Page(report.as_html("title", [item], [])).tags if tag == "img"]
+    assert [str(tmp_path / "memory.json") in image["alt"] for image in images] == [True]
+    sheet.unlink()
+    assert report.read_items([tmp_path / "memory.json"])[0].pictures == []
+
+
 def test_the_chain_comes_first_and_the_settings_last(chain: Path, tmp_path: Path) -> None:
     write(chain, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))

@@ -127,7 +127,9 @@ def _read(path: Path) -> Item:
             raise DataError(f"{path} holds no scores", HINT)
         roles = {"generator": "checkpoint", "tokenizer": "tokenizer"}
         made_from = {role: record[key] for role, key in roles.items() if record.get(key)}
-        return Item("score", str(path), made_from=made_from, record=record)
+        sheet = Path(record.get("sheet") or "")
+        pictures = [(f"Closest pairs, sample and training image: {path}", sheet)] if sheet.is_file() else []
+        return Item("score", str(path), made_from=made_from, record=record, pictures=pictures)
     values = look.inspect(str(path)).values
     stage = {"code store": "store"}.get(values["kind"], values["kind"])
     stage = "reconstructions" if values.get("format") == "rdpm-reconstructions" else stage
