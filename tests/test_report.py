@@ -109,6 +109,11 @@ def test_json_holds_every_score_as_it_was_recorded(chain: Path, tmp_path: Path) 
     write(chain, tmp_path / "r.json")
     whole = json.loads((tmp_path / "r.json").read_text())
     assert {item["stage"] for item in whole["chain"]} == set(report.STAGES)
+    tables = report.published_tables([], [])
+    assert [table["source"] for table in whole["published"]] == [table["source"] for table in tables]
+    assert [table["rows"] for table in whole["published"]] == [table["rows"] for table in tables]
+    (second,) = (table for table in whole["published"] if "Table 2" in table["source"])
+    assert {row["source"] for row in second["ours"]} == {str(chain / name) for name in ("recon", "recon.json")}
     (score,) = (x for x in whole["scores"] if x["metric"] == "frechet_distance" and x["source"].endswith("fid.json"))
     assert (score["value"], score["n"]) == (record["value"], record["n"])
 
@@ -144,33 +149,134 @@ def test_a_score_over_seeds_has_its_spread_and_validity_a_label() -> None:
     assert [(score.metric, score.spread) for score in scores_of(several)] == [("fid", 0.5), ("validity", 0.1)]
 
 
-def test_published_figures_say_why_ours_cannot_be_compared_and_absent_scores_their_reason() -> None:
-    reference = {"name": "digits"}
-    scores = scores_of({"rfid": None, "psnr": 22.0, "not_computed": {"rfid": "weights absent"}, "reference": reference})
+def test_absent_scores_say_why_and_have_no_row_next_to_published_ones() -> None:
+    scores = scores_of({"rfid": None, "psnr": 22.0, "not_computed": {"rfid": "weights absent"}})
     by_metric = {score.metric: score for score in scores}
     assert (by_metric["rfid"].value, by_metric["rfid"].note) == (None, "weights absent")
     assert by_metric["psnr"].text == "22"
-    rows = report.published_figures([], scores)
-    row = next(row for row in rows if row["metric"] == "psnr")
-    assert (row["value"], row["ours"]) == (29.97, 22.0)
-    assert any("digits" in reason for reason in row["reasons"])
-    assert all(row["ours"] is None for row in rows if row["kind"] == "method")
+    assert [row["values"] for table in report.published_tables([], scores) for row in table["ours"]] == [{"psnr": 22.0}]
 
 
-def test_published_values_are_numbers_as_printed_and_found_once_by_table_row_and_metric() -> None:
+def test_published_values_are_as_printed_and_found_once_by_table_row_and_metric() -> None:
     figures = report.read_published()
-    assert all(isinstance(figure["value"], str) and report.number(figure["value"]) > 0 for figure in figures)
+    assert all(re.fullmatch(r"(\d{1,3}(,\d{3})+|\d*(\.\d+)?)[MB]?", figure["value"]) for figure in figures)
     places = [(f["table"], f["row"], f["metric"]) for f in figures if "table" in f]
     assert len(places) == len(set(places))
     assert {table for table, _, _ in places} == set("12345")
-    assert [report.number(text) for text in ("0.6226", "8,100", "133M", "1.4B")] == [0.6226, 8100, 133e6, 1.4e9]
-    with pytest.raises(ValueError, match="-"):
-        report.number("-")
+
+
+def test_every_published_figure_of_images_is_in_the_table_of_its_source() -> None:
+    tables = {table["source"]: table for table in report.published_tables([], [])}
+    figures = [figure for figure in report.read_published() if "task" not in figure]
+    for figure in figures:
+        table = tables[figure["source"]]
+        (row,) = (row for row in table["rows"] if row["name"] == figure.get("row", figure["name"]))
+        assert row["values"][figure["metric"]] == figure["value"]
+        assert figure["metric"] in table["columns"]
+        assert figure.get("note", "") in row["note"]
+    count = sum(name not in report.SETTINGS for t in tables.values() for row in t["rows"] for name in row["values"])
+    assert count == len(figures)
+    (second,) = (table for source, table in tables.items() if "Table 2" in source)
+    assert second["columns"] == ["weight", "bias", "T", "rfid", "ssim", "psnr"]
+
+
+PAPERS: dict[str, Any] = {
+    "metric": "all", "fid": 4.0, "precision": 0.83, "n": 50000, "target": {"name": "samples"},
+    "reference": {"name": "VIRTUAL_imagenet256_labeled.npz"}, "extractor": {"name": "inception-2015-12-05"},
+    "options": {"cfg": 1.5, "cfg_schedule": "linear"},
+}  # fmt: skip
+
+
+def ours_in(table: str, *records: dict[str, Any], items: list[report.Item] | None = None) -> list[dict[str, Any]]:
+    """Our rows in the published table whose source has this text."""
+    tables = report.published_tables(items or [], scores_of(*records))
+    (rows,) = (t["ours"] for t in tables if table in t["source"])
+    return list(rows)
+
+
+@pytest.mark.parametrize("guidance", [{"cfg": 1.5, "cfg_schedule": "constant"}, {"cfg": 0.0}, None])
+def test_a_score_that_shares_what_a_row_of_the_paper_states_can_be_compared(guidance: dict[str, Any] | None) -> None:
+    (row,) = ours_in("Table 3", PAPERS, {"metric": "kid", "value": 0.1})
+    assert (row["values"], row["reasons"]) == ({"fid": 4.0, "precision": 0.83}, [])
+    assert ours_in("Table 3", {**PAPERS, "options": guidance})[0]["reasons"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens"),
+    [
+        ({"reference": {"name": "digits"}}, ("data", "digits", "imagenet")),
+        ({"n": 10000}, ("N", "10000", "50000")),
+        ({"extractor": {"name": "judge a.pt"}}, ("extractor", "judge a.pt", "inception-2015-12-05")),
+        ({"options": {"cfg": 1.5, "cfg_schedule": "cosine"}}, ("guidance", "cosine", "linear")),
+        ({"options": {**PAPERS["options"], "reject": {"keep": 0.5}}}, ("reject",)),
+    ],
+)
+def test_the_one_thing_that_differs_is_the_one_reason(change: dict[str, Any], tokens: tuple[str, ...]) -> None:
+    (row,) = ours_in("Table 3", {**PAPERS, **change})
+    (reason,) = row["reasons"]
+    assert all(token in reason for token in tokens)
+
+
+def test_the_figures_of_a_set_of_images_are_those_of_these_images_only() -> None:
+    adm = {**PAPERS, "target": {"name": "admnet_guided_upsampled_imagenet256.npz"}, "options": None}
+    assert [row["reasons"] for row in ours_in("ADM", adm)] == [[]]
+    (row,) = ours_in("ADM", {**PAPERS, "options": None})
+    assert len(row["reasons"]) == 1
+
+
+def test_what_a_source_does_not_state_and_the_range_of_a_psnr_are_reasons() -> None:
+    (row,) = ours_in("Table 4", PAPERS)
+    assert ["guidance" in reason for reason in row["reasons"]] == [True]
+    of_tokenizer = {"psnr": 30.0, "ssim": 0.6, "n": 50000, "reference": {"name": "imagenet/val"}}
+    (row,) = ours_in("Table 2", of_tokenizer)
+    assert ["N" in row["reasons"][0], "6.02 dB" in row["reasons"][1], len(row["reasons"])] == [True, True, 2]
+    (row,) = ours_in("Table 2", {name: value for name, value in of_tokenizer.items() if name != "psnr"})
+    assert not any("6.02 dB" in reason for reason in row["reasons"])
+
+
+def test_generators_are_compared_with_published_sizes_of_their_depth() -> None:
+    items = [report.Item("generator", f"d{depth}", facts={"depth": depth, "parameters": 5}) for depth in (12, 13)]
+    same, other = ours_in("Table 1", items=[*items, report.Item("generator", "unfinished")])
+    assert (same["values"], same["reasons"]) == ({"parameters": 5}, [])
+    assert [("13" in reason) for reason in other["reasons"]] == [True]
+    assert ours_in("Table 5", items=items) == []
+
+
+def test_tables_without_ours_are_folded_and_rows_that_cannot_be_compared_are_grey() -> None:
+    scores = scores_of(PAPERS, {**PAPERS, "n": 10000}, {**PAPERS, "n": 20000})
+    page = report.as_html("title", [], scores)
+    section = page[page.index('id="published"') :]
+    details = [a for tag, a in Page(page).tags if tag == "details"]
+    ours = [bool(table["ours"]) for table in report.published_tables([], scores)]
+    assert ["open" in attributes for attributes in details] == ours
+    assert {True, False} == set(ours)
+    third, fourth = (section[section.index(f"Table {n}") : section.index(f"Table {n + 1}")] for n in (3, 4))
+    assert third.count('class="incomparable"') == 2
+    assert fourth.count('class="incomparable"') == 3
+    assert fourth.count("guidance") == 1
 
 
 def test_held_out_accuracies_are_shown() -> None:
     page = report.as_html("title", [report.Item("generator", "gen", held_out=[(0.75, 0.5)])], [])
     assert all(f'<td class="number">{text}</td>' in page for text in ("0.750", "0.500", "0.250"))
+
+
+def test_the_sheet_of_a_score_is_on_the_page_while_it_is_there(tmp_path: Path) -> None:
+    sheet = tmp_path / "pairs.png"
+    Image.fromarray(pixels(1, 0)[0]).save(sheet)
+    files.write_json(tmp_path / "memory.json", {"metric": "memory", "fid": 1.0, "sheet": str(sheet)})
+    (item,) = report.read_items([tmp_path / "memory.json"])
+    images = [attributes for tag, attributes in Page(report.as_html("title", [item], [])).tags if tag == "img"]
+    assert [str(tmp_path / "memory.json") in image["alt"] for image in images] == [True]
+    sheet.unlink()
+    assert report.read_items([tmp_path / "memory.json"])[0].pictures == []
+
+
+def test_the_chain_comes_first_and_the_settings_last(chain: Path, tmp_path: Path) -> None:
+    write(chain, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    assert (sections[0], sections[-1]) == ("chain", "settings")
 
 
 def test_bad_inputs_are_refused_by_name(chain: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ PICTURES = {  # in a folder; of several files the last one
     "Partial decodes, t = 1 to T": "previews/steps.png",
 }  # fmt: skip
 HINT = "give runs, code stores, sample folders, a demo's folder, .pt files or what `rdpm eval ... --json` printed"
-UNITS = {"M": 1e6, "B": 1e9}  # of printed parameter counts
+SETTINGS = ("type", "weight", "bias", "T")  # columns of the paper's tables that are no scores
 MAX_PICTURES, MAX_PICTURE_SIZE = 24, (1120, 1400)  # on a page; pixels
 
 # metric -> label, +1 if higher is better, -1 if lower is better, 0 if neither
@@ -59,6 +59,8 @@ METRICS = {
     "lpips_vgg": ("LPIPS (vgg)", -1), "mse": ("MSE", -1), "latent_mse": ("latent error", -1),
     "parameters": ("parameters", 0),
 }  # fmt: skip
+
+Row = dict[str, Any]  # a figure of published.yaml by field; a table of them, or a row of it
 
 
 @dataclass
@@ -126,7 +128,9 @@ def _read(path: Path) -> Item:
             raise DataError(f"{path} holds no scores", HINT)
         roles = {"generator": "checkpoint", "tokenizer": "tokenizer"}
         made_from = {role: record[key] for role, key in roles.items() if record.get(key)}
-        return Item("score", str(path), made_from=made_from, record=record)
+        sheet = Path(record.get("sheet") or "")
+        pictures = [(f"Closest pairs, sample and training image: {path}", sheet)] if sheet.is_file() else []
+        return Item("score", str(path), made_from=made_from, record=record, pictures=pictures)
     values = look.inspect(str(path)).values
     stage = {"code store": "store"}.get(values["kind"], values["kind"])
     stage = "reconstructions" if values.get("format") == "rdpm-reconstructions" else stage
@@ -221,48 +225,85 @@ def _name(part: Any) -> str:
     return str(part.get("name", "")) + (f" ({part['sha256'][:8]})" if part.get("sha256") else "")
 
 
-def read_published() -> list[dict[str, Any]]:
+def read_published() -> list[Row]:
     """Every published figure of recipes/published.yaml, with its value as printed."""
     path = recipes.recipe_folder() / "published.yaml"
-    figures: list[dict[str, Any]] = parse_yaml(path.read_text("utf-8"), str(path))
+    figures: list[Row] = parse_yaml(path.read_text("utf-8"), str(path))
     return figures
 
 
-def number(printed: str) -> float:
-    """The number that a source prints: `0.6226`, `8,100`, `133M`, `1.4B`. Raises ValueError."""
-    digits = printed.replace(",", "").rstrip("MB")
-    return float(digits) * UNITS.get(printed[-1:], 1.0)
+def published_tables(items: Sequence[Item], scores: Sequence[Score]) -> list[Row]:
+    """The published figures as printed, in a table a source, and `ours`: rows of our scores in the same columns.
+
+    reasons: why a row of ours cannot be compared; empty where it can."""
+    by_source: dict[str, list[Row]] = {}
+    for figure in read_published():
+        if "task" not in figure:  # speech, which `eval tts` prints
+            by_source.setdefault(figure["source"], []).append(figure)
+    tables = []
+    for source, figures in by_source.items():
+        settings = [name for name in SETTINGS if name in figures[0]]
+        rows: dict[str, Row] = {}
+        for figure in figures:
+            name = figure["row"] if "row" in figure else figure["name"]
+            row = rows.setdefault(name, {"name": name, "values": {key: figure[key] for key in settings}, "note": ""})
+            row["values"][figure["metric"]] = figure["value"]
+            row["note"] += figure.get("note", "")
+        columns = [*settings, *dict.fromkeys(figure["metric"] for figure in figures)]
+        ours = _our_rows(figures, items, scores)
+        tables.append({"source": source, "columns": columns, "rows": list(rows.values()), "ours": ours})
+    return tables
 
 
-def published_figures(items: Sequence[Item], scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The published figures of a kind, each with our scores of the same metric and the reasons why the two cannot be
-    compared; `value` is a number."""
-    rows: list[dict[str, Any]] = []
-    for figure in ({**printed, "value": number(printed["value"])} for printed in read_published() if "kind" in printed):
-        ours: list[tuple[float | None, str, list[str]]] = []
-        if figure["metric"] == "parameters":
-            sized = [i for i in items if i.stage == "generator" and i.facts.get("depth") == figure["depth"]]
-            ours = [(float(item.facts["parameters"]), item.name, []) for item in sized]
-        elif figure["kind"] != "method":
-            for score in scores:
-                other_set = figure["kind"] == "evaluator" and "admnet_guided_upsampled_imagenet256" not in score.target
-                if score.metric == figure["metric"] and score.value is not None and not other_set:
-                    ours.append((score.value, score.source, _reasons(figure, score)))
-        for value, source, reasons in ours or [(None, "", [])]:
-            rows.append({**figure, "ours": value, "our_source": source, "reasons": reasons})
+def _our_rows(figures: Sequence[Row], items: Sequence[Item], scores: Sequence[Score]) -> list[Row]:
+    """Every target with one of the figures' scores; every generator where the figures are of sizes."""
+    metrics, targets = {figure["metric"] for figure in figures}, dict[tuple[Any, ...], list[Score]]()
+    for score in scores:
+        if score.metric in metrics and score.value is not None:
+            targets.setdefault((score.source, score.target, score.n), []).append(score)
+    rows = [
+        {"source": source, "target": target, "values": {score.metric: score.value for score in group},
+         "reasons": _reasons(figures, group)}
+        for (source, target, _), group in targets.items()
+    ]  # fmt: skip
+    for item in items if "depth" in figures[0] else []:
+        if item.stage == "generator" and "parameters" in item.facts:
+            reasons = _differences(figures, {"depth": item.facts.get("depth")})
+            values = {"parameters": item.facts["parameters"]}
+            rows.append({"source": item.name, "target": item.name, "values": values, "reasons": reasons})
     return rows
 
 
-def _reasons(figure: Mapping[str, Any], score: Score) -> list[str]:
-    """Why a score of ours and a published figure cannot be compared; empty where they can."""
-    reasons = []
-    if figure.get("data", "") not in (score.reference + score.target).lower():
-        reasons.append(f"other images: {score.reference or score.target}")
-    if figure.get("n") != score.n:
-        reasons.append(f"N = {score.n}, not {figure['n']}" if "n" in figure else "its N is not stated")
-    if not score.extractor.startswith(figure.get("extractor", "")):
-        reasons.append(f"extractor {score.extractor or 'not recorded'}")
-    return [*reasons, figure["note"]] if "note" in figure else reasons
+def _reasons(figures: Sequence[Row], group: Sequence[Score]) -> list[str]:
+    """Why the scores of a target cannot be compared with published figures."""
+    score, metrics = group[0], {score.metric for score in group}
+    guidance = score.options.get("cfg_schedule", "constant") if score.options.get("cfg") else "none"
+    facts = {"data": score.reference or score.target, "n": score.n, "guidance": guidance}
+    if "target" in figures[0]:
+        facts["target"] = score.target
+    if metrics - {"psnr", "ssim"}:  # which compare pixels
+        facts["extractor"] = score.extractor or "not recorded"
+    reasons = _differences(figures, facts)
+    reasons += [f"drawn with {name}" for name in ("edit", "reject") if score.options.get(name)]
+    return reasons + [figure["note"] for figure in figures if "note" in figure and figure["metric"] in metrics]
+
+
+def _differences(figures: Sequence[Row], facts: Row) -> list[str]:
+    """What none of the figures shares with `facts`: field of published.yaml -> value; names by what they contain."""
+    differences = []
+    for field_name, value in facts.items():
+        published = dict.fromkeys(figure[field_name] for figure in figures if field_name in figure)
+        label = "N" if field_name == "n" else field_name
+        if not published:
+            differences.append(f"its {label} is not stated")
+        elif not any(one == value or (isinstance(value, str) and one in value.lower()) for one in published):
+            differences.append(f"{label} {value}, not {' or '.join(map(str, published))}")
+    return differences
+
+
+def _unstated(table: Row) -> list[str]:
+    """The reasons that lie with the source, which the page gives once a table."""
+    return list(dict.fromkeys(text for row in table["ours"] for text in row["reasons"] if text.startswith("its ")))
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -282,7 +323,7 @@ def as_html(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
         title=title, version=__version__, items=items, scores=scores,
         names={item.digest: item.name for item in items if item.digest},
         label_of=lambda metric: METRICS.get(metric, (metric, 0))[0],
-        published=published_figures(items, scores),
+        published=published_tables(items, scores), unstated_of=_unstated,
         held_out=[item for item in items if item.held_out],
         pictures=[(text, _data_uri(Image.fromarray(read_png(path)))) for text, path in listed[:MAX_PICTURES]],
         pictures_left_out=max(0, len(listed) - MAX_PICTURES),
@@ -301,7 +342,7 @@ def as_json(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     """Everything but the pictures."""
     chain = [{k: v for k, v in asdict(item).items() if k not in ("pictures", "record", "held_out")} for item in items]
     whole = {"title": title, "rdpm": __version__, "chain": chain, "scores": [asdict(s) for s in scores]}
-    return json.dumps({**whole, "published": published_figures(items, scores)}, indent=2, allow_nan=False) + "\n"
+    return json.dumps({**whole, "published": published_tables(items, scores)}, indent=2, allow_nan=False) + "\n"
 
 
 FORMATS = {"html": as_html, "md": as_markdown, "json": as_json}
