@@ -255,7 +255,7 @@ def test_a_network_without_classes_has_every_score_but_the_inception_score(
     options = ["--extractor", "clip", "--resolution", "16"]
     values = answer(capsys, "all", image_folder, "--ref", image_folder, *options)
     assert values["classifier_score"] is None
-    assert set(values["not_computed"]) == {"classifier_score", "spatial_frechet_distance"}
+    assert set(values["not_computed"]) == {"classifier_score", "spatial_frechet_distance", "fd_infinity"}
     assert (values["frechet_distance"], values["precision"]) == (pytest.approx(0, abs=1e-3), 1)
     assert values["extractor"]["name"] == "clip"
     assert "timm" in values["versions"]

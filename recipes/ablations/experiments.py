@@ -472,6 +472,9 @@ _SAMPLES = (
 )  # fmt: skip
 _TRAINED = (*_SAMPLES, "heldout.ce", "heldout.gap")
 _COST = (*_SAMPLES, "parameters", "train_steps", "passes", "seconds_an_image")
+_COPIES = (
+    "near_copies", "near_copies_features", "authpct", "nearest_pixels", "heldout.authpct", "heldout.nearest_pixels",
+)  # fmt: skip
 _STABILITY = ("images_per_second", "grad_norm", "clipped", "loss_jumps")
 _FAMILIES = (
     "fid/frechet_distance", "inception_score/classifier_score", "precision", "recall", "class_accuracy", "validity",
@@ -497,7 +500,7 @@ TABLES = {
     "table5": Table("Sizes", _COST, table5, "5"),
     "families": Table("Five families at equal operations of training", _FAMILIES, families, plot="costs"),
     "targets": Table("What ResGen predicts", (*_COST, *_STABILITY), targets),
-    "views": Table("Cached and fresh noise", (*_SAMPLES, "heldout.ce"), views),
+    "views": Table("Cached and fresh noise", (*_SAMPLES, *_COPIES, "heldout.ce"), views),
     "bits": Table("Steps and codes", _TRAINED, bits),
     "paper-vs-plus": Table("Generators at equal time", (*_TRAINED, "train_steps"), paper_vs_plus),
     "resgen": Table("ResGen and RDPM", _COST, resgen_families),

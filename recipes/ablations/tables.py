@@ -30,8 +30,10 @@ def numbers(result: Mapping[str, Any]) -> Score:
     for name, value in result.items():
         if isinstance(value, dict) and {"mean", "std"} <= set(value):
             values[name] = [value["mean"], value["std"]]
-        elif name in ("continuous", "factor_coverage"):
-            values |= {f"{name}.{key}": [inner, spreads.get(f"{name}.{key}")] for key, inner in value.items()}
+        elif name in ("continuous", "factor_coverage", "heldout") and value:
+            for key, inner in value.items():
+                if isinstance(inner, float):
+                    values[f"{name}.{key}"] = [inner, spreads.get(f"{name}.{key}")]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             values[name] = [value, spreads.get(name)]
     return values
