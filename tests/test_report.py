@@ -288,3 +288,13 @@ def test_bad_inputs_are_refused_by_name(chain: Path, tmp_path: Path) -> None:
     for out, token in {chain / "fid.json": "fid.json", tmp_path / "r.txt": ".txt"}.items():
         with pytest.raises(UsageError, match=token):
             report.make_report([chain / "fid.json"], out)
+
+
+def test_the_held_out_row_of_eval_memory_and_perturbed_codes_are_told_apart() -> None:
+    record = {"near_copies": 0.5, "target": {"name": "samples"}, "n": 8}
+    scores = scores_of({**record, "heldout": {"near_copies": 0.0, "name": "val", "count": 4}})
+    assert {(score.target, score.value, score.n) for score in scores} == {("samples", 0.5, 8), ("val", 0.0, 4)}
+    pair = [
+        {"metric": "reconstruction", "psnr": v, "n": 8, "options": o} for v, o in ((9.0, {"perturb": 0.5}), (8.0, {}))
+    ]
+    assert not any(score.best for score in scores_of(*pair))

@@ -387,6 +387,8 @@ def test_the_ratio_of_several_extractors_is_the_mean_of_theirs(
     both = answer(capsys, *args, f"{judge_path},{other}")
     assert both["value"] == pytest.approx(np.mean([one["value"] for one in each]))
     assert [one["fdr"] for one in both["by_extractor"]] == [one["value"] for one in each]
+    assert both["heldout"] == each[0]["heldout"]
+    assert both["heldout"]["count"] == 40
     assert answer(capsys, "fdr", tmp_path / "a.npz", *args[2:4], "--heldout", tmp_path / "a.npz", *args[6:], other)[
         "value"
     ] == pytest.approx(1)

@@ -289,7 +289,7 @@ def memory(
 def reference(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="REF.npz", help="the file to write")],
-    features: Annotated[int, typer.Option(min=4, help="images whose features it holds, for pr and kid")] = 10_000,
+    features: Annotated[int, typer.Option(min=4, help="images whose features it holds")] = 10_000,
     **shared: Any,
 ) -> cli.Result:
     """Statistics of IMAGES, cropped as in training, as an .npz for --ref that records its extractor."""

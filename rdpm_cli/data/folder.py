@@ -112,6 +112,10 @@ def open_samples(folder: Path) -> ImageSet:
 def open_npz(path: Path) -> ImageSet:
     """The images `arr_0` of an .npz, with the record and labels of the samples.json next to it if that lists them."""
     npz = NpzImages(path)
+    if npz.shape[1] != npz.shape[2]:
+        raise DataError(
+            f"{path} holds images of {npz.shape[2]}×{npz.shape[1]}", "scores are of square images: crop them"
+        )
     images = ImageSet(str(path), npz.shape[0], npz.shape[1], npz.labels, [], npz.read)
     if not (path.parent / RECORD).is_file() or files.read_json(path.parent / RECORD).get("npz") != path.name:
         return images

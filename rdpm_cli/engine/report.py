@@ -42,6 +42,7 @@ PICTURES = {  # in a folder; of several files the last one
     "Partial decodes, t = 1 to T": "previews/steps.png",
 }  # fmt: skip
 HINT = "give runs, code stores, sample folders, a demo's folder, .pt files or what `rdpm eval ... --json` printed"
+SPECIAL = ("edit", "reject", "perturb", "dtype_cut")  # options that make scores incomparable
 SETTINGS = ("type", "weight", "bias", "T")  # columns of the paper's tables that are no scores
 MAX_PICTURES, MAX_PICTURE_SIZE = 24, (1120, 1400)  # on a page; pixels
 
@@ -105,7 +106,7 @@ class Score:
     @property
     def setting(self) -> tuple[Any, ...]:
         """What two scores must share to be compared; edits and best-of-n samples only with their like."""
-        special = (str(self.options.get(name)) for name in ("edit", "reject"))
+        special = (str(self.options.get(name)) for name in SPECIAL)
         return self.metric, self.n, self.extractor, self.reference, *special
 
 
@@ -199,6 +200,11 @@ def _scores_of(item: Item) -> Iterator[Score]:
         scores["spread_over_seeds"] = {metric: column["std"] for metric, column in columns.items()}
         of_row = {**record, **scores, "rows": {}, "n": row["n"], "target": f"{row_name}: {row['images']}"}
         yield from _scores_of(replace(item, record=of_row))
+    heldout = record.get("heldout") or {}
+    if any(name in heldout for name in METRICS):  # of `eval memory`
+        yield from _scores_of(
+            replace(item, record={**record, **heldout, "heldout": None, "n": heldout["count"], "target": heldout})
+        )
     named = {name: record[name] for name in METRICS if name in record}
     if single:
         named = {record["metric"]: record["value"], **{k: v for k, v in named.items() if v is not None}}
@@ -212,7 +218,8 @@ def _scores_of(item: Item) -> Iterator[Score]:
             n=record.get(f"{prefix}n") or record.get("n"),
             spread=spreads[0] or spreads[1] or (record.get("spread_over_seeds") or {}).get(key),
             interval=record.get(f"{prefix}ci95"),
-            extractor=_name(record.get("extractor")), reference=_name(record.get("reference")),
+            extractor=_name(record.get("extractor")),
+            reference=_name(record.get("reference")) + (f", held-out {_name(heldout)}" if metric == "fdr" else ""),
             options={"checkpoint": record.get("checkpoint"), **(record.get("options") or {})},
             note=reason if value is None else "; ".join(record.get("notes") or []),
         )  # fmt: skip
@@ -284,7 +291,7 @@ def _reasons(figures: Sequence[Row], group: Sequence[Score]) -> list[str]:
     if metrics - {"psnr", "ssim"}:  # which compare pixels
         facts["extractor"] = score.extractor or "not recorded"
     reasons = _differences(figures, facts)
-    reasons += [f"drawn with {name}" for name in ("edit", "reject") if score.options.get(name)]
+    reasons += [f"made with {name}" for name in SPECIAL if score.options.get(name)]
     return reasons + [figure["note"] for figure in figures if "note" in figure and figure["metric"] in metrics]
 
 

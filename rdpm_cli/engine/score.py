@@ -48,14 +48,14 @@ def open_compared(
     """Images of the samples' size: those named, or those that the samples' record names. Raises DataError."""
     images = None if spec and holds_statistics(spec) else open_reference(spec, samples, extractor, reading)
     if not isinstance(images, ImageSet):
-        raise DataError(f"{spec} holds statistics", "give images")
+        raise DataError(f"{spec} holds statistics, and images are needed here", "name the images")
     return images
 
 
-def made_with(images: ImageSet, extractor: Extractor) -> dict[str, Any]:
+def made_with(images: ImageSet, *extractors: Extractor) -> dict[str, Any]:
     """Options, checkpoint and resolution of scored images, and the versions of libraries."""
-    library = {Inception: "torch-fidelity", Backbone: "timm"}.get(type(extractor))
-    libraries = {library: version(library)} if library else {}
+    of_type = {Inception: "torch-fidelity", Backbone: "timm"}
+    libraries = {name: version(name) for each in extractors if (name := of_type.get(type(each)))}
     return {
         "options": images.record.get("options"), "versions": {**versions(), **libraries},
         "checkpoint": images.record.get("made_from", {}).get("checkpoint"), "resolution": images.resolution,
@@ -85,6 +85,11 @@ def eval_images(
     if features:
         files.make_folder(features.parent)  # before the pass, not after it
     extractors = str(extractor).split(",") if extractor and metric == "fdr" else [extractor]
+    if len(extractors) > 1:
+        if features or weights:
+            raise UsageError("--features and --weights are for one extractor", "put weight files into $RDPM_WEIGHTS")
+        if "" in extractors or len(set(extractors)) < len(extractors):
+            raise UsageError(f"--extractor {extractor}: a name is empty or given twice", "name each once: A,B,C")
     with process_group(device, several=True) as rank_device:
         opened, sets = open_scored(target, rank_device, extractors, weights, download, resolution, reading)
         if {"sfid": opened[0].spatial_width, "is": opened[0].classes}.get(metric) == 0:
@@ -99,21 +104,35 @@ def eval_images(
             )
     if not by_extractor[0]:
         return Result("score")
-    values = [records[0] for records in by_extractor]
+    records = by_extractor[0] if len(opened) == 1 else [_averaged(each) for each in zip(*by_extractor, strict=True)]
+    values = records[0]
     if len(sets) > 1:
         seeds = [drawn.record["options"].pop("seed") for drawn in sets]
-        values = [score.average(records, seeds) for records in by_extractor]
-    result = values[0] if len(values) == 1 else _averaged(values)
-    return Result("score", result | made_with(sets[0], opened[0]))
+        values = score.average(records, seeds)
+        if "by_extractor" in values:
+            values["by_extractor"] = [_part(score.average(each, seeds)) for each in by_extractor]
+    return Result("score", values | made_with(sets[0], *opened))
 
 
-def _averaged(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """FDr as the mean over extractors, with that of each."""
-    each = [{"extractor": one["extractor"], "fdr": one["value"], "n": one["n"]} for one in values]
-    mean = float(np.mean([one["value"] for one in values]))
-    names = ", ".join(one["extractor"]["name"] for one in values)
-    notes = list(dict.fromkeys(note for one in values for note in one["notes"]))
-    return {**values[0], "value": mean, "extractor": {"name": names}, "by_extractor": each, "notes": notes}
+def _part(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What one extractor adds to an FDr over several."""
+    kept = {name: record[name] for name in ("extractor", "n", "heldout_distance")}
+    return {
+        **kept,
+        "fdr": record["value"],
+        **({"spread_over_seeds": record["spread_over_seeds"]["value"]} if "seeds" in record else {}),
+    }
+
+
+def _averaged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """FDr of one set as the mean over extractors, with that of each."""
+    return {
+        **{name: records[0][name] for name in ("metric", "n", "target", "reference", "heldout")},
+        "value": float(np.mean([record["value"] for record in records])),
+        "extractor": {"name": ", ".join(record["extractor"]["name"] for record in records)},
+        "by_extractor": [_part(record) for record in records],
+        "notes": list(dict.fromkeys(note for record in records for note in record["notes"])),
+    }  # fmt: skip
 
 
 def eval_reference(

@@ -31,7 +31,7 @@ PairScores = dict[str, metrics.Array]  # name -> one value an image
 
 
 class Perturb:
-    """Replaces a share of each step's codes by one of the K / 20 nearest other codes, uniformly (arXiv 2503.08354)."""
+    """Replaces each code with probability `share` by one of the K / 20 nearest others, uniformly (arXiv 2503.08354)."""
 
     def __init__(self, share: float, tokenizer: Tokenizer) -> None:
         books_MKC = tokenizer.quantizer.books.detach()
@@ -42,14 +42,14 @@ class Perturb:
 
     def __call__(self, codes_BTS: Tensor, seed: int, indices: Sequence[int]) -> Tensor:
         """The codes of images of these indices; which change, and to what, depends on (seed, index, t) only."""
-        steps, count = [], round(self.share * codes_BTS.shape[2])
+        steps = []
         for t, codes_BS in enumerate(codes_BTS.unbind(1), 1):
             shape = (2, codes_BS.shape[1])
             uniform = noise.uniform_rows("perturb", seed, indices, [0] * len(indices), t, shape)
-            order_BS, draw_BS = torch.from_numpy(uniform).to(codes_BS.device).unbind(1)
+            change_BS, draw_BS = torch.from_numpy(uniform).to(codes_BS.device).unbind(1)
             other_BS = (draw_BS * self.neighbours).long()
             replaced_BS = self.nearest_MKD[min(t, len(self.nearest_MKD)) - 1][codes_BS, other_BS]
-            steps.append(torch.where(order_BS.argsort(1).argsort(1) < count, replaced_BS, codes_BS))
+            steps.append(torch.where(change_BS < self.share, replaced_BS, codes_BS))
         return torch.stack(steps, 1)
 
 
@@ -194,20 +194,23 @@ def _record(
     fid: the name of a Fréchet distance by the published Inception."""
     digests, features_of, scores_of = zip(*batches, strict=True)
     extractor, count = networks.extractor, sum(map(len, digests))
+    absent = {fid if name == "rfid" else name: reason for name, reason in networks.absent.items()}
     *by_seed, continuous = (means(scores) for scores in zip(*scores_of, strict=True))
-    values = {"n": count, "seed": seeds[0], "seeds": list(seeds), **dict[str, Any].fromkeys(networks.absent)}
+    values = {"n": count, "seed": seeds[0], "seeds": list(seeds), **dict[str, Any].fromkeys(absent)}
     notes = [network.note for network in networks.perceptual.values() if network.note]
     if extractor:
         original, recon, of_z = (metrics.statistics(np.concatenate(side)) for side in zip(*features_of, strict=True))
-        name = fid if extractor.name == features.PUBLISHED else "frechet_distance"
-        values[name], continuous[name] = (metrics.frechet_distance(side, original) for side in (recon, of_z))
+        published = extractor.name == features.PUBLISHED
+        name, of_z_name = (fid, "rfid") if published else ("frechet_distance", "frechet_distance")
+        values[name] = metrics.frechet_distance(recon, original)
+        continuous[of_z_name] = metrics.frechet_distance(of_z, original)
         notes += [extractor.note] if extractor.note else []
         notes += rank_notes(recon.count, len(recon.mean_D))
         notes += [f"{name} is of seed {seeds[0]} only"] if len(seeds) > 1 else []
     columns = {name: [each[name] for each in by_seed] for name in by_seed[0]}
     digest = features.set_digest(digest for batch in digests for digest in batch)
     return {
-        **values, **{name: float(np.mean(column)) for name, column in columns.items()}, "not_computed": networks.absent,
+        **values, **{name: float(np.mean(column)) for name, column in columns.items()}, "not_computed": absent,
         "spread_over_seeds": {k: metrics.deviation(v) for k, v in columns.items()} if len(seeds) > 1 else None,
         "continuous": continuous,
         "reference": {"name": source.spec, "count": count, "sha256": digest},

@@ -48,11 +48,13 @@ def score(
     parts = whole if metric == "all" else [metric]
     for target in targets:
         judge.check_size(extractor.resolution, target.resolution)
-    sets = [images for images in (*targets, reference, heldout) if isinstance(images, ImageSet)]
+    sets = [images for images in (*targets, reference) if isinstance(images, ImageSet)]
     subsets = [_subsets(target, subset) for target in targets]
     absent = _absent(extractor, reference, targets, min(sets, key=lambda images: images.count))
+    if heldout and heldout.count < FEWEST["fdr"]:
+        absent["fdr"] = f"it needs at least {FEWEST['fdr']} images, not {heldout.count} as in {heldout.name}"
     if set(parts) <= set(absent):
-        raise DataError(f"{metric}: {absent[parts[0]]}", "take more images, or a --ref that has what it needs")
+        raise DataError(f"{metric}: {absent[parts[0]]}", "take more images, or another --ref")
     if ci and (smallest := min(target.count for target in targets)) < FEWEST_CI:
         raise DataError(f"an interval needs at least {FEWEST_CI} images, not {smallest}", "take more images")
     compared = measured(extractor, reference, parts)
@@ -70,7 +72,10 @@ def score(
             names = PAIRS.get(part) or [NAMES[part][extractor.name != PUBLISHED] if part in NAMES else part]
             reasons: list[Row] = [{"value": None, "not_computed": absent.get(part)} for _ in names]
             rows |= zip(names, reasons if part in absent else ROWS[part](comparison), strict=True)
-        records.append(_record(metric, rows, extractor, target, scored, compared))
+        record = _record(metric, rows, extractor, target, scored, compared)
+        if heldout and real:
+            record["heldout"] = {"name": heldout.name, "count": heldout.count, "sha256": real.sha256}
+        records.append(record)
     return records
 
 
@@ -227,13 +232,15 @@ def _fd_infinity_row(c: Comparison) -> list[Row]:
 def _fdr_row(c: Comparison) -> list[Row]:
     """The Fréchet distance over that of as many held-out images (Yang et al. 2026), so that both have the same bias."""
     assert c.heldout is not None
+    assert c.reference is not None
     sides, root = (c.target.features_ND, c.heldout.features_ND), metrics.matrix_root(c.pool.covariance_DD)
     n = min(map(len, sides))
     parts = (metrics.statistics(side[spread(len(side), n)]) for side in sides)
     samples, real = (metrics.frechet_distance(part, c.pool, root) for part in parts)
-    if not real:
+    if c.heldout.sha256 == c.reference.sha256 or not real:
         raise DataError("the held-out images are those of the reference", "give other images as --heldout")
-    return [{"value": samples / real, "n": n, "heldout_distance": real}]
+    notes = rank_notes(n, c.extractor.width)
+    return [{"value": samples / real, "n": n, "heldout_distance": real, "notes": notes}]
 
 
 ROWS: dict[str, Callable[[Comparison], list[Row]]] = {
