@@ -181,9 +181,12 @@ def test_a_stuck_worker_is_an_error_with_exit_code_1() -> None:
     assert (caught.value.exit_code, OPTION in caught.value.hint) == (1, True)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_request_to_stop_ends_the_wait_for_a_stuck_worker() -> None:
-    assert list(in_order(time.sleep, [0, 60, 60], 1, OPTION, stopped=lambda: True)) == [None]
+def test_a_request_to_stop_ends_the_wait_for_a_stuck_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.05)
+    results: list[None] = []
+    for result in in_order(time.sleep, [0, 60, 60], 1, OPTION, stopped=lambda: bool(results)):
+        results.append(result)
+    assert results == [None]
 
 
 def lead(folder: str) -> None:
