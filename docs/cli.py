@@ -44,7 +44,7 @@ Every command, argument, option and default, written by `{REGENERATE}`. A test c
 
 def page() -> str:
     """The whole of docs/cli.md."""
-    return HEAD + "".join(f"\n{section}" for section in _sections(typer.main.get_command(app), "rdpm"))
+    return HEAD + "".join(f"\n{section}" for section in _sections(typer.main.get_command(app), "rdpm", {}))
 
 
 def commands() -> dict[str, Any]:
@@ -60,15 +60,15 @@ def commands() -> dict[str, Any]:
     return leaves
 
 
-def _sections(command: Any, words: str) -> Iterator[str]:
-    """The section of a command, then those of its subcommands."""
-    yield _section(command, words)
+def _sections(command: Any, words: str, tables: dict[str, str]) -> Iterator[str]:
+    """The section of a command, then those of its subcommands. tables: those that are written -> of which command."""
+    yield _section(command, words, tables)
     for name, inner in getattr(command, "commands", {}).items():
-        yield from _sections(inner, f"{words} {name}")
+        yield from _sections(inner, f"{words} {name}", tables)
 
 
-def _section(command: Any, words: str) -> str:
-    """Help, usage, and a row of the table for each argument and option."""
+def _section(command: Any, words: str, tables: dict[str, str]) -> str:
+    """Help, usage, and a row of the table for each argument and option, or the command that has the same table."""
     context = typer.Context(command, info_name=words)
     records = [(parameter.param_type_name, parameter.get_help_record(context)) for parameter in command.params]
     rows = [f"| `{_cell(left)}` | {_cell(right, '&lt;')} |" for _, (left, right) in records]
@@ -76,6 +76,8 @@ def _section(command: Any, words: str) -> str:
     usage = " ".join((words, "[OPTIONS]", *positional, *(["COMMAND ..."] if hasattr(command, "commands") else [])))
     text = "\n".join(line.strip() for line in (command.help or "").strip().splitlines())
     table = "\n".join(("| argument or option | meaning |", "|---|---|", *rows))
+    if (first := tables.setdefault(table, words)) != words:
+        table = f"Arguments and options as of [{first}](#{first.replace(' ', '-')})."
     return "\n\n".join((f"## {words}", text, f"```\n{usage}\n```", *([table] if rows else []))) + "\n"
 
 

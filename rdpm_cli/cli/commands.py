@@ -233,7 +233,7 @@ def evaluate(
 
 
 def to_score(
-    arguments: list[str], ckpt: Path | None, seed: int | None, seeds: int, dtype_cut: Literal["round", "floor"],
+    arguments: list[str], ckpt: Path | None, seed: int | None, seeds: int, dtype_cut: cli.DtypeCut,
     shared: dict[str, Any],
 ) -> Any:  # fmt: skip
     """TARGET, or what draws the samples of --ckpt; takes the options of drawing out of `shared`. Raises UsageError."""

@@ -67,8 +67,8 @@ def eval_memory(
 def _check(sets: Sequence[ImageSet], extractor: Extractor) -> None:
     """Raise DataError for training images, samples or held-out images that are too few, or not of a judge's size."""
     judge.check_size(extractor.resolution, sets[0].resolution)
-    for images, fewest in zip(sets, (FEWEST, 1, 1), strict=False):
-        if images.count < fewest:
+    for images in sets:
+        if images.count < (fewest := FEWEST if images is sets[0] else 1):
             message = f"`eval memory` needs at least {fewest} images of {images.name}, not {images.count}"
             raise DataError(message, "take more images")
 

@@ -29,7 +29,8 @@ def eval_recon(
     loaded, content = model.load(path)
     count, size = len(spread(len(source), limit)), loaded.cfg.autoencoder.resolution
     with process_group(device, several=True) as rank_device:
-        networks = recon.open_networks(count, size, rank_device, lpips, extractor, weights, download)
+        fid = "pfid" if perturb else "rfid"
+        networks = recon.open_networks(count, size, rank_device, lpips, extractor, weights, download, fid)
         noise_seeds = range(seed, seed + seeds)
         loaded.to(rank_device)
         perturbed = recon.Perturb(perturb, loaded) if perturb else None

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from rdpm_cli import progress
 from rdpm_cli.data.folder import ImageSet
@@ -89,17 +88,13 @@ def nearest_two(
 
 def _candidates(x_ND: NDArray[Any], y_MD: NDArray[Any], device: torch.device | None) -> Rows:
     """CANDIDATES rows of y for each row of x, nearest by fp32 distances: (N, C). y is converted a block at a time."""
-    centre_D = y_MD.mean(0, dtype=np.float64).astype(np.float32)  # see metrics.precision_recall
-
-    def centred(rows_BD: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(rows_BD - centre_D).to(device)
-
-    x = centred(x_ND)
+    centre_D = metrics.centre(y_MD)
+    x = metrics.centred(x_ND, centre_D, device)
     smallest_NC = torch.full((len(x), min(CANDIDATES, len(y_MD))), torch.inf, device=device)
     rows_NC = torch.zeros(smallest_NC.shape, dtype=torch.int64, device=device)
     with progress.Bar("find nearest images", len(y_MD), "images") as bar:
         for start in range(0, len(y_MD), metrics.COLUMNS):
-            y = centred(y_MD[start : start + metrics.COLUMNS])
+            y = metrics.centred(y_MD[start : start + metrics.COLUMNS], centre_D, device)
             for block, _, distances in metrics.blocks(x, y):
                 smallest, rows = distances.topk(min(CANDIDATES, len(y)), largest=False)
                 smallest = torch.cat([smallest_NC[block], smallest], 1)

@@ -1,8 +1,10 @@
 """Metrics of arrays. Legend: N, M images, D feature width, K classes, S splits, G groups that are left out."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.special
@@ -35,6 +37,11 @@ class Statistics:
     mean_D: Array
     covariance_DD: Array
     count: int
+
+    @functools.cached_property
+    def root(self) -> Array:
+        """The symmetric root of the covariance, which takes seconds at Inception's width."""
+        return matrix_root(self.covariance_DD)
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,10 @@ def matrix_root(covariance_DD: Array) -> Array:
     return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T  # rounding makes zeros slightly negative
 
 
-def frechet_distance(a: Statistics, b: Statistics, root_b: Array | None = None) -> float:
-    """|mu_a - mu_b|² + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017). root_b: root of b's covariance."""
-    root = matrix_root(b.covariance_DD) if root_b is None else root_b
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mu_a - mu_b|² + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017). b keeps its root."""
     # The trace of the root is the sum of the roots of the eigenvalues of this product, which is symmetric.
-    cross = np.clip(np.linalg.eigvalsh(root @ a.covariance_DD @ root), 0, None)
+    cross = np.clip(np.linalg.eigvalsh(b.root @ a.covariance_DD @ b.root), 0, None)
     trace = np.trace(a.covariance_DD) + np.trace(b.covariance_DD) - 2 * np.sqrt(cross).sum()
     distance = float(np.sum((a.mean_D - b.mean_D) ** 2) + trace)
     # A covariance pair never gives a negative distance but for rounding: each of the D eigenvalues is off by at most
@@ -175,20 +181,26 @@ def density_coverage(
 
 
 def _centred(samples_ND: AnyFloats, reference_MD: AnyFloats, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    """Both in fp32 without the mean of the reference.
+    """Both as `centred` about the reference."""
+    centre_D = centre(reference_MD)
+    return centred(samples_ND, centre_D, device), centred(reference_MD, centre_D, device)
 
-    Their squared distances |a|² - 2ab + |b|² would lose small ones where the features have a large common mean. It is
-    rounded to a power of two near their spread: features on a grid, such as counts, stay on it, and ties stay ties."""
-    spread = reference_MD.std(dtype=np.float64)
+
+def centre(reference_MD: NDArray[Any]) -> Array:
+    """About the mean of the features, (D,): squared distances |a|² - 2ab + |b|² lose small ones far from 0.
+
+    The mean is rounded to a power of two near the spread of the first BLOCK rows: features on a grid, such as counts,
+    stay on it, and ties stay ties."""
+    spread = reference_MD[:BLOCK].std(dtype=np.float64)
     grid = 2.0 ** np.floor(np.log2(spread)) if spread else 1.0
-    centre_D = np.round(reference_MD.mean(0, dtype=np.float64) / grid) * grid
-    # in float64, rounded to fp32, without a float64 copy of the whole
-    both = (
-        np.subtract(x, centre_D, out=np.empty(x.shape, np.float32), casting="same_kind")
-        for x in (samples_ND, reference_MD)
-    )
-    a, b = (torch.from_numpy(x).to(device) for x in both)
-    return a, b
+    centre_D: Array = np.round(reference_MD.mean(0, dtype=np.float64) / grid) * grid
+    return centre_D
+
+
+def centred(x_ND: NDArray[Any], centre_D: Array, device: torch.device | None) -> Tensor:
+    """x - centre: in float64, rounded to fp32, without a float64 copy of the whole."""
+    out = np.empty(x_ND.shape, np.float32)
+    return torch.from_numpy(np.subtract(x_ND, centre_D, out=out, casting="same_kind")).to(device)
 
 
 def _radii(x_ND: Tensor, k: int) -> Tensor:
@@ -264,12 +276,12 @@ def fd_infinity(features_ND: AnyFloats, reference: Statistics) -> float:
     """The Fréchet distance of infinitely many images (Chong and Forsyth 2020), whose bias falls as 1 / N.
 
     The line through the distances of SIZES random subsets against 1 / N, at 0. Each subset holds the one before it."""
-    root, order_N = matrix_root(reference.covariance_DD), noise.stream("infinity", 0).permutation(len(features_ND))
+    order_N = noise.stream("infinity", 0).permutation(len(features_ND))
     ends = np.linspace(len(order_N) / 10, len(order_N), SIZES).astype(int)
     part, values = NO_MOMENTS, []
     for start, end in itertools.pairwise([0, *ends]):
         part += moments(features_ND[np.sort(order_N[start:end])])
-        values.append(frechet_distance(part.statistics(), reference, root))
+        values.append(frechet_distance(part.statistics(), reference))
     return float(np.polyfit(1 / ends, values, 1)[1])
 
 
@@ -279,11 +291,11 @@ def fd_infinity(features_ND: AnyFloats, reference: Statistics) -> float:
 # raises a distance that has few images. A mean over several splits by Student's t, since splits share no image.
 
 
-def distances_without_groups(features_ND: AnyFloats, reference: Statistics, root: Array) -> Iterator[float]:
-    """The Fréchet distance without each group in turn; each takes seconds. root: of the reference's covariance."""
+def distances_without_groups(features_ND: AnyFloats, reference: Statistics) -> Iterator[float]:
+    """The Fréchet distance without each group in turn; each takes seconds."""
     whole = moments(features_ND)
     for rows in _groups(len(features_ND)):
-        yield frechet_distance((whole - moments(features_ND[rows])).statistics(), reference, root)
+        yield frechet_distance((whole - moments(features_ND[rows])).statistics(), reference)
 
 
 def interval_from_groups(value: float, values_G: list[float], count: int, lowest: float = 0.0) -> Interval:

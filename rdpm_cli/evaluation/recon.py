@@ -125,8 +125,11 @@ def means(batches: Sequence[PairScores]) -> dict[str, float]:
 
 @dataclass
 class Networks:
-    """The networks that scores need, as far as their weights are here. absent: score -> why it is not computed."""
+    """The networks that scores need, as far as their weights are here. absent: score -> why it is not computed.
 
+    fid: the name of a Fréchet distance by the published Inception."""
+
+    fid: str = "rfid"
     extractor: Extractor | None = None
     perceptual: dict[Net, Perceptual] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -134,20 +137,20 @@ class Networks:
 
 def open_networks(
     count: int, resolution: int, device: torch.device, lpips: Mapping[Net, Path | None],
-    extractor: str | Path | None = None, weights: Path | None = None, download: bool = False,
+    extractor: str | Path | None = None, weights: Path | None = None, download: bool = False, fid: str = "rfid",
 ) -> Networks:  # fmt: skip
     """The networks for this number of images of this size. Weights that are absent are an error only if named."""
-    networks = Networks()
+    networks = Networks(fid)
     try:
         networks.extractor = backbones.open_extractor(extractor, weights, device, download) if count > 1 else None
     except AbsentWeightsError as error:
         if extractor is not None:
             raise
-        networks.absent["rfid"] = error.message
+        networks.absent[fid] = error.message
     if networks.extractor:
         judge.check_size(networks.extractor.resolution, resolution)
     if count < 2:
-        networks.absent["rfid"] = f"a Fréchet distance needs at least 2 images, not {count}"
+        networks.absent[fid] = f"a Fréchet distance needs at least 2 images, not {count}"
     for net in BACKBONES:
         path = lpips.get(net)
         try:
@@ -182,26 +185,20 @@ def score(
             batches.append((features.image_digests(originals), sides_ND, scores))
             bar.advance(min(len(part) * size, len(indices) - bar.done))
     by_rank = gather(batches)
-    name = "pfid" if perturb else "rfid"
-    return None if by_rank is None else _record(source, networks, seeds, features.in_order(by_rank), name)
+    return None if by_rank is None else _record(source, networks, seeds, features.in_order(by_rank))
 
 
-def _record(
-    source: Source, networks: Networks, seeds: range, batches: list[tuple[Any, Any, Any]], fid: str
-) -> dict[str, Any]:
-    """batches: digests of the originals, features of them and their reconstructions, scores of each seed and of z.
-
-    fid: the name of a Fréchet distance by the published Inception."""
+def _record(source: Source, networks: Networks, seeds: range, batches: list[tuple[Any, Any, Any]]) -> dict[str, Any]:
+    """batches: digests of the originals, features of them and their reconstructions, scores of each seed and of z."""
     digests, features_of, scores_of = zip(*batches, strict=True)
     extractor, count = networks.extractor, sum(map(len, digests))
-    absent = {fid if name == "rfid" else name: reason for name, reason in networks.absent.items()}
     *by_seed, continuous = (means(scores) for scores in zip(*scores_of, strict=True))
-    values = {"n": count, "seed": seeds[0], "seeds": list(seeds), **dict[str, Any].fromkeys(absent)}
+    values = {"n": count, "seed": seeds[0], "seeds": list(seeds), **dict[str, Any].fromkeys(networks.absent)}
     notes = [network.note for network in networks.perceptual.values() if network.note]
     if extractor:
         original, recon, of_z = (metrics.statistics(np.concatenate(side)) for side in zip(*features_of, strict=True))
         published = extractor.name == features.PUBLISHED
-        name, of_z_name = (fid, "rfid") if published else ("frechet_distance", "frechet_distance")
+        name, of_z_name = (networks.fid, "rfid") if published else ("frechet_distance", "frechet_distance")
         values[name] = metrics.frechet_distance(recon, original)
         continuous[of_z_name] = metrics.frechet_distance(of_z, original)
         notes += [extractor.note] if extractor.note else []
@@ -210,7 +207,7 @@ def _record(
     columns = {name: [each[name] for each in by_seed] for name in by_seed[0]}
     digest = features.set_digest(digest for batch in digests for digest in batch)
     return {
-        **values, **{name: float(np.mean(column)) for name, column in columns.items()}, "not_computed": absent,
+        **values, **{name: float(np.mean(column)) for name, column in columns.items()}, "not_computed": networks.absent,
         "spread_over_seeds": {k: metrics.deviation(v) for k, v in columns.items()} if len(seeds) > 1 else None,
         "continuous": continuous,
         "reference": {"name": source.spec, "count": count, "sha256": digest},

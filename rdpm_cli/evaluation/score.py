@@ -27,7 +27,10 @@ NAMES = {
 PAIRS = {"pr": ("precision", "recall"), "dc": ("density", "coverage")}
 BY_FEATURES = {"pr", "dc", "kid", "mind", "cmmd"}  # what compares features of a reference, not its statistics
 MOST_FEATURES = 10_000  # images of a reference whose features are compared (ADM's number), and of samples for CMMD
-FEWEST = {"fid": 2, "sfid": 2, "is": 2, "pr": 4, "dc": 6, "kid": 2, "mind": 2, "cmmd": 2, "fdr": 2}  # images
+FEWEST = {  # images
+    "fid": 2, "sfid": 2, "is": 2, "pr": metrics.NEIGHBOURS + 1, "dc": metrics.DENSITY_NEIGHBOURS + 1, "kid": 2,
+    "mind": 2, "cmmd": 2, "fdr": 2,
+}  # fmt: skip
 FEWEST_CI = 20  # images that an interval needs
 ENOUGH = 4  # images a class, of a split of an Inception Score
 
@@ -233,10 +236,10 @@ def _fdr_row(c: Comparison) -> list[Row]:
     """The Fréchet distance over that of as many held-out images (Yang et al. 2026), so that both have the same bias."""
     assert c.heldout is not None
     assert c.reference is not None
-    sides, root = (c.target.features_ND, c.heldout.features_ND), metrics.matrix_root(c.pool.covariance_DD)
+    sides = c.target.features_ND, c.heldout.features_ND
     n = min(map(len, sides))
     parts = (metrics.statistics(side[spread(len(side), n)]) for side in sides)
-    samples, real = (metrics.frechet_distance(part, c.pool, root) for part in parts)
+    samples, real = (metrics.frechet_distance(part, c.pool) for part in parts)
     if c.heldout.sha256 == c.reference.sha256 or not real:
         raise DataError("the held-out images are those of the reference", "give other images as --heldout")
     notes = rank_notes(n, c.extractor.width)
@@ -252,14 +255,13 @@ METRICS = tuple(ROWS)
 
 def _frechet_row(features_ND: Floats, reference: Statistics, kind: str, subsets: Sequence[Any], ci: bool) -> Row:
     """The Fréchet distance of all images, or the mean over balanced subsets."""
-    root = metrics.matrix_root(reference.covariance_DD)
     statistics = [metrics.statistics(features_ND[rows]) for rows in subsets]
-    values = [metrics.frechet_distance(one, reference, root) for one in statistics]
+    values = [metrics.frechet_distance(one, reference) for one in statistics]
     row: Row = {"value": float(np.mean(values))}
     if ci:
         without = []
         with progress.Bar("leave out, for the interval", min(metrics.GROUPS, len(features_ND)), "groups") as bar:
-            for distance in metrics.distances_without_groups(features_ND, reference, root):
+            for distance in metrics.distances_without_groups(features_ND, reference):
                 without.append(distance)
                 bar.advance(1)
         row["ci95"] = metrics.interval_from_groups(row["value"], without, len(features_ND))
