@@ -4,6 +4,7 @@ A model file is one plain dict. Its digest covers weights and config, never prov
 
 import functools
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from rdpm_cli import __version__, files, progress
+from rdpm_cli import __version__, files, hub, progress
 from rdpm_cli.errors import AbsentWeightsError, CheckpointError, RecipeError, RunError
 from rdpm_cli.schema import S, validate
 
@@ -132,9 +133,18 @@ def save(path: Path, content: dict[str, Any]) -> None:
         files.write_atomic(path, lambda file: _write_tensors(file, content))
 
 
+def file_bytes(path: Path) -> bytes:
+    """A model file; of an exported folder the file that it stands for. Raises CheckpointError."""
+    if not hub.is_exported(path):
+        return path.read_bytes()
+    file = io.BytesIO()
+    _write_tensors(file, load(path))
+    return file.getvalue()
+
+
 def load(path: Path, kind: str = "") -> dict[str, Any]:
-    """The content of a model file of this kind; "": of any. Raises CheckpointError."""
-    content = read_tensors(path, hint=files.HINTS[kind])
+    """The content of a model file, or exported folder, of this kind; "": of any. Raises CheckpointError."""
+    content = hub.read(path) if hub.is_exported(path) else read_tensors(path, hint=files.HINTS[kind])
     check(content, str(path), kind)
     return dict(content)
 

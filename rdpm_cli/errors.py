@@ -18,6 +18,8 @@ class RdpmError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message, self.hint = message, hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # below the traceback, for those who call the package from Python
 
 
 class RunError(RdpmError):

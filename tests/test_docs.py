@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer
+from generators import save_generator
 
 import rdpm_cli
 from rdpm_cli import recipes
@@ -159,14 +160,19 @@ def test_what_a_page_shows_runs(page: str) -> None:
         assert any(codes) == ("rdpm: error:" in block.text), f"{block.place}: exit codes {codes}"
 
 
-@pytest.mark.parametrize("block", list(blocks("python")), ids=lambda block: block.place)
+@pytest.mark.parametrize("page", sorted({block.place.split(":")[0] for block in blocks("python")}))
 def test_what_python_a_page_shows_runs(
-    block: Block, digits_codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, digits_codes: Path, tiny_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The blocks of a page one after another, as cells of a notebook."""
     monkeypatch.chdir(tmp_path)
-    Path("out").mkdir()
-    Path("out/codes").symlink_to(digits_codes)
-    exec(compile(block.text, block.place, "exec"), {})
+    for folder in ("out", "demo"):
+        Path(folder).mkdir()
+        Path(folder, "codes").symlink_to(digits_codes)
+    save_generator(Path("demo/generator.pt"), tiny_tokenizer_file, names="0123")
+    cells: dict[str, Any] = {}
+    for block in (block for block in blocks("python") if block.place.startswith(f"{page}:")):
+        exec(compile(block.text, block.place, "exec"), cells)
 
 
 @pytest.mark.slow

@@ -15,18 +15,20 @@ import rdpm_cli
 
 PACKAGE = Path(rdpm_cli.__file__).parent
 ROOMS = ["data", "training", "tokenizer", "codes", "generator", "evaluation"]  # each may import those before it
-HELPERS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "recipes"}
+HELPERS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "recipes", "api"}
 OPTIONAL = {"wandb", "flash_attn", "pyarrow", "timm"}  # packages that may be absent
 OPTIONAL |= {"soundfile", "torchaudio", "jiwer", "pesq", "pystoi", "faster_whisper", "resemblyzer", "espeakng_loader"}
+OPTIONAL |= {"safetensors", "huggingface_hub"}
 SLOW = {"lpips", "torch_fidelity", "torchvision", "torchmetrics", "sklearn", "matplotlib"}  # to import
 MODULE_LINES, FUNCTION_LINES = 500, 60
 PARAMETERS = {"engine": 12}  # of a function in a room: engine functions take a command's options; default 10
 
 ALLOWED: dict[str, set[str]] = {
     **{room: HELPERS | set(ROOMS[: index + 1]) for index, room in enumerate(ROOMS)},
+    "api": HELPERS | set(ROOMS),
     "recipes": HELPERS | set(ROOMS),  # it joins the configs of the rooms
     "engine": HELPERS | set(ROOMS) | {"engine", "recipes"},
-    "cli": {"engine", "errors", "files", "launcher", "progress", "schema", "distributed", "runs", "cli"},
+    "cli": {"engine", "errors", "files", "hub", "launcher", "progress", "schema", "distributed", "runs", "cli"},
     "__main__": {"cli"},
     "__init__": set(),
     **dict.fromkeys(HELPERS, HELPERS),

@@ -252,11 +252,11 @@ def test_guidance_that_the_training_cannot_give_is_refused_wherever_it_comes_fro
 def test_options_are_checked_against_those_of_the_checkpoint() -> None:
     for name in ("tau", "skip_steps"):
         with pytest.raises(UsageError, match=name) as error:
-            engine.sampling_options(ResGenSampling(), None, {name: 1})
+            ResGenSampling().changed(None, {name: 1})
         assert all(field in error.value.hint for field in ResGenSampling.model_fields)
     with pytest.raises(UsageError, match="cfg"):
-        engine.sampling_options(sampling_options().sampling, "cfg", {})  # guidance without a lambda
-    engine.sampling_options(sampling_options(tau=2.0).sampling, "raw", {})  # recorded, not requested
+        sampling_options().sampling.changed("cfg", {})  # guidance without a lambda
+    sampling_options(tau=2.0).sampling.changed("raw", {})  # recorded, not requested
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_sample(

@@ -114,6 +114,8 @@ WALK = {
     "eval report": "runs/gen samples -o report.html",
     "inspect": "runs/gen/generator.pt",
     "verify": "codes",
+    "export": "runs/gen/generator.pt exported samples",
+    "import": "exported imported.pt",
     "doctor": "",
     "demo": "--out demo",
 }

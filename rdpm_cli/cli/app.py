@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from rdpm_cli import __version__, errors, files, launcher, progress
+from rdpm_cli import __version__, errors, files, hub, launcher, progress
 
 HELP = """Image generation by recurrent token prediction (RDPM, arXiv 2412.18390).
 
@@ -146,7 +146,7 @@ def command(
             for key, kind in CHECKPOINTS.items():
                 named = str(values.get(key) or "")
                 for value in named.split(",") if key == "extractor" else [named]:  # of `eval fdr` several
-                    if value and not NAMED.fullmatch(value):
+                    if value and not NAMED.fullmatch(value) and not hub.is_exported(Path(value)):
                         files.check_tensors(Path(value), files.HINTS[kind])
             if reading := {name: values.pop(name) for name in (*READING.split(), "unlabelled") if name in values}:
                 values["reading"] = {name: value for name, value in reading.items() if value}
@@ -169,6 +169,7 @@ def command(
     return add
 
 
+MODELS = ("ckpt", "tokenizer", "from_weights", "target", "path")  # values that may name a model of the hub
 OPENED = ("title", "asr", "speaker", "vocoder")  # texts, and KIND:FILE, of which only the file is a path
 
 
@@ -176,6 +177,8 @@ def _local(key: str, value: Any) -> Any:
     """A value that may be a path as a path of this machine. Raises UsageError for one that cannot be."""
     if isinstance(value, list):
         return [_local(key, entry) for entry in value]
+    if key in MODELS and str(value).startswith("hf:/"):
+        return type(value)(hub.find(str(value)))
     if isinstance(value, Path):
         path = Path(files.local_path(str(value)))
         files.check_name(path)

@@ -440,6 +440,35 @@ def inspect(
     return look.inspect(target, **shared)
 
 
+@command(app, "export d16.pt my-model samples/ fid.json --license mit")
+def export(
+    ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="generator.pt or tokenizer.pt")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
+    shown: Annotated[
+        list[Path] | None, typer.Argument(metavar="[SAMPLES|SCORES]...", help="of CKPT, for its card")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="of the weights, for the card: mit, cc-by-4.0, ...")] = None,
+) -> cli.Result:
+    """Write a checkpoint as a folder for the Hugging Face hub: model.safetensors, config.json and a model card.
+
+    SAMPLES are folders of `rdpm sample`, SCORES what `rdpm eval ... --json` printed. Every command that takes a
+    checkpoint also takes the folder, and hf://owner/name[@revision] once it has been uploaded."""
+    from rdpm_cli.engine import share
+
+    return share.export(ckpt, out, shown or (), license)
+
+
+@command(app, "import hf://owner/name d16.pt", name="import")
+def import_(
+    ckpt: Annotated[Path, typer.Argument(metavar="DIR", help="folder of rdpm export, or hf://owner/name[@revision]")],
+    out: Annotated[Path, typer.Argument(metavar="FILE.pt", help="checkpoint to write")],
+) -> cli.Result:
+    """Write an exported folder as a checkpoint again; its digest is that of the first one."""
+    from rdpm_cli.engine import share
+
+    return share.import_folder(ckpt, out)
+
+
 @command(app, "verify out/codes")
 def verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="store, samples or model file")]) -> cli.Result:
     """Compare the bytes of a store, model file or training state with their checksums. Exit code 3: they differ."""

@@ -133,8 +133,9 @@ class RaggedStore(CodeStore):
         return out
 
 
-def open_store(root: Path, tokenizer: str | None = None, manifest: Manifest | None = None) -> CodeStore:
+def open_store(root: Path | str, tokenizer: str | None = None, manifest: Manifest | None = None) -> CodeStore:
     """A finished store of either kind, as `CodeStore`."""
+    root = Path(root)
     manifest = manifest or Manifest.load(root)
     return (RaggedStore if manifest.speech else CodeStore)(root, tokenizer, manifest)
 

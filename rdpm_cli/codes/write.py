@@ -52,6 +52,11 @@ class StoreOptions:
     split: Split = "row"  # of sound
 
 
+def images_at_once(grid: Sequence[int], device: torch.device) -> int:
+    """Images of a forward pass of the autoencoder, by their latent positions."""
+    return max(1, (2048 if device.type == "cpu" else 16384) // math.prod(grid))
+
+
 def make_plan(
     source: ItemSource, tokenizer: Tokenizer, digest: str, options: StoreOptions, device: torch.device
 ) -> Plan:
@@ -71,7 +76,7 @@ def make_plan(
     quant, fixed = tokenizer.cfg.quantizer, asdict(options)
     del fixed["text"], fixed["split"]
     # Latent positions of a forward pass. Items of any length are encoded alone: padding would change their codes.
-    batch = 1 if speech else max(1, (2048 if cpu else 16384) // math.prod(auto.grid))
+    batch = 1 if speech else images_at_once(auto.grid, device)
     defaults = {"precision": "fp32" if cpu else "bf16", "micro_batch": batch}
     return Plan(
         tokenizer=digest, transform=inputs.transform, noise=tuple(noise.fingerprint(options.seed)), device=device.type,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import features as pillow
 
-from rdpm_cli import __version__, checkpoint, files, launcher, recipes
+from rdpm_cli import __version__, checkpoint, files, hub, launcher, recipes
 from rdpm_cli.codes import store
 from rdpm_cli.data import folder as samples
 from rdpm_cli.data import pictures, text
@@ -47,7 +47,7 @@ Values = dict[str, Any]
 def inspect(target: str, reading: dict[str, Any] | None = None) -> Result:
     """The kind, config, digests and provenance of a checkpoint, run, store, folder of samples, source or recipe."""
     path, is_images = Path(target), is_builtin(target) and target not in recipes.recipe_names()
-    if path.suffix == ".pt":
+    if path.suffix == ".pt" or hub.is_exported(path):
         kind, values = _model_file(path)
     elif path.is_dir() and (record := _folder(path)):
         kind, values = record
@@ -167,9 +167,9 @@ def _model_file(path: Path) -> tuple[str, Values]:
     content = checkpoint.load(path)
     kind = checkpoint.FORMATS[content["format"]]
     values = {key: content[key] for key in ("digest", "config", "class_names", "provenance")}
-    values = {"file": str(path), "bytes": path.stat().st_size, **values}
+    values = {"file": str(path), "bytes": hub.weights_file(path).stat().st_size, **values}
     if kind == "generator":
-        loaded = registry.load(path)
+        loaded = registry.unpack(content, str(path))
         if loaded.text:
             values |= {"text": loaded.text, "units": len(loaded.class_names), "unit_names": values.pop("class_names")}
         values["parameters"] = parameters(loaded.generator.network)
@@ -184,8 +184,9 @@ def _model_file(path: Path) -> tuple[str, Values]:
 
 def verify(path: Path) -> Result:
     """Read every byte of a store, model file, training state or folder of samples. Raises DataError for damage."""
-    if path.is_file():
-        values = {"file": str(path), "bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    if path.is_file() or hub.is_exported(path):
+        file = hub.weights_file(path)
+        values = {"file": str(file), "bytes": file.stat().st_size, "sha256": files.sha256_file(file)}
         if step := checkpoint.STATE_NAME.fullmatch(path.name):
             checkpoint.load_state(path)
             return Result("the training state is intact", {**values, "kind": "training state", "step": int(step[1])})

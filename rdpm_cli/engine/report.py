@@ -337,7 +337,7 @@ def as_html(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     )  # fmt: skip
 
 
-def as_markdown(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
+def as_markdown(title: str, scores: Sequence[Score]) -> str:
     """A table of the scores."""
     header = ["of", "metric", "value", "N", "extractor", "reference", "note"]
     rows = [[s.target, s.metric, s.text, str(s.n), s.extractor, s.reference, s.note] for s in scores]
@@ -352,7 +352,7 @@ def as_json(title: str, items: Sequence[Item], scores: Sequence[Score]) -> str:
     return json.dumps({**whole, "published": published_tables(items, scores)}, indent=2, allow_nan=False) + "\n"
 
 
-FORMATS = {"html": as_html, "md": as_markdown, "json": as_json}
+FORMATS = {"html": as_html, "md": lambda title, items, scores: as_markdown(title, scores), "json": as_json}
 
 
 def make_report(runs: list[Path], out: Path | None = None, form: str | None = None, title: str | None = None) -> Result:

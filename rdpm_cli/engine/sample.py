@@ -31,7 +31,7 @@ from rdpm_cli.generator.contract import Known, SampleOptions
 from rdpm_cli.generator.registry import LoadedGenerator
 from rdpm_cli.generator.sampler import KnownCodes, Samples
 from rdpm_cli.runs import Result, stop_on_signal
-from rdpm_cli.schema import parse_yaml, validate
+from rdpm_cli.schema import parse_yaml
 
 CLASSES_SHOWN, SAMPLES_SHOWN = 16, 8  # classes in the previews, samples of each
 GRID, STEPS_GIF, STEPS_SHEET = "previews/grid.png", "previews/steps.gif", "previews/steps.png"
@@ -115,9 +115,7 @@ def load(
     loaded = registry.load(ckpt)
     if loaded.text:
         raise UsageError(f"{ckpt} draws speech", "give --text or --list; score it by `rdpm eval speech`")
-    options = SampleOptions(sampling_options(loaded.sampling, preset, sampling), seed)
-    loaded.check(options)
-    return loaded, options, parse_classes(classes, loaded.class_names)
+    return loaded, loaded.options(seed, preset, sampling), parse_classes(classes, loaded.class_names)
 
 
 def share_of(shard: str) -> Share:
@@ -323,30 +321,6 @@ def key_values(texts: Sequence[str], hint: str = "write it as precision=bf16") -
     if wrong := [key for key, equals, _ in pairs if not equals]:
         raise UsageError(f"'{wrong[0]}' is not key=value", hint)
     return {key: parse_yaml(value, f"'{key}={value}'") for key, _, value in pairs}
-
-
-def sampling_options(recorded: SamplingConfig, preset: str | None, requested: Mapping[str, Any]) -> SamplingConfig:
-    """A checkpoint's sampling options, a preset's over them, and the requested ones over both.
-
-    Raises UsageError for a preset or an option that the family does not have, and for an option without any effect."""
-    section = type(recorded)
-    if preset is not None and preset not in section.presets:
-        names = ", ".join(section.presets) or "none"
-        raise UsageError(f"--preset {preset}: this checkpoint's family has no such preset", f"it has {names}")
-    if unknown := [name for name in requested if name not in section.model_fields]:
-        message = f"{unknown[0]} is not a sampling option of {section.family}, this checkpoint's family"
-        raise UsageError(message, f"it has {', '.join(section.model_fields)}")
-    values = {**recorded.model_dump(), **(section.presets[preset] if preset else {}), **requested}
-    options = validate(section, values, "sampling options")
-    if preset in section.guided and options.cfg == 0 and "cfg" not in requested:
-        message = f"--preset {preset} needs guidance, and the lambda of this checkpoint is 0"
-        raise UsageError(message, f"write --preset {preset} cfg=1.5")
-    for name, (switch, effective) in section.effective_with.items():
-        value = getattr(options, switch)
-        if name in requested and value not in effective:
-            message = f"{name} has no effect with {switch}={value}"
-            raise UsageError(message, f"leave it out, or give {switch}={' or '.join(effective)}")
-    return options
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rdpm_cli import files, progress
 from rdpm_cli.data import audio, folder, mel, pictures
 from rdpm_cli.data.vocoders import Vocoder, open_vocoder
 from rdpm_cli.distributed import one_thread, pick_device
-from rdpm_cli.engine.sample import UNFINISHED, sampling_options, share_of, shared
+from rdpm_cli.engine.sample import UNFINISHED, share_of, shared
 from rdpm_cli.engine.speech_lines import Line, Prepared, Rule, lines_of, prepare, sentences_of
 from rdpm_cli.errors import UsageError, rdpm_command
 from rdpm_cli.evaluation import speech_judge
@@ -55,8 +55,7 @@ def sample_speech(
     inputs = loaded.tokenizer.inputs
     if not isinstance(inputs, MelInputs):
         raise UsageError(f"{ckpt} draws images", "give --classes instead of --text")
-    options = SampleOptions(sampling_options(loaded.sampling, preset, sampling or {}), seed)
-    loaded.check(options)
+    options = loaded.options(seed, preset, sampling or {})
     if judge and loaded.attends_to_text:
         raise UsageError("--judge aligns prompts for generators of network.align=durations", "leave it out")
     voice = open_vocoder(vocoder, inputs.features, picked)

@@ -157,7 +157,7 @@ def tokenize(
         layout = torch.channels_last if store_plan.precision == "bf16" else torch.contiguous_format
         loaded.to(picked).to(memory_format=layout)
         work = Work(workers, "skip" if on_bad == "skip" else "stop", max_bad, lambda: bool(stop.name))
-        pieces = write_store(out, source, loaded, path.read_bytes(), store_plan, work)
+        pieces = write_store(out, source, loaded, checkpoint.file_bytes(path), store_plan, work)
         item = "recording" if store_plan.speech else "image"
         with progress.Bar("tokenize", len(source), f"{item}s") as bar, contextlib.closing(pieces):
             bar.resume_at(next(pieces))

@@ -90,7 +90,8 @@ def tune_sampling(
     if out.exists():
         raise UsageError(f"{out} exists already", "name another file with --out, or remove it")
     with process_group(device) as picked:
-        content, loaded = checkpoint.load(ckpt, registry.KIND), registry.load(ckpt).to(picked)
+        content = checkpoint.load(ckpt, registry.KIND)
+        loaded = registry.unpack(content, str(ckpt)).to(picked)
     loaded.check(SampleOptions(loaded.sampling, seed))
     size, opened = loaded.tokenizer.cfg.autoencoder.resolution, open_extractor(extractor, weights, picked)
     recorded = {"reference": loaded.provenance.get("reference")}

@@ -5,7 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rdpm_cli.schema import FileName, Section, Share, added
+from rdpm_cli.errors import UsageError
+from rdpm_cli.schema import FileName, Section, Share, added, validate
 from rdpm_cli.training.config import TrainConfig
 
 Presets = Mapping[str, Mapping[str, Any]]  # named sets of a family's fields
@@ -70,6 +71,28 @@ class SamplingConfig(Section):
 
     def images_at_once(self, device_type: str) -> int:
         return self.micro_batch if device_type == "cpu" else self.gpu_micro_batch
+
+    def changed(self, preset: str | None, requested: Mapping[str, Any]) -> Self:
+        """These options, with a preset's over them and the requested ones over both.
+
+        Raises UsageError for a preset or an option that the family does not have, and for an option without effect."""
+        if preset is not None and preset not in self.presets:
+            names = ", ".join(self.presets) or "none"
+            raise UsageError(f"--preset {preset}: this checkpoint's family has no such preset", f"it has {names}")
+        if unknown := [name for name in requested if name not in type(self).model_fields]:
+            message = f"{unknown[0]} is not a sampling option of {self.family}, this checkpoint's family"
+            raise UsageError(message, f"it has {', '.join(type(self).model_fields)}")
+        values = {**self.model_dump(), **(self.presets[preset] if preset else {}), **requested}
+        options = validate(type(self), values, "sampling options")
+        if preset in self.guided and options.cfg == 0 and "cfg" not in requested:
+            message = f"--preset {preset} needs guidance, and the lambda of this checkpoint is 0"
+            raise UsageError(message, f"write --preset {preset} cfg=1.5")
+        for name, (switch, effective) in self.effective_with.items():
+            value = getattr(options, switch)
+            if name in requested and value not in effective:
+                message = f"{name} has no effect with {switch}={value}"
+                raise UsageError(message, f"leave it out, or give {switch}={' or '.join(effective)}")
+        return options
 
 
 def guidance_fault(label_drop: float | None, classes: int | None = None) -> str:

@@ -1,5 +1,6 @@
 """The one table of generator families, and generator files, each of which carries its tokenizer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,12 @@ class LoadedGenerator:
         """Whether network.align is `cross`."""
         return isinstance(self.generator.network.trunk.speech, TextCondition)
 
+    def options(self, seed: int, preset: str | None, sampling: Mapping[str, Any]) -> SampleOptions:
+        """The recorded sampling options with a preset's and these over them. Raises UsageError as `check`."""
+        options = SampleOptions(self.sampling.changed(preset, sampling), seed)
+        self.check(options)
+        return options
+
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this generator cannot use."""
         objective = (self.provenance.get("recipe", {}).get("generator") or {}).get("objective", {})
@@ -157,8 +164,13 @@ class LoadedGenerator:
 
 
 def load(path: Path) -> LoadedGenerator:
-    """The generator of a file, frozen, in evaluation mode. Raises CheckpointError."""
-    content, inner = checkpoint.load(path, KIND), f"the tokenizer inside {path}"
+    """The generator of a file. Raises CheckpointError."""
+    return unpack(checkpoint.load(path, KIND), str(path))
+
+
+def unpack(content: dict[str, Any], path: str) -> LoadedGenerator:
+    """The frozen generator of a file's content, in evaluation mode. Raises CheckpointError."""
+    inner = f"the tokenizer inside {path}"
     checkpoint.check(content.get("tokenizer"), inner, tokenizer_model.KIND)
     tokenizer = tokenizer_model.unpack(content["tokenizer"], inner)
     fields = content["config"]
@@ -167,12 +179,12 @@ def load(path: Path) -> LoadedGenerator:
     family = FAMILIES.get(fields["family"])
     if family is None:
         raise CheckpointError(f"{path} is of the family {fields['family']}, which this rdpm does not know")
-    network = checkpoint.config_of(family.network, fields["network"], str(path))
+    network = checkpoint.config_of(family.network, fields["network"], path)
     generator = family.make(network, tokenizer.quantizer, fields["classes"])
-    checkpoint.fill(generator.network, content, str(path))
+    checkpoint.fill(generator.network, content, path)
     generator.network.eval().requires_grad_(False)
     # Files of 0.1.0 have the sampling options in the config, or nowhere.
     recorded = content.get("sampling", fields.get("sampling")) or {}
-    sampling = checkpoint.config_of(family.sampling, recorded, str(path))
+    sampling = checkpoint.config_of(family.sampling, recorded, path)
     class_names, digest, provenance = (content[name] for name in ("class_names", "digest", "provenance"))
     return LoadedGenerator(generator, tokenizer, sampling, class_names, digest, provenance, content.get("text"))

@@ -16,15 +16,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rdpm_cli.engine.plan import Live
-from rdpm_cli.engine.sample import key_values, sampling_options
+from rdpm_cli.engine.sample import key_values
 from rdpm_cli.generator import registry, sampler
-from rdpm_cli.generator.contract import SampleOptions
 
 
 def cost(ckpt: Path, overrides: list[str], batch: int, device: torch.device) -> dict[str, float]:
     """Per sample, at `batch` samples a pass."""
     loaded = registry.load(ckpt).to(device)
-    options = SampleOptions(sampling_options(loaded.sampling, None, key_values(overrides)))
+    options = loaded.options(0, None, key_values(overrides))
     job = sampler.Job(loaded.generator, loaded.tokenizer, options, batch)
     labels = [index % loaded.generator.classes for index in range(batch)]
     with FlopCounterMode(display=False) as counter, Live() as live:
