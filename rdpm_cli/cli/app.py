@@ -97,7 +97,7 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "tokenizer": (Path, None, typer.Option(metavar="FILE", help="default: $RDPM_TOKENIZER, else ./tokenizer.pt")),
     "top_k": (int, None, typer.Option(min=0, help="draw among the K likeliest codes; 0 = all")),
     "top_p": (float, None, typer.Option(help="draw among the fewest codes of this probability")),
-    "track": (Literal["wandb"], None, typer.Option(help="also send the log to Weights & Biases")),
+    "track": (Literal["wandb", "trackio", "mlflow"], None, typer.Option(help="also send the log to this tracker")),
     "utilisation": (float, None, typer.Option(min=0.01, max=1, help="for --dry-run: share of bf16 peak; default 0.4")),
     "vocoder": (str, None, typer.Option(metavar="KIND:FILE", help="bigvgan:FILE or vocos:FILE; default: Griffin-Lim")),
     "weights": (Path, None, typer.Option(metavar="FILE", help="weight file of inception, dinov2 or clip")),

@@ -15,9 +15,9 @@ from rdpm_cli.distributed import barrier, is_first, process_group
 from rdpm_cli.engine import watch
 from rdpm_cli.recipes import Recipe
 from rdpm_cli.runs import StopRequest, stop_on_signal
-from rdpm_cli.training import log
 from rdpm_cli.training.config import TrainConfig, binding
 from rdpm_cli.training.loop import CHECKPOINTS, Batches, Observer, Player, Run, fit
+from rdpm_cli.training.trackers import check_tracker, open_tracker
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Training:
                 draw()
 
         with (
-            log.open_tracker(self.track if is_first() else None, self.out, self.settings) as run.tracker,
+            open_tracker(self.track if is_first() else None, self.out, self.settings) as run.tracker,
             progress.Bar(f"train {players[0].name}", run.steps, "steps") as bar,
         ):
             machine = [watch.machine(flops)] if flops else []  # first: the bar shows the utilisation it adds
@@ -65,7 +65,7 @@ def train_once(
     """Write the model file `final` with the content of make(training), unless it is finished. settings: bind a run.
 
     A folder has one writer and one set of settings: raises RunError and UsageError otherwise."""
-    log.check_tracker(track)
+    check_tracker(track)
     out = final.parent
     with process_group(device, several=True) as rank_device, contextlib.ExitStack() as stack:
         if is_first():

@@ -1,18 +1,15 @@
-"""The log of a training: metrics.jsonl, TensorBoard and, with `--track`, Weights & Biases."""
+"""The log of a training: metrics.jsonl, TensorBoard and, with `--track`, a tracker."""
 
 import contextlib
-import importlib.util
 import json
-import os
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from rdpm_cli import files, progress
-from rdpm_cli.errors import UsageError
+from rdpm_cli import files
+from rdpm_cli.training.trackers import Log
 
 METRICS = "metrics.jsonl"
 
@@ -20,8 +17,8 @@ METRICS = "metrics.jsonl"
 class MetricsLog:
     """RUN/metrics.jsonl and RUN/tensorboard/, a line or a point each logged step."""
 
-    def __init__(self, folder: Path, resumed_at: int, tracker: Any = None) -> None:
-        """Lines after the resumed step are dropped. tracker: of open_tracker."""
+    def __init__(self, folder: Path, resumed_at: int, tracker: Log | None = None) -> None:
+        """Lines after the resumed step are dropped. tracker: of `open_tracker`."""
         self.path, self.tracker = folder / METRICS, tracker
         lines = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= resumed_at]
         files.write_atomic(self.path, lambda file: file.write("".join(lines).encode()))
@@ -36,7 +33,7 @@ class MetricsLog:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
         if self.tracker:
-            self.tracker.log({"step": step, **numbers})
+            self.tracker(step, numbers)
 
     def close(self) -> None:
         """Flush. Raises RunError if the disk is full."""
@@ -64,35 +61,3 @@ def last_metrics(folder: Path, names: Sequence[str]) -> dict[str, float]:
     """The named values in the last line of a run's log that has the first of them."""
     last: dict[str, Any] = next((row for row in reversed(read_metrics(folder)) if names[0] in row), {})
     return {name: last[name] for name in names if name in last}
-
-
-def check_tracker(track: str | None) -> None:
-    """Raises UsageError if the tracker's package is not installed."""
-    # A folder of that name, such as wandb's own ./wandb, has a spec without an origin.
-    if track and getattr(importlib.util.find_spec(track), "origin", None) is None:
-        raise UsageError(f"--track {track} needs the package {track}", f"pip install 'rdpm[{track}]'")
-
-
-@contextlib.contextmanager
-def open_tracker(track: str | None, folder: Path, settings: dict[str, Any]) -> Iterator[Any]:
-    """The wandb run that --track asks for, else None; a resumed training continues it. Raises UsageError."""
-    if track is None:
-        yield None
-        return
-    import wandb  # an optional package
-
-    note = folder / "wandb.json"
-    if not note.exists():
-        files.write_json(note, {"id": secrets.token_hex(8)})
-    try:
-        names = {"project": os.environ.get("WANDB_PROJECT", "rdpm"), "name": os.environ.get("WANDB_NAME", folder.name)}
-        quiet, id = wandb.Settings(console="off", silent=progress.quiet), files.read_json(note)["id"]
-        run = wandb.init(**names, id=id, resume="allow", dir=str(folder), config=settings, settings=quiet)
-    except wandb.Error as error:
-        reason = f"--track wandb: {str(error).splitlines()[0]}"
-        raise UsageError(reason, "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later") from error
-    run.define_metric("*", step_metric="step")  # wandb's own counter refuses steps that a crash repeats
-    try:
-        yield run
-    finally:
-        run.finish()

@@ -26,6 +26,7 @@ from rdpm_cli.errors import RunError
 from rdpm_cli.runs import StopRequest
 from rdpm_cli.training.config import TrainConfig
 from rdpm_cli.training.log import MetricsLog
+from rdpm_cli.training.trackers import Log
 from rdpm_cli.workers import in_order
 
 CHECKPOINTS = "checkpoints"  # folder of the training states, in the run folder
@@ -121,7 +122,7 @@ class Run:
     step: int = 0
     skipped: int = 0
     ema: Ema | None = None
-    tracker: Any = None  # of log.open_tracker
+    tracker: Log | None = None  # of `open_tracker`
 
     @property
     def done(self) -> bool:
