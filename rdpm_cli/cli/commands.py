@@ -440,6 +440,21 @@ def inspect(
     return look.inspect(target, **shared)
 
 
+@command(app, "play d16.pt", "device")
+def play(
+    ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="generator checkpoint")],
+    host: Annotated[str, typer.Option(help="address to serve on; 0.0.0.0: to other machines too")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the first free one from 7860 on")] = None,
+    **shared: Any,
+) -> cli.Result:
+    """Open a page to draw samples in a browser: by class, inside an image that is painted on, or speech from a text.
+
+    Only this machine can reach it, unless --host says otherwise."""
+    from rdpm_cli.engine import play as engine
+
+    return engine.play(ckpt, host, port, **shared)
+
+
 @command(app, "export d16.pt my-model samples/ fid.json --license mit")
 def export(
     ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="generator.pt or tokenizer.pt")],

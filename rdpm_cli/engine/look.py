@@ -35,7 +35,12 @@ from rdpm_cli.tokenizer.config import TokenizerArchitecture
 from rdpm_cli.tokenizer.model import parameters
 
 HINT = "name a code store, a folder of samples, a tokenizer.pt, generator.pt, judge.pt or checkpoints/step-*.pt"
-MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml", "mlflow-skinny": "mlflow"}  # of packages whose module has another name
+MODULES = {
+    "pillow": "PIL",
+    "scikit-learn": "sklearn",
+    "pyyaml": "yaml",
+    "mlflow-skinny": "mlflow",
+}  # of packages whose module has another name
 LOOKED_AT = 1000  # images whose sizes `inspect` reads
 FAILED = "cannot be imported"
 DRIVER = Path("/proc/driver/nvidia/version")
