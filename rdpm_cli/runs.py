@@ -91,7 +91,7 @@ def claim_run(folder: Path, settings: Settings, finished: bool, bind: Callable[[
         record["resumed"] = [*record.get("resumed", []), entry]
     if not finished:
         record["settings"] = settings
-    for leftover in [*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")]:  # of a killed process
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:  # of a killed process
         leftover.unlink()
     write_run(folder, record)
 

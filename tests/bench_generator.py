@@ -23,7 +23,8 @@ from rdpm_cli.generator.rdpm import RDPM, CodeBatch
 from rdpm_cli.recipes import load_recipe
 from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.tokenizer.quantizer import Quantizer
-from rdpm_cli.training.loop import Ema, make_optimizer
+from rdpm_cli.training.ema import Ema
+from rdpm_cli.training.loop import make_optimizer
 
 T, K, C, SIDE, CLASSES = 10, 4096, 32, 16, 1000
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

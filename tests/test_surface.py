@@ -46,7 +46,7 @@ def test_docs_cli_md_is_up_to_date_and_the_walk_has_every_command() -> None:
     assert (DOCS / "cli.md").read_text() == PAGE.page(), f"commands have changed; if intended: {PAGE.REGENERATE}"
 
 
-TWO_MEANINGS = {"--out", "--keep", "--features"}  # what they are depends on the command
+TWO_MEANINGS = {"--out", "--keep", "--features", "--length"}  # what they are depends on the command
 
 
 def test_an_option_is_declared_once() -> None:
@@ -83,7 +83,7 @@ class Shown(NamedTuple):
 TOKENIZER = (
     "autoencoder.width=8 autoencoder.channels=4 quantizer.codes=64 quantizer.steps=2 train.batch=16 train.steps=2"
 )
-GENERATOR = "network.depth=1 network.width=16 network.heads=1 train.batch=16 train.steps=2"
+GENERATOR = "network.depth=1 network.width=16 network.heads=1 train.batch=16 train.steps=2 train.ema=power"
 JUDGED = "--extractor runs/judge/judge.pt"
 WALK = {
     "train-tokenizer": f"images --recipe digits --out runs/tok {TOKENIZER}",
@@ -92,6 +92,7 @@ WALK = {
     "train-gen": f"codes --recipe digits --out runs/gen {GENERATOR}",
     "sample": "--ckpt runs/gen/generator.pt --per-class 4 --out samples --npz",
     "eval judge": "images runs/judge --resolution 16 width=8 features=4 train.batch=16 train.steps=2",
+    "ema": "runs/gen --length 0.07 --out runs/averaged.pt",
     "tune-sampling": f"runs/gen/generator.pt --samples 6 --budget 2 --ref images {JUDGED}",
     "eval fid": f"samples --ref images {JUDGED}",
     "eval sfid": "few --ref few --resolution 16 --weights inception.pth",

@@ -24,7 +24,8 @@ from rdpm_cli.tokenizer import model as tokenizer_model
 from rdpm_cli.tokenizer.config import QuantizerConfig, ScheduleConfig
 from rdpm_cli.tokenizer.quantizer import Quantizer
 from rdpm_cli.training.config import FREE_ON_RESUME, TrainConfig
-from rdpm_cli.training.loop import Batches, Ema, Player, Run, fit, lr_at, make_optimizer
+from rdpm_cli.training.ema import Ema
+from rdpm_cli.training.loop import Batches, Player, Run, fit, lr_at, make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -196,13 +197,23 @@ def test_the_average_follows_its_formula() -> None:
 # ---- resume --------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(make_job: MakeJob, tmp_path: Path) -> None:
-    start_fresh(make_job, tmp_path / "whole")
+@pytest.mark.parametrize("ema", [0.9, "power"])
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
+    make_job: MakeJob, ema: float | str, tmp_path: Path
+) -> None:
+    start_fresh(make_job, tmp_path / "whole", ema=ema)
     with pytest.raises(Stopped, match="step 5 of 10") as stopped:
-        start_fresh(make_job, tmp_path / "parts", stop_at=5)
+        start_fresh(make_job, tmp_path / "parts", stop_at=5, ema=ema)
     assert stopped.value.exit_code == 75
+    snapshots = [f"ema/step-{step:09d}.pt" for step in range(1, 11)] if ema == "power" else []
+    for name in snapshots[5:]:  # of a process that was killed after its last checkpoint
+        (tmp_path / "parts" / name).write_bytes(b"stale")
     torch.manual_seed(99)  # whatever the new process draws, the checkpoint holds
-    assert start(make_job(), tmp_path / "parts").step == 10
+    assert start(make_job(ema=ema), tmp_path / "parts").step == 10
+    for folder in ("whole", "parts"):
+        assert [str(p.relative_to(tmp_path / folder)) for p in sorted(tmp_path.glob(f"{folder}/ema/*.pt"))] == snapshots
+    for name in snapshots:
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert_same(newest_state(tmp_path / "parts"), newest_state(tmp_path / "whole"))
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert [row["step"] for row in metrics(tmp_path / "parts")] == list(range(1, 11))

@@ -205,6 +205,22 @@ def tune_sampling(
     return tune.tune_sampling(ckpt, out, samples=samples, budget=budget, seed=seed, **shared)
 
 
+@command(app, "ema runs/d16 --length 0.15 --out d16-0.15.pt")
+def ema(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="finished run of train-gen or train-tokenizer")],
+    length: Annotated[
+        float, typer.Option(min=0.015, max=0.25, help="sigma_rel: width of the average, as a share of all steps")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the new model file")],
+) -> cli.Result:
+    """Choose the length of the weights' average after a training with train.ema=power (EDM2's post-hoc EMA).
+
+    `error` is that of the least-squares fit to the run's snapshots, relative to the average asked for."""
+    from rdpm_cli.engine import ema as engine
+
+    return engine.average(run, length, out)
+
+
 Arguments = Annotated[list[str] | None, typer.Argument(metavar="TARGET|[KEY=VALUE]...", help="to score")]
 
 

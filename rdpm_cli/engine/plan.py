@@ -188,7 +188,7 @@ def activations(make: Make, cfg: TrainConfig, rows: int, step: int = 0) -> int:
 
 
 def fixed_memory(players: Sequence[Player], cfg: TrainConfig) -> dict[str, int]:
-    """Bytes that no batch changes: weights and buffers, gradients, Adam's moments, the average of the first player."""
+    """Bytes that no batch changes: weights and buffers, gradients, Adam's moments, the averages of the first player."""
 
     def size(tensors: Sequence[Tensor]) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -196,7 +196,8 @@ def fixed_memory(players: Sequence[Player], cfg: TrainConfig) -> dict[str, int]:
     models = [player.model for player in players]
     learnt = size([p for m in models for p in m.parameters() if p.requires_grad])
     sizes = [size([*m.parameters(), *m.buffers()]) for m in models]
-    return {"weights": sum(sizes), "gradients": learnt, "adam": 2 * learnt, "ema": sizes[0] if cfg.ema else 0}
+    averages = 2 if cfg.ema == "power" else int(cfg.ema > 0)
+    return {"weights": sum(sizes), "gradients": learnt, "adam": 2 * learnt, "ema": averages * sizes[0]}
 
 
 def memory(make: Make, cfg: TrainConfig, hardware: Hardware, frozen: int, step: int = 0) -> dict[str, Any]:

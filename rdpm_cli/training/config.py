@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rdpm_cli.schema import Section, Share
 
@@ -29,7 +29,9 @@ class TrainConfig(Section):
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="not on embeddings, norms and biases")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 = off")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' average; 0 = off")
+    ema: float | Literal["power"] = Field(
+        0.0, description="decay of the weights' average; 0 = off; power: EDM2's, sigma_rel 0.10, others by `rdpm ema`"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast of the network; quantiser and losses fp32")
     channels_last: bool = Field(False, description="memory layout of convolutions, faster on GPUs")
     compile: bool = Field(False, description="torch.compile the networks")
@@ -39,6 +41,13 @@ class TrainConfig(Section):
     eval_every: int = Field(0, ge=0, description="steps between held-out evaluations and previews; 0 = at the end only")
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
     keep: int = Field(3, ge=2, description="checkpoints kept")
+
+    @field_validator("ema", mode="before")  # a union's own errors would name its members after the key
+    @classmethod
+    def _decay_or_power(cls, value: Any) -> Any:
+        if value == "power" or (isinstance(value, float | int) and 0 <= value < 1):
+            return value
+        raise ValueError("expected a decay, 0 or more and below 1, or power")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

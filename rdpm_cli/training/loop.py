@@ -3,7 +3,6 @@
 Step s is a function of (seed, s) alone, so a resumed run repeats an uninterrupted one, at any number of processes."""
 
 import contextlib
-import copy
 import functools
 import math
 import time
@@ -25,6 +24,7 @@ from rdpm_cli.distributed import TrainStep, is_first, world
 from rdpm_cli.errors import RunError
 from rdpm_cli.runs import StopRequest
 from rdpm_cli.training.config import TrainConfig
+from rdpm_cli.training.ema import Ema
 from rdpm_cli.training.log import MetricsLog
 from rdpm_cli.training.trackers import Log
 from rdpm_cli.workers import in_order
@@ -91,24 +91,6 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=True)
 
 
-class Ema:
-    """Exponential moving average of a model's parameters, with its buffers as they are."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay, self.updates = decay, 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the parameters towards the model's; copy its buffers."""
-        # Early decays are smaller, so that the average forgets the random start.
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
-
-
 @dataclass
 class Run:
     """A run in a folder. step: optimiser steps done; skipped: those left out for a non-finite loss."""
@@ -152,6 +134,8 @@ def fit(
         for data in prepared:
             logs = _step(seats, data, batches, run)
             run.step += 1
+            if run.ema and is_first():
+                run.ema.keep(run.folder, run.step, run.steps)
             values = None
             if logs and (run.step % cfg.log_every == 0 or run.done):
                 rate = (run.step - first) * cfg.batch / (time.monotonic() - started)
@@ -275,7 +259,7 @@ def _save(seats: Sequence[Seat], run: Run) -> None:
             seat.player.name: {"model": seat.player.model.state_dict(), "optimizer": seat.optimizer.state_dict()}
             for seat in seats
         }
-        state["ema"] = {"model": run.ema.model.state_dict(), "updates": run.ema.updates} if run.ema else None
+        state["ema"] = run.ema.state_dict() if run.ema else None
         checkpoint.save_state(run.folder / CHECKPOINTS, run.step, state, seats[0].cfg.keep)
     distributed.barrier()
 
@@ -288,8 +272,7 @@ def _resume(seats: Sequence[Seat], run: Run) -> None:
         seat.player.model.load_state_dict(state["players"][seat.player.name]["model"])
         seat.optimizer.load_state_dict(state["players"][seat.player.name]["optimizer"])
     if run.ema and state["ema"]:
-        run.ema.model.load_state_dict(state["ema"]["model"])
-        run.ema.updates = state["ema"]["updates"]
+        run.ema.load_state_dict(state["ema"])
     run.step, run.skipped = state["step"], state["skipped"]
     if state["threads"] != (threads := torch.get_num_threads()):
         progress.say(f"{state['threads']} threads before, {threads} now: not bitwise the same run")
