@@ -90,13 +90,17 @@ def tokenize(
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 4096,
     seed: cli.Seed = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
+    shards: Annotated[str | None, typer.Option(metavar="A-B", help="only shards 0-99, 7 or 3,7-8; no manifest")] = None,
+    finish: Annotated[bool, typer.Option("--finish", help="make no shard, write the manifest of all")] = False,
     on_bad: Annotated[Literal["stop", "skip"], typer.Option(help="stop at an unreadable item, or skip it")] = "stop",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="share that --on-bad skip may leave out")] = 0.0001,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="on a GPU; default there: bf16")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="images a forward pass, on a GPU")] = None,
     **shared: Any,
 ) -> cli.Result:
-    """Turn IMAGES into a store of the codes of every step. The same command again resumes."""
+    """Turn IMAGES into a store of the codes of every step. The same command again resumes.
+
+    Processes on any machines may each make some --shards of one OUT at the same time; --finish ends it."""
     from rdpm_cli.engine import tokenizer as engine
 
     options = engine.StoreOptions(
@@ -104,8 +108,9 @@ def tokenize(
         micro_batch=micro_batch, text=units, split=split,
     )  # fmt: skip
     return engine.tokenize(
-        images, out, options=options, workers=workers, on_bad=on_bad, max_bad=max_bad, align=align, **shared
-    )
+        images, out, options=options, workers=workers, shards=shards, finish=finish, on_bad=on_bad, max_bad=max_bad,
+        align=align, **shared,
+    )  # fmt: skip
 
 
 @command(app, "reconstruct imagenet/ out/recon --limit 64", f"tokenizer vocoder limit device {READING}")
