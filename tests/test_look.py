@@ -164,7 +164,7 @@ def test_doctor_reports_versions_extras_and_weights(
     answer, file = examine(), no_weights / "weights" / "file"
     assert answer["versions"]["numpy"] == metadata.version("numpy")
     assert {"rdpm", "python", "torch", "torch-fidelity", "libjpeg-turbo"} <= set(answer["versions"])
-    assert set(answer["extras"]) == {"audio", "flash", "parquet", "phones", "timm", "wandb"}
+    assert set(answer["extras"]) == {"audio", "flash", "parquet", "phones", "ray", "timm", "wandb"}
     assert {f"weights.{name}" for name in ("inception", "dinov2", "clip", "vgg16", "alexnet")} <= set(answer["fix"])
     assert VGG.file in answer["fix"]["weights.vgg16"]
     file.write_bytes(b"weights")
