@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -85,8 +86,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     make_folder(path.parent)
-    # The end of the name, since a whole name may be as long as names can be.
-    temporary = path.with_name(f".{path.name[-40:]}.{os.getpid()}.tmp")
+    # The end of the name, since a whole name may be as long as names can be. Random, since every container has a pid 1.
+    temporary = path.with_name(f".{path.name[-40:]}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)

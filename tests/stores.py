@@ -20,7 +20,7 @@ from rdpm_cli.data.source import Source
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.quantizer import Quantizer
 
-NOT_THE_STORE = {".lock", ".lock.owner", "run.json"}
+NOT_THE_STORE = {".lock", ".lock.owner", ".claim.lock", "run.json"}
 
 
 class MemoryImages(Source):
@@ -47,7 +47,7 @@ class Making:
         self.tokenizer, content = model.load(tokenizer_file)
         options: dict[str, Any] = {"views": 2, "latents": True, "shard_images": 10, **settings}
         micro_batch = options.pop("micro_batch", None)
-        work = ("workers", "on_bad", "max_bad", "stopped")
+        work = ("workers", "on_bad", "max_bad", "shards", "make", "stopped")
         self.work = Work(**{key: options.pop(key) for key in work if key in options})
         self.plan = make_plan(source, self.tokenizer, content["digest"], StoreOptions(**options), torch.device("cpu"))
         if micro_batch:  # which only a GPU's store may choose

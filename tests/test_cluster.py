@@ -1,4 +1,4 @@
-"""The Slurm script, over stand-ins for Slurm's programs and torchrun: what is started, what is queued again."""
+"""The files for clusters, over stand-ins for Slurm's programs, torchrun and rdpm: what starts, what is queued again."""
 
 import os
 import signal
@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from test_docs import check
 
 from rdpm_cli.schema import recipe_folder
 
@@ -93,3 +95,61 @@ def test_the_script_needs_a_command_and_asks_slurm_for_a_signal_and_a_requeue() 
     assert subprocess.run(["bash", str(SCRIPT)], env={**os.environ, **JOB}, check=False).returncode == 2
     options = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--signal=B:USR1@300", "--requeue", "--open-mode=append"} <= set(options)
+
+
+# ---- parts by any scheduler -----------------------------------------------------------------------------------------
+
+TOKENIZE = ["tokenize", "images", "out/a b", "--tokenizer", "tok.pt"]
+SAMPLE = ["sample", "--ckpt", "d16.pt", "--out", "s"]
+
+
+def started(folder: Path, command: list[str], **variables: str) -> tuple[int, list[str]]:
+    """The exit code of a command, and the arguments of the rdpm that it starts."""
+    program = folder / "rdpm"
+    program.write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {folder}/arguments\n")
+    program.chmod(0o755)
+    (folder / "arguments").write_text("")
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    code = subprocess.run(command, env=environment, check=False, capture_output=True, timeout=30).returncode
+    return code, (folder / "arguments").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("args", "variables", "part"),
+    [
+        (TOKENIZE, {"SLURM_ARRAY_TASK_ID": "3"}, ["--shards", "30-39"]),
+        (TOKENIZE, {"SLURM_ARRAY_TASK_ID": "3", "PER_TASK": "1"}, ["--shards", "3-3"]),
+        (TOKENIZE, {}, ["--finish"]),
+        (
+            SAMPLE,
+            {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8"},
+            ["--shard", "3/8"],
+        ),
+    ],
+)
+def test_a_task_of_an_array_has_its_part(
+    args: list[str], variables: dict[str, str], part: list[str], tmp_path: Path
+) -> None:
+    script = str(SCRIPT.with_name("array.sbatch"))
+    assert started(tmp_path, ["bash", script, *args], **variables) == (0, [*args, *part])
+    check([*args, *part])
+
+
+@pytest.mark.parametrize("args", [[], SAMPLE, ["train-gen", "codes"]])
+def test_an_array_is_of_tokenize_or_sample(args: list[str], tmp_path: Path) -> None:
+    assert started(tmp_path, ["bash", str(SCRIPT.with_name("array.sbatch")), *args]) == (2, [])
+
+
+def test_pods_and_managed_jobs_have_their_parts(tmp_path: Path) -> None:
+    jobs = list(yaml.safe_load_all(SCRIPT.with_name("jobs.k8s.yaml").read_text()))
+    pods = [job["spec"]["template"]["spec"]["containers"][0]["command"] for job in jobs]
+    task = yaml.safe_load(SCRIPT.with_name("part.sky.yaml").read_text())
+    shell = ["bash", "-c", task["run"].replace("/data", str(tmp_path))]
+    for command, variables, part in [
+        (pods[0], {"JOB_COMPLETION_INDEX": "3"}, ["--shards", "30-39"]),
+        (pods[1], {}, ["--finish"]),
+        (shell, {**task["envs"], "PART": "--shards 30-39"}, ["--shards", "30-39"]),
+    ]:
+        code, args = started(tmp_path, command, **variables)
+        assert (code, args[:3], args[5:]) == (0, ["tokenize", "imagenet/train", "out/codes"], part)
+        check(args)

@@ -71,7 +71,7 @@ def rdpm_words(words: list[str]) -> list[str] | None:
         return words[1:]
     if words[0] == "torchrun" and "rdpm_cli" in words:
         return words[words.index("rdpm_cli") + 1 :]
-    script = next((index for index, word in enumerate(words) if word.endswith("train.sbatch")), None)
+    script = next((index for index, word in enumerate(words) if word.endswith(".sbatch")), None)
     return None if script is None else words[script + 1 :]
 
 

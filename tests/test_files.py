@@ -42,6 +42,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, old: bytes | None) -
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({} if old is None else {"file.bin": old})
 
 
+def test_writers_of_one_file_that_have_the_same_pid_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """As the first processes of two containers have, of which one begins while the other writes."""
+    path = tmp_path / "file.bin"
+
+    def write(file: BinaryIO) -> None:
+        files.write_atomic(path, lambda other: other.write(b"whole"))
+        file.write(b"whole")
+
+    files.write_atomic(path, write)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file.bin": b"whole"}
+
+
 def test_canonical_json_depends_on_content_not_on_order() -> None:
     one, other = {"b": [1, 2.5, None], "a": {"y": True, "x": "é"}}, {"a": {"x": "é", "y": True}, "b": [1, 2.5, None]}
     assert files.canonical_json(one) == files.canonical_json(other) == '{"a":{"x":"\\u00e9","y":true},"b":[1,2.5,null]}'

@@ -16,7 +16,7 @@ import rdpm_cli
 PACKAGE = Path(rdpm_cli.__file__).parent
 ROOMS = ["data", "training", "tokenizer", "codes", "generator", "evaluation"]  # each may import those before it
 HELPERS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "recipes", "api"}
-OPTIONAL = {"wandb", "flash_attn", "pyarrow", "timm"}  # packages that may be absent
+OPTIONAL = {"wandb", "flash_attn", "pyarrow", "timm", "ray"}  # packages that may be absent
 OPTIONAL |= {"soundfile", "torchaudio", "jiwer", "pesq", "pystoi", "faster_whisper", "resemblyzer", "espeakng_loader"}
 OPTIONAL |= {"safetensors", "huggingface_hub", "trackio", "mlflow", "gradio"}
 SLOW = {"lpips", "torch_fidelity", "torchvision", "torchmetrics", "sklearn", "matplotlib"}  # to import

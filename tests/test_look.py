@@ -172,6 +172,7 @@ def test_doctor_reports_versions_extras_and_weights(
         "parquet",
         "phones",
         "play",
+        "ray",
         "timm",
         "trackio",
         "wandb",

@@ -16,7 +16,7 @@ from stores import Making, MemoryImages, content, encoded
 
 from rdpm_cli.cli.app import run as run_cli
 from rdpm_cli.codes.store import Manifest
-from rdpm_cli.codes.write import unwritten_shards
+from rdpm_cli.codes.write import shards_of, shards_text, unwritten_shards
 from rdpm_cli.errors import DataError, ImageError, RunError, UsageError
 
 MakeStore = Callable[..., Making]
@@ -264,6 +264,69 @@ def test_bytes_do_not_depend_on_the_threads_of_the_process_that_forks(making: Ma
     assert_same_store(making("several", views=2), making("single", views=2))
 
 
+# ---- shards, by processes that share only the folder --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3]], [[2, 3], [0], [1]], [[1, 2], [0, 1], [0, 2, 3]]])
+@pytest.mark.parametrize("settings", SHAPES)
+def test_shards_in_any_parts_and_a_finish_are_the_store_of_one_process(
+    making: MakeStore, settings: dict[str, Any], parts: list[list[int]]
+) -> None:
+    settings = {**settings, "bad": BAD, "on_bad": "skip", "max_bad": 0.5}
+    for shards in parts:
+        part = making("parts", **settings, shards=shards)
+        part.cut(3)  # inside its first shard, if that is not there yet
+        assert sum(part.run()) == 10 * len(shards)
+        assert not (part.root / "manifest.json").exists()
+    assert_same_store(making("parts", **settings, make=False), making("whole", **settings))
+
+
+def test_a_finish_makes_nothing_and_names_the_missing_shards(making: MakeStore) -> None:
+    list(making(shards=[1]).run())
+    before = content(making().root)
+    with pytest.raises(DataError) as caught:
+        list(making(make=False).run())
+    assert "0,2-3" in caught.value.message
+    assert "--shards 0,2-3" in caught.value.hint
+    assert content(making().root) == before
+
+
+def test_shards_of_other_settings_are_refused(making: MakeStore) -> None:
+    list(making(shards=[1]).run())
+    with pytest.raises(UsageError, match="seed: 0 -> 1"):
+        list(making(shards=[2], seed=1).run())
+
+
+def test_a_shard_that_another_process_has_written_is_left_alone(making: MakeStore) -> None:
+    late, whole = making(bad=[5], on_bad="skip", shards=[0]).run(), making("whole")
+    for _ in range(2):  # it has begun to encode
+        next(late)
+    assert_same_store(making(), whole)
+    list(late)
+    assert content(making().root) == content(whole.root)
+
+
+def test_what_other_processes_write_and_leave_out_is_theirs(making: MakeStore) -> None:
+    skip: dict[str, Any] = {"on_bad": "skip", "max_bad": 0.1}
+    list(making(bad=[3], shards=[0], **skip).run())
+    note, half = making().root / "note-00000.json", making().root / ".codes-00002.npy.0.tmp"
+    original = note.stat().st_mtime_ns
+    half.write_bytes(b"half")
+    list(making(shards=[1, 3], **skip).run())
+    assert (note.stat().st_mtime_ns, half.exists()) == (original, True)
+    list(making(shards=[0, 2], **skip).run())  # whose image can be read by now
+    assert_same_store(making(make=False), making("whole"))
+    assert not half.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "shards"), [("7", [7]), ("0-3", [0, 1, 2, 3]), ("8,0-1", [0, 1, 8]), ("8-99999999999", [8, 9])]
+)
+def test_ranges_of_shards_are_cut_to_the_last_one(text: str, shards: list[int]) -> None:
+    assert shards_of(text, 10) == shards
+    assert shards_of(shards_text(shards), 10) == shards
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +358,8 @@ def test_every_option_reaches_the_store_and_the_result(
     "option",
     [
         ["--micro-batch", "4"], ["--batch-size", "4"], ["--workers", "0"], ["--keep", "codes"], ["--on-bad", "go-on"],
-        ["--max-bad", "2"], ["--shard-size", "0"],
+        ["--max-bad", "2"], ["--shard-size", "0"], ["--shards", "1-0"], ["--shards", "x"],
+        ["--shards", "1", "--finish"],
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_are_usage_errors(
@@ -304,6 +368,32 @@ def test_values_that_cannot_be_are_usage_errors(
     assert run_cli([*command, *option]) == 2
     assert option[0] in capsys.readouterr().err
     assert not (tmp_path / "codes").exists()
+
+
+def test_processes_that_start_at_once_make_their_shards(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*command, "--shard-size", "5", "--workers", "1"]
+    running = [spawn(command_line, [*command, "--shards", part], {}) for part in ("0-2", "1-4", "4-99", "4-99")]
+    assert [exit_code(process) for process in running] == [0] * 4
+    assert answer([*command, "--shards", "3"], capsys).items() >= {"shards": 8, "written": 8}.items()
+    values = answer([*command, "--finish"], capsys)
+    assert answer([*command, "--shards", "3"], capsys) == values  # finished already
+    whole = answer([*command[:2], str(tmp_path / "whole"), *command[3:]], capsys)
+    assert values == {**whole, "store": str(tmp_path / "codes")}
+    assert content(tmp_path / "codes") == content(tmp_path / "whole")
+
+
+def test_missing_shards_and_those_beyond_the_last_are_named(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*command, "--shard-size", "10"]
+    assert run_cli([*command, "--shards", "4-9"]) == 2
+    assert "last shard, 3" in capsys.readouterr().err
+    assert not (tmp_path / "codes").exists()
+    assert answer([*command, "--shards", "1"], capsys)["missing"] == "0,2-3"
+    assert run_cli([*command, "--finish"]) == 3
+    assert "--shards 0,2-3" in capsys.readouterr().err
 
 
 @pytest.mark.slow

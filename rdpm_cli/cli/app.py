@@ -59,6 +59,11 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
     "device": (str, "auto", typer.Option(help="auto, cpu, cuda, cuda:N")),
     "download": (bool, False, typer.Option("--download", help="fetch Inception's weights if they are absent")),
     "dry_run": (bool, False, typer.Option("--dry-run", help="print what the run would take; write nothing")),
+    "engine": (
+        Literal["local", "ray"],
+        "local",
+        typer.Option(help="ray: parts as tasks of the Ray cluster of RAY_ADDRESS, else of this machine"),
+    ),
     "extractor": (
         str,
         None,

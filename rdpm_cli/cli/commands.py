@@ -1,6 +1,7 @@
 """Every subcommand, in the order of the data. --help needs no engine, and so no torch."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,7 +76,7 @@ def train_tokenizer(
     return tokenizer.train_tokenizer(images, out, recipe, from_weights=from_weights, **shared)
 
 
-@command(app, "tokenize imagenet/ out/codes", f"tokenizer gpus device unlabelled {READING}")
+@command(app, "tokenize imagenet/ out/codes", f"tokenizer gpus engine device unlabelled {READING}")
 def tokenize(
     images: cli.Images,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the code store")],
@@ -90,22 +91,32 @@ def tokenize(
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 4096,
     seed: cli.Seed = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
+    shards: Annotated[str | None, typer.Option(metavar="A-B", help="only shards 0-99, 7 or 3,7-8; no manifest")] = None,
+    finish: Annotated[bool, typer.Option("--finish", help="make no shard, write the manifest of all")] = False,
     on_bad: Annotated[Literal["stop", "skip"], typer.Option(help="stop at an unreadable item, or skip it")] = "stop",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="share that --on-bad skip may leave out")] = 0.0001,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="on a GPU; default there: bf16")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="images a forward pass, on a GPU")] = None,
     **shared: Any,
 ) -> cli.Result:
-    """Turn IMAGES into a store of the codes of every step. The same command again resumes."""
+    """Turn IMAGES into a store of the codes of every step. The same command again resumes.
+
+    Processes on any machines may each make some --shards of one OUT at the same time; --finish ends it."""
     from rdpm_cli.engine import tokenizer as engine
 
     options = engine.StoreOptions(
         views=views, flip=flip, latents=keep is not None, seed=seed, shard_images=shard_size, precision=precision,
         micro_batch=micro_batch, text=units, split=split,
     )  # fmt: skip
-    return engine.tokenize(
-        images, out, options=options, workers=workers, on_bad=on_bad, max_bad=max_bad, align=align, **shared
-    )
+    make: Callable[..., cli.Result] = engine.tokenize
+    if shared.pop("engine") == "ray":
+        from rdpm_cli.engine import ray_tasks
+
+        make = ray_tasks.tokenize
+    return make(
+        images, out, options=options, workers=workers, shards=shards, finish=finish, on_bad=on_bad, max_bad=max_bad,
+        align=align, **shared,
+    )  # fmt: skip
 
 
 @command(app, "reconstruct imagenet/ out/recon --limit 64", f"tokenizer vocoder limit device {READING}")
@@ -138,7 +149,9 @@ def train_gen(
 
 
 @command(
-    app, "sample --ckpt d16.pt --classes 1,2,3 --cfg 1.5", f"classes per_class {SAMPLING} {SPEECH} preset gpus device"
+    app,
+    "sample --ckpt d16.pt --classes 1,2,3 --cfg 1.5",
+    f"classes per_class {SAMPLING} {SPEECH} preset gpus engine device",
 )
 def sample(
     ckpt: Annotated[Path, cli.CKPT],
@@ -167,6 +180,8 @@ def sample(
     sampling = {name: value for name in SAMPLING.split() if (value := shared.pop(name)) is not None}
     sampling |= engine.key_values(settings or ())
     words = {name: shared.pop(name) for name in SPEECH.split()}
+    by_ray, device = shared.pop("engine") == "ray", shared.pop("device")
+    draw: Callable[..., cli.Result]
     if any(value != cli.SHARED[name][1] for name, value in words.items()):
         from rdpm_cli.engine import speech
 
@@ -176,16 +191,21 @@ def sample(
         }  # fmt: skip
         if unused := [name for name, value in images.items() if value]:
             raise UsageError(f"{unused[0]} is for images; --text, --prompt and --list are for sound", "leave it out")
-        return speech.sample_words(
-            ckpt, out, words, init, seed=seed, sampling=sampling, preset=shared["preset"], judge=judge, shard=shard,
-            device=shared["device"],
+        draw = functools.partial(
+            speech.sample_words, ckpt, out, words, init, seed=seed, sampling=sampling, preset=shared["preset"],
+            judge=judge,
         )  # fmt: skip
-    return engine.sample(
-        ckpt, out=out, seed=seed, sampling=sampling,
-        outputs=engine.Outputs(png=not no_png, npz=npz, grid=grid, gif=gif),
-        edit=engine.edit_options(init, mask, from_step), reject=engine.reject_options(reject, judge), shard=shard,
-        **shared,
-    )  # fmt: skip
+    else:
+        draw = functools.partial(
+            engine.sample, ckpt, out=out, seed=seed, sampling=sampling,
+            outputs=engine.Outputs(png=not no_png, npz=npz, grid=grid, gif=gif),
+            edit=engine.edit_options(init, mask, from_step), reject=engine.reject_options(reject, judge), **shared,
+        )  # fmt: skip
+    if by_ray:
+        from rdpm_cli.engine import ray_tasks
+
+        return ray_tasks.sample(draw, shard, device)
+    return draw(shard=shard, device=device)
 
 
 @command(app, "tune-sampling d16.pt --budget 24", f"ref extractor weights device {READING}")

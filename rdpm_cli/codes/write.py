@@ -3,8 +3,9 @@
 Convolutions move by 1e-7 with the batch's shape and the thread count, and a near-tie then flips a code: a micro-batch
 has one fixed shape, padded by its last image, and a CPU encodes it on one thread; more speed comes from more processes.
 A *growing* store has its plan in run.json. A shard is written once its note-s.json is there, with its manifest entry
-and the items that it leaves out. A *finished* store has manifest.json and every file that it lists, and its notes
-go. One that lost a file grows again: the notes of its whole shards are restored from the manifest, which goes.
+and the items that it leaves out; processes that share only the folder may write other shards, or the same one, at the
+same time. A *finished* store has manifest.json and every file that it lists, and its notes go. One that lost a file
+grows again: the notes of its whole shards are restored from the manifest, which goes.
 Legend: n good items of B, V views, F = 2 with flips else 1, T steps, C channels, S positions."""
 
 import contextlib
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from rdpm_cli import files, noise, runs
 from rdpm_cli.codes import ragged, store
 from rdpm_cli.codes.store import BadItem, DataOrigin, Manifest, Plan, Shard, Split
+from rdpm_cli.data.folder import one_at_a_time
 from rdpm_cli.data.source import ItemSource, spread
 from rdpm_cli.data.text import Kind
 from rdpm_cli.distributed import barrier, one_thread, world
@@ -92,11 +94,14 @@ class Work:
     """How a store is made; nothing here changes its bytes, except by the items that are left out.
 
     on_bad: stop at the first unreadable item, or leave it out. max_bad: share that may be left out, rounded up.
+    shards: to write, next to other processes that write others; None: all, and the manifest. make: False: none is made.
     stopped: whether a signal has come; asked while a worker keeps this process waiting."""
 
     workers: int = 1
     on_bad: Literal["stop", "skip"] = "stop"
     max_bad: float = 0.0001
+    shards: Sequence[int] | None = None
+    make: bool = True
     stopped: Callable[[], bool] = lambda: False
 
 
@@ -111,25 +116,34 @@ def write_store(
 ) -> Generator[int, None, None]:
     """Write what is missing of the store, yielding the number of items done: first those that were there already.
 
-    Several ranks share the shards; the first one holds the lock and finishes."""
+    Several ranks share the shards; the first one holds the lock and finishes. Raises DataError if shards are missing
+    that are not to be made."""
     rank, size = world()
+    shards = range(len(plan.shard_ranges)) if work.shards is None else work.shards
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.report_full_disk(root))
         if rank == 0:
-            stack.enter_context(files.only_writer(root))
-            _open(root, source, tokenizer.inputs, plan, tokenizer_file, work)
+            if work.shards is None:
+                stack.enter_context(files.only_writer(root))
+            with one_at_a_time(root):
+                _open(root, source, tokenizer.inputs, plan, tokenizer_file, work)
         barrier()
         if is_finished(root):
-            yield plan.data.count
+            yield items_of(plan, shards)
             return
-        shards = unwritten_shards(root, plan)[rank::size]
+        missing = unwritten_shards(root, plan, shards)
+        if missing and not work.make:
+            numbers = shards_text(missing)
+            hint = f"make them by the same command with --shards {numbers} instead of --finish"
+            raise DataError(f"{root} lacks {len(missing)} of {len(shards)} shards: {numbers}", hint)
+        missing = missing[rank::size]
         barrier()  # every rank has listed the same shards before any of them writes one
-        yield plan.data.count - sum(len(plan.shard_ranges[shard]) for shard in shards)
-        yield from _write_shards(root, source, tokenizer, plan, shards, work)
-        while unwritten_shards(root, plan):  # of the other ranks; polled, so that a signal can end the wait
+        yield items_of(plan, shards) - items_of(plan, missing)
+        yield from _write_shards(root, source, tokenizer, plan, missing, work)
+        while unwritten_shards(root, plan, shards):  # of the other ranks; polled, so that a signal can end the wait
             time.sleep(0.5)
             yield 0
-        if rank == 0:
+        if rank == 0 and work.shards is None:
             _finish(root, source, tokenizer, plan, work)
         barrier()
 
@@ -139,22 +153,54 @@ def is_finished(root: Path) -> bool:
     return (root / store.MANIFEST).exists() and all((root / name).exists() for name in Manifest.load(root).sums())
 
 
-def unwritten_shards(root: Path, plan: Plan) -> list[int]:
-    """Shards that lack a file or their note."""
-    return sorted(set(range(len(plan.shard_ranges))) - set(_notes(root, plan)))
+def shards_of(text: str, count: int) -> list[int]:
+    """`0-99`, `7` or `3,7-8` -> the numbers of these of `count` shards, cut to the last one. Raises UsageError."""
+    shards: set[int] = set()
+    for word in text.split(","):
+        span = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", word.strip())
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
+        if first > last:
+            raise UsageError(f"--shards: '{word}' is not a range", "write 0-99, 7 or 3,7-8")
+        if first >= count:
+            raise UsageError(f"--shards: {word} is beyond the last shard, {count - 1}", "shards are counted from 0")
+        shards |= {*range(first, min(last + 1, count))}
+    return sorted(shards)
 
 
-def _notes(root: Path, plan: Plan) -> dict[int, Note]:
-    """The notes of the written shards. A finished store has them in its manifest."""
+def shards_text(shards: Sequence[int]) -> str:
+    """Its inverse, for ascending numbers: [3, 7, 8] -> `3,7-8`."""
+    numbers = set(shards)
+    starts, ends = ([n for n in shards if n + side not in numbers] for side in (-1, 1))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def items_of(plan: Plan, shards: Sequence[int]) -> int:
+    """The number of items in these shards."""
+    ranges = plan.shard_ranges
+    return sum(len(ranges[shard]) for shard in shards)
+
+
+def unwritten_shards(root: Path, plan: Plan, shards: Sequence[int] | None = None) -> list[int]:
+    """Shards that lack a file or their note, of these or of all."""
+    shards = range(len(plan.shard_ranges)) if shards is None else shards
+    written = _notes(root, plan, shards)
+    return [shard for shard in shards if shard not in written]
+
+
+def _notes(root: Path, plan: Plan, shards: Sequence[int] | None = None) -> dict[int, Note]:
+    """The notes of the written ones of these shards, or of all. A finished store has them in its manifest."""
+    ranges = plan.shard_ranges
+    shards = range(len(ranges)) if shards is None else shards
     if (root / store.MANIFEST).exists():
         lines = store.read_lines(root / store.BAD) if (root / store.BAD).exists() else []
-        bad = [[item for item in lines if item["index"] in items] for items in plan.shard_ranges]
-        notes = {n: Note(**row.model_dump(), bad=bad[n]) for n, row in enumerate(Manifest.load(root).shards)}
+        bad = {n: [item for item in lines if item["index"] in ranges[n]] for n in shards}
+        rows = Manifest.load(root).shards
+        notes = {n: Note(**rows[n].model_dump(), bad=bad[n]) for n in shards}
     else:
-        paths = {n: root / NOTE.format(n) for n in range(len(plan.shard_ranges))}
+        paths = {n: root / NOTE.format(n) for n in shards}
         notes = {n: Note.model_validate(files.read_json(path)) for n, path in paths.items() if path.exists()}
     # Without the reasons of its bad items, from bad.jsonl, a shard has to be made again.
-    whole = {n: note for n, note in notes.items() if note.images + len(note.bad) == len(plan.shard_ranges[n])}
+    whole = {n: note for n, note in notes.items() if note.images + len(note.bad) == len(ranges[n])}
     return {n: note for n, note in whole.items() if all((root / name).exists() for name in note.sha256)}
 
 
@@ -168,28 +214,26 @@ def _open(root: Path, source: ItemSource, inputs: Inputs, plan: Plan, tokenizer_
     if changed := files.differences(old, new | moved):
         message = f"{root} holds something else, or was begun with other settings: {'; '.join(changed[:6])}"
         raise UsageError(message, "choose another folder, or remove it")
-    for leftover in root.glob(".*.tmp"):  # of a process that was killed; this one holds the lock
-        leftover.unlink()
     runs.write_run(root, {"workers": work.workers, "plan": new})
     if is_finished(root):
-        for path in root.glob("note-*.json"):
-            path.unlink()
+        _clean(root)
         return
-    notes = _notes(root, plan)
+    notes, shards = _notes(root, plan), range(len(plan.shard_ranges)) if work.shards is None else work.shards
     names = store.json_lines({"index": index, "name": name} for index, name in enumerate(source.names))
-    items = sum(len(indices) for number, indices in enumerate(plan.shard_ranges) if number not in notes)
+    items = items_of(plan, [shard for shard in shards if shard not in notes])
     rows = 1000 * len(plan.shard_ranges)  # a shard's row in the manifest takes about 1,000 bytes
     files.need_space(root, items * plan.image_bytes() + rows + len(tokenizer_file) + len(names))
     for number, note in notes.items():
         path = root / NOTE.format(number)
         # Items that can be read again, for example because a disk has come back, return with their shards.
-        if read_items(source, inputs, [item["index"] for item in note.bad])[0]:
+        if work.make and number in shards and read_items(source, inputs, [item["index"] for item in note.bad])[0]:
             path.unlink(missing_ok=True)
         elif not path.exists():
             files.write_json(path, note.model_dump())
     (root / store.MANIFEST).unlink(missing_ok=True)
-    _write(root / store.TOKENIZER, tokenizer_file)
-    _write(root / store.NAMES, names)
+    for name, content in ((store.TOKENIZER, tokenizer_file), (store.NAMES, names)):
+        if work.shards is None or not (root / name).exists():
+            _write(root / name, content)
 
 
 @dataclass
@@ -299,7 +343,8 @@ def _write_shards(
             if bad and work.on_bad == "stop":
                 raise tokenizer.inputs.unreadable(source.spec, bad[0]["name"], bad[0]["reason"])
             if items.stop == plan.shard_ranges[shard].stop:  # before its last items count as done
-                write_shard(root, shard, shard_arrays(encoded, source, plan), bad)
+                if unwritten_shards(root, plan, [shard]):  # else another process has written it by now
+                    write_shard(root, shard, shard_arrays(encoded, source, plan), bad)
                 encoded.clear()
             yield len(items)
 
@@ -358,8 +403,13 @@ def _finish(root: Path, source: ItemSource, tokenizer: Tokenizer, plan: Plan, wo
     manifest = tabulate(root, plan)
     samples = tuple(decoded_items(root, manifest, tokenizer, source))
     manifest.model_copy(update={"samples": samples}).write(root)
-    for path in root.glob("note-*.json"):  # after the manifest: a kill between the two costs no shard
-        path.unlink()
+    _clean(root)  # after the manifest: a kill between the two costs no shard
+
+
+def _clean(root: Path) -> None:
+    """Remove the notes of a finished store, and what killed processes left; earlier, others may be writing there."""
+    for path in [*root.glob("note-*.json"), *root.glob(".*.tmp")]:
+        path.unlink(missing_ok=True)
 
 
 def tabulate(root: Path, plan: Plan) -> Manifest:

@@ -5,15 +5,15 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from rdpm_cli import checkpoint, files, progress
-from rdpm_cli.codes.store import MANIFEST, TOKENIZER, CodeStore, Manifest, read_names, source_of, store_reference
+from rdpm_cli.codes import write
+from rdpm_cli.codes.store import MANIFEST, TOKENIZER, CodeStore, Manifest, Plan, read_names, source_of, store_reference
 from rdpm_cli.codes.write import StoreOptions as StoreOptions
-from rdpm_cli.codes.write import Work, is_finished, make_plan, write_store
 from rdpm_cli.data import folder, pictures
 from rdpm_cli.data.audio import AudioSource
 from rdpm_cli.data.open import check_output, is_builtin
@@ -40,6 +40,7 @@ from rdpm_cli.training.loop import CHECKPOINTS
 
 FINAL = "tokenizer.pt"  # of a run folder
 WARM_START = "from_weights.json"  # of a run folder: which tensors its first process took from the file
+UNFINISHED = "shards written; other shards are still missing"
 SHOWN = 16  # images in the grid of reconstructions
 
 Reading = dict[str, Any]  # of --follow-links and the like: fields of data.source.Reading
@@ -135,11 +136,14 @@ def find_tokenizer(path: Path | None) -> Path:
 def tokenize(
     images: str, out: Path, tokenizer: Path | None = None, options: StoreOptions | None = None, *,
     workers: int | None = None, on_bad: str = "stop", max_bad: float = 0.0001, align: Path | None = None,
-    device: str = "auto", reading: Reading | None = None,
+    shards: str | None = None, finish: bool = False, device: str = "auto", reading: Reading | None = None,
 ) -> Result:  # fmt: skip
     """Items -> code store; resumes at the first missing shard. workers: processes. on_bad: stop or skip.
 
-    align: a judge of speech, which finds the durations of the words of texts."""
+    align: a judge of speech, which finds the durations of the words of texts. shards: only these, as `0-99`, and no
+    manifest. finish: only the manifest."""
+    if shards is not None and finish:
+        raise UsageError("--shards makes shards, and --finish makes none", "give --finish when all shards are there")
     path = find_tokenizer(tokenizer)
     check_output(out, images)
     loaded, content = model.load(path)
@@ -153,20 +157,38 @@ def tokenize(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with process_group(device, several=True) as picked, stop_on_signal(world()[1] > 1) as stop:
-        store_plan = make_plan(source, loaded, content["digest"], options or StoreOptions(), picked)
+        store_plan = write.make_plan(source, loaded, content["digest"], options or StoreOptions(), picked)
         layout = torch.channels_last if store_plan.precision == "bf16" else torch.contiguous_format
         loaded.to(picked).to(memory_format=layout)
-        work = Work(workers, "skip" if on_bad == "skip" else "stop", max_bad, lambda: bool(stop.name))
-        pieces = write_store(out, source, loaded, checkpoint.file_bytes(path), store_plan, work)
+        every = range(len(store_plan.shard_ranges))
+        numbers = every if shards is None else write.shards_of(shards, len(every))
+        skip: Literal["skip", "stop"] = "skip" if on_bad == "skip" else "stop"
+        listed, total = None if shards is None else numbers, write.items_of(store_plan, numbers)
+        work = write.Work(workers, skip, max_bad, listed, not finish, lambda: bool(stop.name))
+        pieces = write.write_store(out, source, loaded, checkpoint.file_bytes(path), store_plan, work)
         item = "recording" if store_plan.speech else "image"
-        with progress.Bar("tokenize", len(source), f"{item}s") as bar, contextlib.closing(pieces):
+        with progress.Bar("tokenize", total, f"{item}s") as bar, contextlib.closing(pieces):
             bar.resume_at(next(pieces))
-            if is_first() and is_finished(out):
+            if is_first() and write.is_finished(out):
                 progress.say(f"{out} is finished already; the names of the {item}s were compared, not their content")
             for count in pieces:
                 bar.advance(count)
-                if bar.done < len(source) or world()[1] > 1:  # else only the manifest is left to write
+                if bar.done < total or world()[1] > 1:  # else only the manifest is left to write
                     stop.leave(saved)
+    return _store_result(images, out, item) if write.is_finished(out) else _shards_result(out, store_plan)
+
+
+def _shards_result(out: Path, store_plan: Plan) -> Result:
+    """What an unfinished store has and lacks."""
+    count, missing = len(store_plan.shard_ranges), write.unwritten_shards(out, store_plan)
+    values = {"store": str(out), "shards": count, "written": count - len(missing)}
+    if missing:
+        return Result(UNFINISHED, {**values, "missing": write.shards_text(missing)})
+    return Result("all shards written", values, "the same command with --finish instead of --shards")
+
+
+def _store_result(images: str, out: Path, item: str) -> Result:
+    """The facts of a finished store. item: image or recording."""
     m = Manifest.load(out)
     size = sum((out / name).stat().st_size for shard in m.shards for name in shard.sha256)
     values = {
