@@ -210,9 +210,10 @@ def _is_intact(path: Path) -> bool:
     return record.is_file() and record.read_text("utf-8").split()[:1] == [files.sha256_file(path)]
 
 
-def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_state(
+    path: Path, device: torch.device | str = "cpu", hint: str = "delete this file to continue from the state before it"
+) -> dict[str, Any]:
     """One training state. Raises CheckpointError if it is damaged."""
-    hint = "delete this file to continue from the state before it"
     if not _is_intact(path):
         raise CheckpointError(f"{path} is damaged, or its {path.name}.sha256 is missing", hint)
     return dict(read_tensors(path, device, hint))

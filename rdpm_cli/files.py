@@ -24,7 +24,7 @@ HINTS = {  # for an error about a checkpoint, by the kind that is needed; "": an
     "rdpm-generator": "make one with `rdpm train-gen CODES --recipe NAME`",
     "rdpm-judge": "make one with `rdpm eval judge IMAGES OUT`",
     "rdpm-speech-judge": "make one with `rdpm eval judge RECORDINGS OUT --recipe speech8-sin`",
-    "weights": "known are state dicts of VAR, taming-transformers' VQGAN and LlamaGen, and rdpm's own tokenizer.pt",
+    "weights": "known are rdpm's own files, and of tokenizers VAR's, taming-transformers' VQGAN's and LlamaGen's",
 }
 UNFIT = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EBADF)  # of wrong paths
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and in all its usual file systems

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from generators import save_generator
 from helpers import CPU, tiny_config
 from sounds import FAMILIES, speech_store
 from torch._C._profiler import _EventType
@@ -206,7 +207,8 @@ TINY = (  # the sizes of the tiny tokenizer's file
     "autoencoder.width=8 autoencoder.multipliers=[1,1,2] autoencoder.res_blocks=1 autoencoder.groups=4 "
     "autoencoder.channels=4 quantizer.codes=64 quantizer.steps=4"
 )
-GENERATOR = "train-gen {codes} --recipe digits --dry-run proxy.samples=4"
+WARM = "train-gen {codes} --recipe digits --dry-run"
+GENERATOR = f"{WARM} proxy.samples=4"
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -217,6 +219,7 @@ GENERATOR = "train-gen {codes} --recipe digits --dry-run proxy.samples=4"
         (f"{TOKENIZER} --from-weights {{other}}", "other.pt"), (f"{TOKENIZER} --from-weights {{tokenizer}}", "encoder"),
         (f"{TOKENIZER} loss.perceptual=lpips loss.perceptual_weights={{absent}}", "absent.pt"),
         (f"{TOKENIZER} loss.perceptual=lpips loss.perceptual_weights={{other}}", "other.pt"),
+        (f"{WARM} --from-weights {{absent}}", "absent.pt"), (f"{WARM} --from-weights {{tokenizer}}", "tokenizer.pt"),
         (f"{GENERATOR} proxy.extractor={{absent}}", "absent.pt"),
         (f"{GENERATOR} proxy.extractor={{tokenizer}}", "tokenizer.pt"),
         (f"{GENERATOR} proxy.weights={{absent}}", "absent.pt"), (f"{GENERATOR} proxy.weights={{other}}", "other.pt"),
@@ -250,6 +253,16 @@ def test_a_plan_says_what_the_run_would_take_of_the_weights(tiny_tokenizer_file:
     weights = json.loads(capsys.readouterr().out)["weights"]
     assert weights["perceptual"] is None
     assert all(token in weights["from_weights"] for token in ("tokenizer.pt", "rdpm", "0 left"))
+
+
+def test_a_plan_of_a_generator_says_what_the_run_would_take_of_the_weights(
+    digits_codes: Path, tiny_tokenizer_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path = save_generator(tmp_path / "generator.pt", tiny_tokenizer_file)
+    words = [*WARM.format(codes=digits_codes).split(), "network.depth=2", "network.width=32", "network.heads=2"]
+    assert run([*words, "--from-weights", str(path), "--json"]) == 0
+    taken = json.loads(capsys.readouterr().out)["weights"]["from_weights"]
+    assert all(token in taken for token in ("generator.pt", "raw", "0 left"))
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -69,6 +69,11 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
         None,
         typer.Option(metavar="inception|dinov2|clip|timm:NAME[:FILE]|FILE", help="network that scores, or a judge.pt"),
     ),
+    "from_weights": (
+        Path,
+        None,
+        typer.Option(metavar="FILE", help="begin with its weights: rdpm's, or a tokenizer's of VAR, taming, LlamaGen"),
+    ),
     "gpu": (
         Literal["h200", "h100", "a100", "l40s", "rtx4090"],
         None,

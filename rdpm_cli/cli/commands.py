@@ -16,7 +16,7 @@ evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Scor
 app.add_typer(evaluation, name="eval")
 
 # Options that the commands share, by their names in cli.SHARED.
-TRAINING = "overrides seed keep gpus track dry_run gpu utilisation print_config device"
+TRAINING = "from_weights overrides seed keep gpus track dry_run gpu utilisation print_config device"
 JUDGE = "overrides seed resolution print_config gpus device"
 SAMPLING = "cfg cfg_schedule tau top_k top_p skip_steps steps"
 SPEECH = "text prompt prompt_text lines seconds length duration_scale sentences start end vocoder"
@@ -67,13 +67,12 @@ def train_tokenizer(
     images: cli.Images,
     recipe: cli.Recipe = "imagenet256-tokenizer",
     out: cli.RunFolder = None,
-    from_weights: Annotated[Path | None, typer.Option(metavar="FILE", help="of VAR, taming, LlamaGen or rdpm")] = None,
     **shared: Any,
 ) -> cli.Result:
     """Train a tokenizer on IMAGES. The same command again resumes."""
     from rdpm_cli.engine import tokenizer
 
-    return tokenizer.train_tokenizer(images, out, recipe, from_weights=from_weights, **shared)
+    return tokenizer.train_tokenizer(images, out, recipe, **shared)
 
 
 @command(app, "tokenize imagenet/ out/codes", f"tokenizer gpus engine device unlabelled {READING}")

@@ -26,9 +26,10 @@ from rdpm_cli.codes.store import CodeStore, Manifest, held_out
 from rdpm_cli.data.open import check_output, is_there
 from rdpm_cli.distributed import TrainStep, rank_rows
 from rdpm_cli.engine import watch
-from rdpm_cli.engine.train import default_folder, is_new, recipe_settings
+from rdpm_cli.engine.train import default_folder, is_new, recipe_settings, weights_setting
 from rdpm_cli.engine.watch import GIB, GPUS, Gpu
 from rdpm_cli.errors import AbsentWeightsError
+from rdpm_cli.generator import importers as generator_importers
 from rdpm_cli.generator import registry
 from rdpm_cli.generator.config import GeneratorConfig
 from rdpm_cli.generator.contract import GeneratorTask
@@ -248,7 +249,7 @@ def timing(cfg: TrainConfig, images: int, flops: dict[str, int], hardware: Hardw
 
 def plan_generator(
     codes: Path, out: Path | None, recipe: str, overrides: Sequence[str], hardware: Hardware, *,
-    heldout: str | None = None, reading: dict[str, Any] | None = None,
+    from_weights: Path | None = None, heldout: str | None = None, reading: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """The cost of `train-gen CODES --out OUT`. A store that does not exist is assumed to be ImageNet's.
 
@@ -256,17 +257,20 @@ def plan_generator(
     loaded = load_recipe(recipe, overrides, "generator")
     cfg = loaded.generator
     assert cfg is not None
-    folder = _folder(out, loaded, "train-gen", "generator", {})
+    folder = _folder(out, loaded, "train-gen", "generator", weights_setting(from_weights))
     weights: dict[str, Any] = {}
     if cfg.proxy.samples:
         extractor = _if_here(lambda: watch.proxy_extractor(cfg.proxy, CPU))
         weights["proxy"] = extractor if isinstance(extractor, str) else extractor.name
     architecture: TokenizerArchitecture = loaded.tokenizer or TokenizerArchitecture()
     if codes.exists():
-        data = _stored(registry.open_codes(codes, cfg, loaded.seed))
+        data = _stored(opened := registry.open_codes(codes, cfg, loaded.seed))
         architecture = data.architecture
         if heldout and is_there(heldout):
             open_heldout(heldout, Manifest.load(codes), reading)
+        if from_weights and is_new((out or default_folder(loaded, "generator")) / "generator.pt"):
+            _, imported = generator_importers.warm_start(cfg, opened, loaded.seed, from_weights)
+            weights["from_weights"] = imported.summary()
     elif isinstance(architecture.autoencoder, MelConfig):
         data = _libritts(codes, architecture)
     else:
@@ -360,11 +364,9 @@ def plan_tokenizer(
     else:
         binds["perceptual"] = perceptual and perceptual.record()
         weights["perceptual"] = perceptual and perceptual.name
-    if from_weights:
-        binds["from_weights"] = {"sha256": files.sha256_file(from_weights)}
-        if is_new(final):
-            weights["from_weights"] = warm_start(cfg, loaded.seed, from_weights)[1].summary()
-    folder = _folder(out, loaded, "train-tokenizer", "tokenizer", binds)
+    if from_weights and is_new(final):
+        weights["from_weights"] = warm_start(cfg, loaded.seed, from_weights)[1].summary()
+    folder = _folder(out, loaded, "train-tokenizer", "tokenizer", binds | weights_setting(from_weights))
     name, most = "ImageNet", IMAGENET_IMAGES
     if isinstance(cfg.autoencoder, MelConfig):
         name, most = "LibriTTS", LIBRITTS_RECORDINGS

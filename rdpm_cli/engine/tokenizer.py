@@ -22,7 +22,15 @@ from rdpm_cli.data.source import ItemSource, Source, spread
 from rdpm_cli.distributed import is_first, one_thread, pick_device, process_group, world
 from rdpm_cli.engine import plan, watch
 from rdpm_cli.engine.speech import reconstruct as reconstruct_speech
-from rdpm_cli.engine.train import Training, default_folder, is_new, recipe_settings, train_once
+from rdpm_cli.engine.train import (
+    Training,
+    default_folder,
+    is_new,
+    recipe_settings,
+    train_once,
+    warm_start_record,
+    weights_setting,
+)
 from rdpm_cli.errors import AudioError, CheckpointError, UsageError, rdpm_command
 from rdpm_cli.evaluation import speech_judge
 from rdpm_cli.evaluation.recon import PairScores, means, pair_scores, reconstructions
@@ -30,7 +38,7 @@ from rdpm_cli.recipes import load_recipe
 from rdpm_cli.runs import Result, stop_on_signal, versions
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import TokenizerConfig
-from rdpm_cli.tokenizer.importers import BOOKS, Imported, warm_start
+from rdpm_cli.tokenizer.importers import BOOKS, warm_start
 from rdpm_cli.tokenizer.inputs import inputs_of
 from rdpm_cli.tokenizer.losses import Perceptual, open_perceptual
 from rdpm_cli.tokenizer.model import Tokenizer
@@ -39,7 +47,6 @@ from rdpm_cli.training.log import last_metrics
 from rdpm_cli.training.loop import CHECKPOINTS
 
 FINAL = "tokenizer.pt"  # of a run folder
-WARM_START = "from_weights.json"  # of a run folder: which tensors its first process took from the file
 UNFINISHED = "shards written; other shards are still missing"
 SHOWN = 16  # images in the grid of reconstructions
 
@@ -61,24 +68,21 @@ def train_tokenizer(
     perceptual = open_perceptual(cfg)
     origin: dict[str, Any] = {"data": source.record()}
     origin["perceptual"] = perceptual and perceptual.record()
+    setting = weights_setting(from_weights)
     warm, imported = None, None
-    if from_weights:
-        origin["from_weights"] = {"sha256": files.sha256_file(from_weights)}
-        if is_new(final):  # fails, if it does, before the run folder has these settings
-            warm, imported = warm_start(cfg, resolved.seed, from_weights)
+    if from_weights and is_new(final):  # fails, if it does, before the run folder has these settings
+        warm, imported = warm_start(cfg, resolved.seed, from_weights)
 
     def make(training: Training) -> dict[str, Any]:
         tokenizer = warm or Tokenizer(cfg, cfg.loss.weight)
-        warm_start = (
-            {"from_weights": _warm_start(training.out, origin["from_weights"], imported)} if from_weights else {}
-        )
+        record = warm_start_record(training.out, setting, imported)
         has_books = imported is not None and BOOKS not in imported.fresh
         trained = _train(training, tokenizer.to(training.device).train(), ItemBatches(source, cfg, resolved.seed),
                          perceptual, has_books)  # fmt: skip
-        provenance = {"recipe": resolved.model_dump(mode="json"), **origin, **warm_start, **_counts(tokenizer)}
+        provenance = {"recipe": resolved.model_dump(mode="json"), **origin, **record, **_counts(tokenizer)}
         return model.pack(trained, class_names=source.class_names, provenance={**provenance, **versions()})
 
-    settings = {"command": "train-tokenizer", "recipe": recipe_settings(resolved, "tokenizer"), **origin}
+    settings = {"command": "train-tokenizer", "recipe": recipe_settings(resolved, "tokenizer"), **origin, **setting}
     train_once(final, resolved.seed, settings, device, make, track)
     tokenizer, content = model.load(final)
     losses = last_metrics(final.parent, ["loss", "recon", "quant", "lpips", "gan"])
@@ -88,18 +92,6 @@ def train_tokenizer(
 
 def _counts(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"parameters": model.parameters(tokenizer), "parameters_of": model.parameter_table(tokenizer)}
-
-
-def _warm_start(out: Path, identity: dict[str, Any], imported: Imported | None) -> dict[str, Any]:
-    """The record of a warm start: printed and kept in the run folder when it happens, read from there later."""
-    if imported is None:
-        return dict(files.read_json(out / WARM_START))
-    record = {**identity, "file": imported.file, **imported.record()}
-    if is_first():
-        for line in imported.lines():
-            progress.say(line)
-        files.write_json(out / WARM_START, record)
-    return record
 
 
 def _train(

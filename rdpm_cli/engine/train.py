@@ -1,11 +1,11 @@
 """A run folder that is trained in: its lock and run.json, the loop joined with the observers of every training."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +18,17 @@ from rdpm_cli.runs import StopRequest, stop_on_signal
 from rdpm_cli.training.config import TrainConfig, binding
 from rdpm_cli.training.loop import CHECKPOINTS, Batches, Observer, Player, Run, fit
 from rdpm_cli.training.trackers import check_tracker, open_tracker
+
+WARM_START = "from_weights.json"  # of a run folder: which tensors its first process took from the file
+
+
+class Imported(Protocol):
+    """The outcome of a warm start of any network."""
+
+    @property
+    def file(self) -> str: ...
+    def record(self) -> dict[str, Any]: ...
+    def lines(self) -> Iterable[str]: ...
 
 
 @dataclass
@@ -88,6 +99,24 @@ def train_once(
 def is_new(final: Path) -> bool:
     """Whether a run has neither its model file, `final`, nor a training state."""
     return not (final.exists() or checkpoint.states(final.parent / CHECKPOINTS))
+
+
+def weights_setting(from_weights: Path | None) -> dict[str, Any]:
+    """The setting by which the file of --from-weights binds a run; empty without one."""
+    return {"from_weights": {"sha256": files.sha256_file(from_weights)}} if from_weights else {}
+
+
+def warm_start_record(out: Path, setting: dict[str, Any], imported: Imported | None) -> dict[str, Any]:
+    """The warm start's part of the provenance, in the process that writes it; read from the run folder.
+
+    imported: printed, and kept there first; None: of a resumed run. setting: of `weights_setting`."""
+    if not (setting and is_first()):
+        return {}
+    if imported is not None:
+        for line in imported.lines():
+            progress.say(line)
+        files.write_json(out / WARM_START, {**setting["from_weights"], "file": imported.file, **imported.record()})
+    return {"from_weights": files.read_json(out / WARM_START)}
 
 
 def default_folder(recipe: Recipe, section: str) -> Path:

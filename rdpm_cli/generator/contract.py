@@ -271,8 +271,8 @@ class GeneratorTask(Player):
 
     name = "generator"
 
-    def __init__(self, generator: Generator) -> None:
-        self.generator, self.model = generator, generator.network
+    def __init__(self, generator: Generator, metadata: dict[str, Any] | None = None) -> None:
+        self.generator, self.model, self.metadata = generator, generator.network, metadata
 
     def loss(self, batch: Any, step: TrainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """The family's loss, and of sound that of the predictor of durations or of lengths."""

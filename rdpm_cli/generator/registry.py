@@ -134,6 +134,7 @@ class LoadedGenerator:
     digest: str
     provenance: dict[str, Any]
     text: Kind | None = None  # kind of the units of sound
+    tokenizer_digest: str = ""
 
     @property
     def attends_to_text(self) -> bool:
@@ -187,4 +188,6 @@ def unpack(content: dict[str, Any], path: str) -> LoadedGenerator:
     recorded = content.get("sampling", fields.get("sampling")) or {}
     sampling = checkpoint.config_of(family.sampling, recorded, path)
     class_names, digest, provenance = (content[name] for name in ("class_names", "digest", "provenance"))
-    return LoadedGenerator(generator, tokenizer, sampling, class_names, digest, provenance, content.get("text"))
+    return LoadedGenerator(
+        generator, tokenizer, sampling, class_names, digest, provenance, content.get("text"), fields["tokenizer"]
+    )

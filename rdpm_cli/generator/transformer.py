@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.causal = causal
         D, heads = cfg.hidden, cfg.heads or cfg.depth
-        self.cfg, self.length = cfg, math.prod(grid)
+        self.cfg, self.grid, self.length = cfg, tuple(grid), math.prod(grid)
         is_speech, cross = self.length < 0, cfg.align == "cross"  # as long as the item
         if is_speech and (cfg.positions != "rope" or cfg.class_latents or cfg.class_tokens):
             raise UsageError("sound takes network.positions=rope, and no class latents or tokens", "leave them out")
@@ -228,6 +228,12 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
         for index in (0, 2):
             nn.init.normal_(self.get_parameter(f"step_embedding.mlp.{index}.weight"), std=0.02)
+
+    @property
+    def class_tables(self) -> list[str]:
+        """Names of the tables with a row a class, or unit of text, of which the last is the null class's."""
+        embeddings = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Embedding)]
+        return [f"{name}.weight" for name, module in embeddings if module is not self.positions]
 
     def condition(self, columns: Columns) -> Condition:
         """The condition of labels 0..classes, or of the columns of `SpeechCondition` or `TextCondition`."""

@@ -83,7 +83,7 @@ def load_weights(tokenizer: Tokenizer, path: Path) -> Imported:
     values = {name: torch.cat([tensors[public].float() for public in publics]) for name, publics in sources.items()}
     if BOOKS in values:
         _take_codebook(values, layout, state)
-    filled, refused = _fit(values, state)
+    filled, refused = fit(values, state)
     if not any(name.startswith("encoder.") for name in filled):
         reason = next((f": {why}" for name, why in refused.items() if name.startswith("encoder.")), "")
         hint = "give the recipe the file's sizes; docs/tokenizer.md has those of the published files"
@@ -177,7 +177,7 @@ def _take_codebook(values: dict[str, Tensor], layout: Layout, state: Mapping[str
         }
 
 
-def _fit(values: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def fit(values: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """-> (the tensors that fit, {name: why it does not}). A layer fits as a whole: a bias alone would be noise."""
     refused = {name: "this recipe has no such layer" for name in values if name not in state}
     shapes = {name: (tuple(values[name].shape), tuple(state[name].shape)) for name in values if name in state}

@@ -56,6 +56,7 @@ class Player(ABC):
     name: str
     model: Any
     start = 0
+    metadata: dict[str, Any] | None = None  # kept in the states: what no tensor of the network shows
 
     def networks(self) -> Sequence[nn.Module]:
         """The parts that `train.compile` compiles."""
@@ -256,9 +257,12 @@ def _save(seats: Sequence[Seat], run: Run) -> None:
     if is_first():
         state: dict[str, Any] = {"step": run.step, "skipped": run.skipped, "threads": torch.get_num_threads()}
         state["players"] = {
-            seat.player.name: {"model": seat.player.model.state_dict(), "optimizer": seat.optimizer.state_dict()}
+            seat.player.name: {
+                "model": seat.player.model.state_dict(), "optimizer": seat.optimizer.state_dict(),
+                "metadata": seat.player.metadata,
+            }
             for seat in seats
-        }
+        }  # fmt: skip
         state["ema"] = run.ema.state_dict() if run.ema else None
         checkpoint.save_state(run.folder / CHECKPOINTS, run.step, state, seats[0].cfg.keep)
     distributed.barrier()
