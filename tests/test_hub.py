@@ -148,3 +148,15 @@ def test_what_cannot_be_exported_or_read_leaves_nothing_behind(
     assert "model.safetensors" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "other.pt", "damaged"}
     assert [path.read_text() for path in (tmp_path / "taken").iterdir()] == ["mine"]
+
+
+def test_a_training_begins_with_an_exported_folder_as_with_its_file(
+    exported: Path, generator_file: Path, digits_codes: Path, tmp_path: Path
+) -> None:
+    small = ["network.depth=2", "network.width=32", "network.heads=2", "train.steps=1", "train.batch=16"]
+    digests = set[str]()
+    for name, weights in {"a": exported, "b": generator_file}.items():
+        words = ["--recipe", "digits", "--from-weights", str(weights), "--out", str(tmp_path / name), "--device", "cpu"]
+        assert run(["train-gen", str(digits_codes), *words, *small, "--quiet"]) == 0
+        digests.add(checkpoint.load(tmp_path / name / "generator.pt")["digest"])
+    assert len(digests) == 1

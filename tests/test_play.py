@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ def test_only_what_is_painted_is_drawn_again(loaded: LoadedGenerator, generator_
     words += ["--classes", "2", "--per-class", "3", "--out", str(tmp_path / "s"), "--npz", "--device", "cpu", "--quiet"]
     assert run(["sample", "--ckpt", str(generator_file), *words]) == 0
     assert (np.load(tmp_path / "s" / "samples.npz")["arr_0"] == drawn).all()
+    empty: Any
     for empty in (None, {"background": None, "layers": []}, {"background": background, "layers": [layer * 0]}):
         with pytest.raises(UsageError, match="paint"):
             play.draw_inside(loaded, empty, 2, 3, 4, {})

@@ -42,7 +42,7 @@ COMMANDS: dict[str, Any] = PAGE.commands()
 
 
 def test_docs_cli_md_is_up_to_date_and_the_walk_has_every_command() -> None:
-    assert set(WALK) == set(COMMANDS)
+    assert set(WALK) == set(COMMANDS) - {"play"}  # which serves until Ctrl-C: see test_play.py
     assert (DOCS / "cli.md").read_text() == PAGE.page(), f"commands have changed; if intended: {PAGE.REGENERATE}"
 
 

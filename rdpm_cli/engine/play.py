@@ -54,7 +54,10 @@ def draw(
     return job.draw(range(count), [label] * count).pixels_BHWC
 
 
-def draw_inside(loaded: LoadedGenerator, drawing: Mapping[str, Any] | None, *args: Any) -> Pixels:
+def draw_inside(
+    loaded: LoadedGenerator, drawing: Mapping[str, Any] | None, label: int, count: int, seed: int,
+    sampling: Mapping[str, Any],
+) -> Pixels:  # fmt: skip
     """`draw` where the brush has been on an image. drawing: gradio's `background` (H, W, 3) and `layers` (H, W, 4)."""
     if not drawing or drawing.get("background") is None or not any(np.any(x[..., 3]) for x in drawing["layers"]):
         raise UsageError("there is no image, or nothing is painted on it", "open one, and paint what is to be drawn")
@@ -63,7 +66,7 @@ def draw_inside(loaded: LoadedGenerator, drawing: Mapping[str, Any] | None, *arg
         init, mask = f"{folder}/init.png", f"{folder}/mask.png"
         Image.fromarray(drawing["background"][..., :3]).save(init)
         Image.fromarray(np.uint8(255) * painted.astype(np.uint8)).save(mask)
-        return draw(loaded, *args, edit=Edit(init, mask))
+        return draw(loaded, label, count, seed, sampling, Edit(init, mask))
 
 
 def _shown(call: Callable[..., Any]) -> Callable[..., Any]:

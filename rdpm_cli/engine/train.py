@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from rdpm_cli import checkpoint, files, progress, runs
+from rdpm_cli import checkpoint, files, hub, progress, runs
 from rdpm_cli.distributed import barrier, is_first, process_group
 from rdpm_cli.engine import watch
 from rdpm_cli.recipes import Recipe
@@ -103,7 +103,7 @@ def is_new(final: Path) -> bool:
 
 def weights_setting(from_weights: Path | None) -> dict[str, Any]:
     """The setting by which the file of --from-weights binds a run; empty without one."""
-    return {"from_weights": {"sha256": files.sha256_file(from_weights)}} if from_weights else {}
+    return {"from_weights": {"sha256": files.sha256_file(hub.weights_file(from_weights))}} if from_weights else {}
 
 
 def warm_start_record(out: Path, setting: dict[str, Any], imported: Imported | None) -> dict[str, Any]:
