@@ -1,6 +1,7 @@
 """eval memory: exact neighbours, the rules of copies, and copies that are found whatever their order and number."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from PIL import Image
 from processes import ranks
 
 from rdpm_cli.cli.app import run
+from rdpm_cli.codes.store import CodeStore
+from rdpm_cli.data.open import open_source
 from rdpm_cli.engine.sample import sample
 from rdpm_cli.evaluation import memory, metrics
 from rdpm_cli.evaluation.memory import Neighbours, nearest_two
+from rdpm_cli.generator import sampler
 
 SHARES = ("near_copies", "near_copies_features", "authpct")
 SCORES = (*SHARES, "nearest_pixels", "nearest_features")
@@ -232,3 +236,39 @@ def test_two_processes_find_what_one_does(judge_path: Path, tmp_path: Path, caps
     both = ranks(args, tmp_path / "both.json")
     assert run(args) == 0
     assert_close(both, json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_images_that_return_under_the_noise_of_their_codes_are_recalled(
+    judge_path: Path, image_folder: Path, tiny_tokenizer_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], views: int,
+) -> None:  # fmt: skip
+    """A stand-in for the generator gives back the image of half of the store's addresses, and of no other."""
+    source, common = open_source(str(image_folder)), ["--device", "cpu", "--quiet"]
+    codes, words = tmp_path / "codes", ["--views", str(views), "--seed", "7", "--tokenizer", str(tiny_tokenizer_file)]
+    assert run(["tokenize", str(image_folder), str(codes), *words, *common]) == 0
+    original, asked = sampler.Job.draw, list[tuple[tuple[str, int], int]]()
+
+    def draw(job: sampler.Job, indices: list[int], labels: list[int]) -> sampler.Samples:
+        samples = original(job, indices, labels)
+        if job.options.noise == ("sample", 0):
+            return samples
+        asked.append((job.options.noise, job.options.seed))
+        assert labels == [source.need_labels()[index] for index in indices]
+        knows = job.options.noise == ("encode", 0)
+        rows = [index if knows and index % 2 else (index + 1) % len(source) for index in indices]
+        return replace(samples, pixels_BHWC=np.stack([source.pixels(row, 16) for row in rows]))
+
+    monkeypatch.setattr(sampler.Job, "draw", draw)
+    ckpt = save_generator(tmp_path / "generator.pt", tiny_tokenizer_file)
+    memory_of = ["eval", "memory", "--ckpt", str(ckpt), "--extractor", str(judge_path), "--codes", str(codes), *common]
+    capsys.readouterr()
+    assert run([*memory_of, "--ref", str(image_folder), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    rows = CodeStore(codes).split()[0][::views] // views
+    assert values["recalled"] == pytest.approx(np.mean(rows % 2))
+    assert values["recalled_unseen"] == 0
+    assert asked == [(("encode", 0), 7), (("encode", views + views % 2), 7)]
+    assert run([*memory_of, "--ref", str(image_folder / "a")]) == 3
+    assert "--ref" in capsys.readouterr().err
+    assert run(["eval", "memory", str(image_folder), "--codes", str(codes)]) == 2

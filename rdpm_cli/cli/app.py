@@ -34,6 +34,7 @@ Images = Annotated[
     str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, digits, shapes")
 ]
 Heldout = Annotated[str | None, typer.Option(metavar="IMAGES", help="images or recordings that are not trained on")]
+Codes = Annotated[Path | None, typer.Option(metavar="CODES", help="code store made from the training images")]
 CKPT = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")
 Recipe = Annotated[str, typer.Option(metavar="NAME|FILE", help="shipped recipe, or a YAML file")]
 RunFolder = Annotated[Path | None, typer.Option(metavar="RUN", help="run folder; default runs/<recipe>-...")]

@@ -99,17 +99,23 @@ def memory(
     seed: Annotated[int | None, cli.SEED] = None,
     heldout: cli.Heldout = None,
     sheet: Annotated[Path | None, typer.Option(metavar="FILE.png", help="picture of the closest pairs")] = None,
+    codes: cli.Codes = None,
     **shared: Any,
 ) -> cli.Result:
     """Whether TARGET, or the samples of --ckpt, are copies of the training images, which --ref names.
 
     `near_copies`: share of samples at most a third as far from the nearest training image as from the second nearest,
     by their pixels. `authpct`: share that is farther from its nearest training image than that is from the others, by
-    features. Only next to the same shares of --heldout, images that were not trained on, do they mean anything."""
+    features. Only next to the same shares of --heldout, images that were not trained on, do they mean anything.
+    `recalled`, with --codes: share of training images that --ckpt draws again under the noise of their codes;
+    `recalled_unseen`: under noise that it has not seen."""
     from rdpm_cli.engine import memory as engine
 
+    if codes and not ckpt:
+        raise UsageError("--codes is for the samples of a checkpoint", "give --ckpt instead of TARGET")
+    replay = engine.Replay(ckpt, codes, tuple(arguments or ()), shared["preset"]) if ckpt and codes else None
     target = to_score(arguments or [], ckpt, seed, 1, "round", shared)
-    return engine.eval_memory(target, heldout=heldout, sheet=sheet, **shared)
+    return engine.eval_memory(target, heldout=heldout, sheet=sheet, replay=replay, **shared)
 
 
 @command(evaluation, "eval reference imagenet/ ref.npz", f"resolution {SCORING} {READING}")
@@ -156,7 +162,7 @@ def recon(
 def baselines(
     images: cli.Images,
     heldout: cli.Heldout = None,
-    codes: Annotated[Path | None, typer.Option(metavar="CODES", help="code store, for the linear baseline")] = None,
+    codes: cli.Codes = None,
     per_class: Annotated[int, cli.PER_CLASS] = 80,
     seed: cli.Seed = 0,
     seeds: cli.Seeds = 5,

@@ -55,6 +55,7 @@ METRICS = {
     "recall": ("recall", 1), "density": ("density", 1), "coverage": ("coverage", 1), "mind": ("MIND", -1),
     "cmmd": ("CMMD", -1), "fd_infinity": ("FD∞", -1), "fdr": ("FDr", -1), "near_copies": ("near copies", -1),
     "near_copies_features": ("near copies by features", -1), "authpct": ("authentic share", 1),
+    "recalled": ("recalled under the training noise", -1), "recalled_unseen": ("recalled under other noise", 0),
     "class_accuracy": ("class accuracy", 1), "validity": ("validity, dB", 1),
     "psnr": ("PSNR, dB", 1), "ssim": ("SSIM", 1), "lpips_alex": ("LPIPS (alex)", -1),
     "lpips_vgg": ("LPIPS (vgg)", -1), "mse": ("MSE", -1), "latent_mse": ("latent error", -1),

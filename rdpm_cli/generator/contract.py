@@ -59,6 +59,7 @@ class SampleOptions:
 
     sampling: Any  # the family's SamplingConfig
     seed: int = 0
+    noise: tuple[str, int] = ("sample", 0)  # purpose and view of the noise under which codes are drawn, for `replays`
 
 
 class Generator(Protocol):
@@ -67,6 +68,7 @@ class Generator(Protocol):
     network: Any  # a module of all trainable parameters, without the tokenizer's; its `trunk` is the Transformer
     classes: int  # without the null class, which is number `classes`
     objective: Any = None  # of training
+    replays: bool = False  # whether it learns codes under their noise, and so can draw under that of a store's images
 
     def __init__(self, cfg: Any, quantizer: Quantizer, classes: int) -> None:
         """cfg: of the network. quantizer: the frozen tokenizer's."""

@@ -131,6 +131,7 @@ class RDPM(Generator):
     """The family: loss over stored codes, sampling over T recurrent steps."""
 
     network: RDPMNetwork
+    replays = True
 
     def __init__(self, cfg: NetworkConfig, quantizer: Quantizer, classes: int) -> None:
         self.quantizer, self.classes = quantizer, classes
@@ -286,13 +287,14 @@ class RDPM(Generator):
         self.check(options)
         condition, sampling, indices = self.condition(columns), options.sampling, indices_B.tolist()
         quantizer, B, device = self.quantizer, len(indices), condition.vector_BD.device
+        purpose, view = options.noise
         is_known = [] if known is None else known.keep_BTS.all(-1).all(0).tolist()
         both = condition.joined(self.null_condition(columns)) if sampling.cfg else condition
         length = None if condition.exists_BS is None else condition.exists_BS.shape[1]
         shape = (quantizer.books.shape[-1], length or math.prod(quantizer.grid))
         previous, codes = torch.zeros(B, *shape, device=device), []
         for t in range(1, quantizer.steps + 1):  # nothing in this loop waits for a GPU
-            eps = to_device(quantizer.noise("sample", options.seed, indices, [0] * B, [t] * B, length), device)
+            eps = to_device(quantizer.noise(purpose, options.seed, indices, [view] * B, [t] * B, length), device)
             if known is not None and is_known[t - 1]:
                 codes_BS = known.codes_BTS[:, t - 1]
             elif t <= sampling.skip_steps:

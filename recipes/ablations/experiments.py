@@ -473,7 +473,8 @@ _SAMPLES = (
 _TRAINED = (*_SAMPLES, "heldout.ce", "heldout.gap")
 _COST = (*_SAMPLES, "parameters", "train_steps", "passes", "seconds_an_image")
 _COPIES = (
-    "near_copies", "near_copies_features", "authpct", "nearest_pixels", "heldout.authpct", "heldout.nearest_pixels",
+    "recalled", "recalled_unseen", "near_copies", "near_copies_features", "authpct", "nearest_pixels",
+    "heldout.authpct", "heldout.nearest_pixels",
 )  # fmt: skip
 _STABILITY = ("images_per_second", "grad_norm", "clipped", "loss_jumps")
 _FAMILIES = (

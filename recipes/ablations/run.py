@@ -154,7 +154,8 @@ class Experiment:
         scores |= {f"recon.{name}": value for name, value in recon.items()}
         scores |= numbers({"seconds_an_image": drawn.get("sample_seconds"), "passes": drawn["passes"], **trained})
         if cell.images:  # few: are they copied?
-            among = ("--ref", self.subset(cell.images), "--heldout", heldout, *self.extractor())
+            subset = self.subset(cell.images)
+            among: Command = ("--ref", subset, "--heldout", heldout, "--codes", codes, *self.extractor())
             scores |= numbers(self.stage("memory", "eval", "memory", *draw, "--per-class", per_class, *among)[1])
         if cell.flops:
             scores |= numbers(cost(run / "generator.pt", cell.sampling))
