@@ -31,7 +31,7 @@ command_line: list[str] = []  # of the command that runs, without the program; -
 Result = Any  # rdpm_cli.runs.Result, which cannot be imported without torch
 
 Images = Annotated[
-    str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, digits, shapes")
+    str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, a URL; digits, shapes")
 ]
 Heldout = Annotated[str | None, typer.Option(metavar="IMAGES", help="images or recordings that are not trained on")]
 CKPT = typer.Option("--ckpt", metavar="FILE", help="generator checkpoint")

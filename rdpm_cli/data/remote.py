@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from rdpm_cli import files
 from rdpm_cli.errors import DataError, RunError, UsageError
 
-FIRST, MOST = 1 << 14, 1 << 20  # bytes of a request: between the headers of a tar's members, and of reading in order
+FIRST, MOST = 1 << 12, 1 << 20  # bytes of a request: between the headers of a tar's members, and of reading in order
 PACKAGES = {"s3": "'rdpm[remote]'", "s3a": "'rdpm[remote]'", "hf": "'rdpm[hub]'", "gs": "gcsfs", "gcs": "gcsfs"}
 HINT = "check the address, the connection and the credentials"
 
@@ -90,8 +90,8 @@ class RemotePath:
         except FileNotFoundError as error:
             raise DataError(f"{self} does not exist any more", "run the command again") from error
 
-    def open(self, mode: str = "rb", buffering: int = FIRST) -> BinaryIO:
-        return io.BufferedReader(_Ranges(self), buffering)
+    def open(self, mode: str = "rb") -> BinaryIO:
+        return io.BufferedReader(_Ranges(self), FIRST)
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[tuple[Any, str]]:
