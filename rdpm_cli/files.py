@@ -32,11 +32,17 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")  # pathlib makes one slash of se
 DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/self/fd/(\d+)|/dev/std(in|out|err)")
 
 
+def is_url(text: str) -> bool:
+    """Whether a user gave a URL, and no path of that name."""
+    return URL.match(text) is not None and not os.path.lexists(text)
+
+
 def local_path(text: str) -> str:
     """A path of this machine that a user gave, with ~ expanded. Raises UsageError for a URL, or without a home."""
-    if (scheme := URL.match(text)) and not os.path.lexists(text):
-        url = f"{scheme[0].rstrip('/')}//{text[scheme.end() :]}"
-        raise UsageError(f"{url} is a URL, and URLs are not supported", "copy it to this machine and give its path")
+    if is_url(text):
+        url = URL.sub(lambda scheme: f"{scheme[0].rstrip('/')}//", text, count=1)
+        hint = "give a path of this machine, and copy from or to the URL, as `aws s3 sync` does"
+        raise UsageError(f"{url} is a URL, which only IMAGES may be", hint)
     expanded = os.path.expanduser(text)
     if text == expanded and (text == "~" or text.startswith("~/")):
         raise UsageError(f"{text}: this user has no home folder", "set HOME, or write the path without ~")

@@ -12,7 +12,7 @@ from rdpm_cli import files, progress
 from rdpm_cli.errors import CheckpointError, RunError, UsageError
 
 TENSORS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-NAME = re.compile(r"hf:/+([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # pathlib makes one slash of several
+NAME = re.compile(r"hf:/+(?!datasets/)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # pathlib makes one slash of several
 
 
 def is_exported(path: Path) -> bool:

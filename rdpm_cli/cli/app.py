@@ -31,7 +31,7 @@ command_line: list[str] = []  # of the command that runs, without the program; -
 Result = Any  # rdpm_cli.runs.Result, which cannot be imported without torch
 
 Images = Annotated[
-    str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, digits, shapes")
+    str, typer.Argument(metavar="IMAGES", help="folder, .zip, 'x-{00..99}.tar', parquet, a URL; digits, shapes")
 ]
 Heldout = Annotated[str | None, typer.Option(metavar="IMAGES", help="images or recordings that are not trained on")]
 Codes = Annotated[Path | None, typer.Option(metavar="CODES", help="code store made from the training images")]
@@ -180,6 +180,7 @@ def command(
     return add
 
 
+DATA = ("images", "heldout", "ref", "target", "arguments", "init", "mask")  # values that may be a URL of images
 MODELS = ("ckpt", "tokenizer", "from_weights", "target", "path")  # values that may name a model of the hub
 OPENED = ("title", "asr", "speaker", "vocoder")  # texts, and KIND:FILE, of which only the file is a path
 
@@ -188,13 +189,17 @@ def _local(key: str, value: Any) -> Any:
     """A value that may be a path as a path of this machine. Raises UsageError for one that cannot be."""
     if isinstance(value, list):
         return [_local(key, entry) for entry in value]
+    if key in DATA and str(value).startswith("hf://datasets/"):
+        return value
     if key in MODELS and str(value).startswith("hf:/"):
         return type(value)(hub.find(str(value)))
     if isinstance(value, Path):
         path = Path(files.local_path(str(value)))
         files.check_name(path)
         return path
-    return files.local_path(value) if isinstance(value, str) and key not in OPENED else value
+    if not isinstance(value, str) or key in OPENED or (key in DATA and files.is_url(value)):
+        return value
+    return files.local_path(value)
 
 
 def _answer(function: Callable[..., Result], section: str, values: dict[str, Any]) -> Result:

@@ -21,7 +21,7 @@ from rdpm_cli.data.open import is_there, open_source
 from rdpm_cli.data.pixels import TRANSFORM
 from rdpm_cli.data.source import Source
 from rdpm_cli.data.text import Kind
-from rdpm_cli.errors import DataError, UsageError, rdpm_command
+from rdpm_cli.errors import DataError, RunError, UsageError, rdpm_command
 from rdpm_cli.schema import Section, added
 
 # Next to the shards. The manifest is written last; tokenizer.pt is a copy; bad.jsonl lists items that were left out.
@@ -331,7 +331,10 @@ def held_out(index_N: Ints, percent: int = 2) -> NDArray[np.bool_]:
 
 def source_of(manifest: Manifest) -> Source | None:
     """The source that a store was made from, where it is still here, the same, and read with the same transform."""
-    if manifest.transform != TRANSFORM or not is_there(manifest.data.source):
+    try:
+        if manifest.transform != TRANSFORM or not is_there(manifest.data.source):
+            return None
+    except (RunError, UsageError):  # a URL that cannot be reached from here
         return None
     source = open_source(manifest.data.source, **manifest.data.reading)
     return source if source.digest() == manifest.data.digest else None

@@ -8,9 +8,11 @@ import os
 import stat
 import struct
 import tarfile
+import threading
 import zipfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,12 +21,14 @@ from PIL import Image
 from rdpm_cli.data import labels
 from rdpm_cli.data.labels import LABEL_COLUMNS, arrange, is_hidden, member_name, says_something, split_key
 from rdpm_cli.data.pixels import open_image
+from rdpm_cli.data.remote import Place, RemotePath
 from rdpm_cli.data.source import Items, Reading, Source
-from rdpm_cli.errors import DataError, UsageError
+from rdpm_cli.errors import DataError, RdpmError, UsageError
 
 LARGEST = 1 << 30  # bytes of one encoded image: damaged tables claim any size
 ZIP_FIELDS = ("header_offset", "compress_size", "file_size", "CRC", "compress_type")
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: length of its name, length of its extra field
+THREADS = 16  # shards by URL that are listed at a time
 HEAD = 16  # bytes that tell an image from another file
 LABEL_KINDS = (".cls", ".json")  # of members of a WebDataset shard
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # of parquet; the first one counts
@@ -32,16 +36,19 @@ SHARD_HINT = "shards hold images, and for each key.jpg a key.cls (a number) or k
 PARQUET_HINT = "name the columns with --image-column and --label-column"
 
 
-def read_at(path: Path, offset: int, size: int) -> bytes:
+def read_at(path: Place, offset: int, size: int) -> bytes:
     """`size` bytes of a file, opened again for every item. Raises OSError where it ends before."""
-    with path.open("rb", buffering=0) as file:
-        data = os.pread(file.fileno(), min(size, LARGEST), offset)
+    if isinstance(path, RemotePath):
+        data = path.read_at(offset, offset + min(size, LARGEST)) if size else b""
+    else:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), min(size, LARGEST), offset)
     if len(data) != size:
         raise OSError(f"{path.name} ends inside it")
     return data
 
 
-def open_zipped(path: Path, fields: Sequence[int], name: str = "member") -> BinaryIO:
+def open_zipped(path: Place, fields: Sequence[int], name: str = "member") -> BinaryIO:
     """The content of a zip's member, by its ZIP_FIELDS. Raises OSError, or an error of its packing if it is damaged."""
     offset, packed_size, size, checksum, method = fields
     # The extra field of the local header may differ from that of the directory, so its length is read here.
@@ -56,10 +63,10 @@ def open_zipped(path: Path, fields: Sequence[int], name: str = "member") -> Bina
 class ZipSource(Source):
     """A .zip of class folders, or EDM's with its `dataset.json`."""
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: Place, reading: Reading) -> None:
         self.path, self.spec, self.reading = path, str(path.resolve()), reading
         try:
-            with zipfile.ZipFile(path) as archive:
+            with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
                 files: dict[str, zipfile.ZipInfo] = {}
                 folders: list[str] = []
                 for member in archive.infolist():
@@ -86,7 +93,7 @@ class ZipSource(Source):
                 # An array (n, 5), since zipfile's own objects take a gigabyte for ImageNet.
                 images = map(files.__getitem__, self.names)
                 self.table = np.array([[getattr(m, field) for field in ZIP_FIELDS] for m in images], dtype=np.int64)
-        except DataError:
+        except RdpmError:
             raise
         except Exception as error:  # zipfile raises almost anything for damaged bytes
             raise DataError(f"{path} cannot be read as a zip: {error}", labels.HINT) from error
@@ -102,14 +109,14 @@ class TarSource(Source):
     Members of one key belong together; other kinds are never unpickled. Without labels their folders are the classes.
     lines: class names, where known."""
 
-    def __init__(self, spec: str, shards: dict[str, Path], lines: list[str] | None, reading: Reading) -> None:
+    def __init__(self, spec: str, shards: Mapping[str, Place], lines: list[str] | None, reading: Reading) -> None:
         self.spec, self.paths, self.reading = spec, list(shards.values()), reading
         rows: dict[str, tuple[int, int, int]] = {}  # shard, offset, size by name
         paths: dict[str, str] = {}
         keyed: dict[str, Any] = {}
         folders: list[str] = []
-        for number, (short, shard) in enumerate(shards.items()):
-            for path, offset, size, label in members_of(shard):
+        for number, ((short, shard), members) in enumerate(zip(shards.items(), listings(self.paths), strict=True)):
+            for path, offset, size, label in members:
                 name = f"{short}/{path}"
                 if size < 0:
                     folders.append(path)
@@ -137,7 +144,20 @@ class TarSource(Source):
         return open_image(io.BytesIO(read_at(self.paths[shard], offset, size)))
 
 
-def members_of(path: Path) -> Iterator[tuple[str, int, int, Any]]:
+def listings(paths: Sequence[Place]) -> Iterator[Iterable[tuple[str, int, int, Any]]]:
+    """`members_of` every shard. Of URLs several at a time: each member takes a request, which is mostly waiting."""
+    if not isinstance(paths[0], RemotePath):
+        yield from map(members_of, paths)
+        return
+    ended = threading.Event()  # by an error or Ctrl-C, after which no thread has to list its shard to the end
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            yield from pool.map(lambda path: list(takewhile(lambda _: not ended.is_set(), members_of(path))), paths)
+        finally:
+            ended.set()
+
+
+def members_of(path: Place) -> Iterator[tuple[str, int, int, Any]]:
     """(member, offset, size, label or None) of every file of a shard; size -1 for folders. Raises DataError."""
     name = "its beginning"
     try:
@@ -191,7 +211,7 @@ class ParquetSource(Source):
     Rows in order, by the name `file.parquet/row`. The last row group read stays in memory, so that reading in order
     decodes each once; `datasets` writes groups of 100 images. lines: class names, where known."""
 
-    def __init__(self, spec: str, shards: dict[str, Path], lines: list[str] | None, reading: Reading) -> None:
+    def __init__(self, spec: str, shards: Mapping[str, Place], lines: list[str] | None, reading: Reading) -> None:
         if importlib.util.find_spec("pyarrow") is None:
             raise UsageError(f"{spec} is parquet, which needs pyarrow", 'uv pip install "rdpm[parquet]"')
         self.spec, self.paths, self.reading = spec, list(shards.values()), reading
@@ -204,6 +224,8 @@ class ParquetSource(Source):
         for number, short in enumerate(shards):
             try:
                 values += self._add(number, short, class_names)
+            except RdpmError:
+                raise
             except Exception as error:  # pyarrow raises almost anything for damaged bytes
                 raise DataError(f"{shards[short]} cannot be read as parquet: {error}", PARQUET_HINT) from error
         if not self.names:
@@ -241,7 +263,8 @@ class ParquetSource(Source):
     def _open(self, number: int) -> Any:
         from pyarrow import parquet  # an optional package
 
-        return parquet.ParquetFile(self.paths[number])
+        path = self.paths[number]
+        return parquet.ParquetFile(path.open() if isinstance(path, RemotePath) else path)
 
     def open(self, index: int) -> Image.Image:
         group = self.groups[bisect.bisect_right(self.groups, index, key=lambda group: group[0]) - 1]

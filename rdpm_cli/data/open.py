@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import io
 import os
 import posixpath
 import re
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rdpm_cli import progress
+from rdpm_cli import files, progress
 from rdpm_cli.data import labels
 from rdpm_cli.data.archives import HEAD, ParquetSource, TarSource, ZipSource
 from rdpm_cli.data.labels import CLASSES, arrange, describe, is_hidden, read_classes, split_key
 from rdpm_cli.data.pixels import SUFFIXES, image_errors, open_image, to_rgb
+from rdpm_cli.data.remote import Place, RemotePath, place
 from rdpm_cli.data.shapes import ShapesSource
 from rdpm_cli.data.source import UNLABELLED, ItemSource, Reading, Source
 from rdpm_cli.errors import DataError, UsageError
@@ -35,7 +37,7 @@ def is_builtin(spec: str) -> bool:
 
 def is_there(spec: str) -> bool:
     """Whether what `spec` names exists: the built-in data, a path, every file of a pattern."""
-    return is_builtin(spec) or Path(spec).exists() or bool(expand(spec))
+    return is_builtin(spec) or place(spec).exists() or bool(expand(spec))
 
 
 def open_source(spec: str, **reading: Any) -> Source:
@@ -75,7 +77,7 @@ def _open(spec: str, how: Reading) -> Source:
     if is_builtin(spec):
         name, _, part = spec.partition(":")
         return BUILTIN[name](part or "train")
-    path = Path(spec)
+    path = place(spec)
     if path.is_dir() and spec:  # '' would be the working folder
         return _open_folder(path, how)
     if path.is_file() and path.suffix.lower() == ".zip":
@@ -83,7 +85,7 @@ def _open(spec: str, how: Reading) -> Source:
     paths = [path] if path.is_file() else expand(spec)
     if not paths:
         raise UsageError(f"{spec} does not exist, or a file of this pattern does not", labels.HINT)
-    return _open_shards(os.path.abspath(spec), paths, how)
+    return _open_shards(spec if files.is_url(spec) else os.path.abspath(spec), paths, how)
 
 
 def check_output(out: Path, images: str) -> None:
@@ -92,17 +94,17 @@ def check_output(out: Path, images: str) -> None:
         raise UsageError(f"{out} is inside {images}, whose images it would be taken for", "write it somewhere else")
 
 
-def expand(spec: str) -> list[Path]:
+def expand(spec: str) -> list[Any]:
     """The files of a pattern, in its order, with {0000..0009} counted. All must be there: else there are none."""
     if span := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
-        paths: list[Path] = []
+        paths: list[Any] = []
         for number in range(int(span[1]), int(span[2]) + 1):
             part = expand(spec[: span.start()] + str(number).zfill(len(span[1])) + spec[span.end() :])
             if not part:
                 return []
             paths += part
         return paths
-    return sorted(map(Path, glob.glob(spec)))
+    return RemotePath(spec).glob() if files.is_url(spec) else sorted(map(Path, glob.glob(spec)))
 
 
 def open_item(spec: str) -> Image.Image:
@@ -119,9 +121,9 @@ def open_item(spec: str) -> Image.Image:
     return opened.image(int(number))
 
 
-def _open_folder(root: Path, how: Reading) -> Source:
+def _open_folder(root: Place, how: Reading) -> Source:
     """A folder of images, or of shards. Refuses one of both: neither is silently left out."""
-    members, folders = walk(root, how.follow_links)
+    members, folders = (root.walk(), []) if isinstance(root, RemotePath) else walk(root, how.follow_links)
     visible = sorted(name for name in members if not is_hidden(name))
     if arrow := [name for name in visible if name.lower().endswith(".arrow")]:
         part = (root / arrow[0]).parent
@@ -167,17 +169,17 @@ def walk(root: Path, follow_links: bool) -> tuple[list[str], list[str]]:
     return files, subfolders
 
 
-def _open_shards(spec: str, paths: Sequence[Path], how: Reading) -> Source:
+def _open_shards(spec: str, paths: Sequence[Place], how: Reading) -> Source:
     """One or more files of one kind, with `classes.txt` next to the first, or in the folder that was named."""
     kinds = {path.suffix.lower() for path in paths}
     if len(kinds) > 1 or not kinds <= set(SHARDS):
         raise DataError(f"{spec} is {' and '.join(sorted(kinds))}, not a set of .tar or of .parquet", labels.HINT)
     if odd := [path for path in paths if path.exists() and not path.is_file()]:  # a pipe would wait for ever
         raise DataError(f"{odd[0]} is not a regular file", labels.HINT)
-    note = next((f / CLASSES for f in (paths[0].parent, Path(spec)) if (f / CLASSES).is_file()), None)
+    note = next((f / CLASSES for f in (paths[0].parent, place(spec)) if (f / CLASSES).is_file()), None)
     lines = read_classes(note.read_bytes(), str(note.parent)) if note else None
-    folder = os.path.commonpath([path.absolute().parent for path in paths])
-    shards = {os.path.relpath(path, folder): path for path in paths}
+    folder = os.path.commonpath([str(path.absolute().parent) for path in paths])
+    shards = {os.path.relpath(str(path), folder): path for path in paths}
     return (TarSource if kinds == {".tar"} else ParquetSource)(spec, shards, lines, how)
 
 
@@ -210,7 +212,7 @@ BUILTIN = {"digits": DigitsSource, "shapes": ShapesSource}
 class FolderSource(Source):
     """A folder of class folders, of EDM's images with their `dataset.json`, or a flat folder without labels."""
 
-    def __init__(self, root: Path, members: Sequence[str], folders: Sequence[str], reading: Reading) -> None:
+    def __init__(self, root: Place, members: Sequence[str], folders: Sequence[str], reading: Reading) -> None:
         """members, folders: all files and folders below root, relative to it."""
         self.root, self.spec, self.reading = root, str(root.resolve()), reading
 
@@ -228,6 +230,8 @@ class FolderSource(Source):
 
     def open(self, index: int) -> Image.Image:
         path = self.root / self.names[index]
+        if isinstance(path, RemotePath):
+            return open_image(io.BytesIO(path.read_bytes()))
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
             raise OSError("it is no regular file")
         return open_image(path)

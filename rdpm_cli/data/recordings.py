@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rdpm_cli import files
 from rdpm_cli.data import labels
 from rdpm_cli.data.archives import LARGEST, ZIP_FIELDS, members_of, open_zipped, read_at
 from rdpm_cli.data.labels import fold_path, is_hidden, member_name, split_key
@@ -81,7 +82,7 @@ class Listing:
 
 def list_files(spec: str, follow_links: bool) -> Listing:
     """All files of what a user names. Raises UsageError where there is nothing, and DataError."""
-    path = Path(spec)
+    path = Path(files.local_path(spec))
     if path.is_dir() and spec:  # '' would be the working folder
         names, folders = walk(path, follow_links)
         shards = sorted(name for name in names if name.lower().endswith(".tar") and not is_hidden(name))

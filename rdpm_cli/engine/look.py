@@ -51,7 +51,8 @@ Values = dict[str, Any]
 
 def inspect(target: str, reading: dict[str, Any] | None = None) -> Result:
     """The kind, config, digests and provenance of a checkpoint, run, store, folder of samples, source or recipe."""
-    path, is_images = Path(target), is_builtin(target) and target not in recipes.recipe_names()
+    path, built_in = Path(target), is_builtin(target) and target not in recipes.recipe_names()
+    is_images = built_in or files.is_url(target)
     if path.suffix == ".pt" or hub.is_exported(path):
         kind, values = _model_file(path)
     elif path.is_dir() and (record := _folder(path)):
