@@ -173,6 +173,7 @@ def test_doctor_reports_versions_extras_and_weights(
         "phones",
         "play",
         "ray",
+        "remote",
         "timm",
         "trackio",
         "wandb",
