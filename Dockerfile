@@ -5,12 +5,14 @@
 # Not built yet: where this was written, no container could be.
 FROM python:3.11-slim
 ARG TORCH=cu130
+# train.compile=true builds kernels with a C compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir uv
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY rdpm_cli rdpm_cli
 COPY recipes recipes
-# In this folder, so that the versions that pyproject.toml pins are taken.
+# In this folder, so that the versions that pyproject.toml pins are taken. Not here: play, ray and the trackers.
 RUN uv pip install --system --no-cache --torch-backend "$TORCH" ".[audio,hub,parquet,timm]"
 ENV RDPM_WEIGHTS=/work/weights
 WORKDIR /work

@@ -5,6 +5,7 @@ and `encode` has the codes that `rdpm tokenize` writes. Legend: B images, T step
 of codes, S = h·w. Errors are those of rdpm_cli.errors; a hint of what to do next is a note below the traceback."""
 
 import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class ArraySource(Source):
     spec, class_names = "these images", ["image"]
 
     def __init__(self, images: Pixels | Sequence[Any]) -> None:
+        if not len(images):
+            raise UsageError("there are no images", "give at least one")
         for image in (np.asarray(image) for image in images if not isinstance(image, Image.Image)):
             if image.dtype != np.uint8 or image.shape[2:] != (3,):
                 raise UsageError(f"an image is {image.dtype} of shape {image.shape}", "give uint8 arrays (H, W, 3)")
@@ -75,12 +78,16 @@ class Tokenizer:
         """Images (B, H, W, 3) uint8 of codes (B, T, h, w) or (B, T, S), as `rdpm reconstruct CODES` writes them.
 
         Raises UsageError for codes of another shape, or outside [0, K)."""
-        array = np.asarray(codes).astype(np.int64)
+        array = np.asarray(codes)
+        if array.dtype.kind not in "iu":
+            raise UsageError(f"codes are {array.dtype}", "give integers")
         if array.shape[1:] not in ((self.steps, *self.grid), (self.steps, math.prod(self.grid))):
-            raise UsageError(f"codes have the shape {array.shape}", f"give (B, {self.steps}, *{self.grid})")
+            raise UsageError(
+                f"codes have the shape {array.shape}", f"give (B, {self.steps}, {', '.join(map(str, self.grid))})"
+            )
         if array.size and not 0 <= array.min() <= array.max() < self.codes:
             raise UsageError(f"codes from {array.min()} to {array.max()}", f"this tokenizer has 0 to {self.codes - 1}")
-        codes_BTS = torch.from_numpy(array.reshape(*array.shape[:2], -1))
+        codes_BTS = torch.from_numpy(array.astype(np.int64).reshape(*array.shape[:2], math.prod(self.grid)))
         with one_thread():  # convolutions depend on the number of threads
             parts = [self.network.decode(part.to(self.device)) for part in codes_BTS.split(self.micro_batch)]
         return np.concatenate([self.network.inputs.items(x) for x in parts])
@@ -114,9 +121,11 @@ class Generator:
     def _draw(
         self, classes: Sequence[int | str], seed: int, preset: str | None, sampling: dict[str, Any]
     ) -> sampler.Samples:
-        options = self.loaded.options(seed, preset, sampling)
+        options = self.loaded.options(operator.index(seed), preset, sampling)
         names = {name: number for number, name in enumerate(self.class_names)}
-        labels = [names.get(c, -1) if isinstance(c, str) else int(c) for c in classes]
+        if isinstance(classes, str) or not len(classes):
+            raise UsageError(f"classes are {classes!r}", "give a list of numbers or names")
+        labels = [names.get(c, -1) if isinstance(c, str) else operator.index(c) for c in classes]
         if wrong := [c for c, label in zip(classes, labels, strict=True) if not 0 <= label < len(self.class_names)]:
             raise UsageError(f"{wrong[0]!r} is not a class", f"give 0 to {len(self.class_names) - 1}, or a name")
         job = sampler.Job(

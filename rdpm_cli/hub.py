@@ -12,7 +12,7 @@ from rdpm_cli import files, progress
 from rdpm_cli.errors import CheckpointError, RunError, UsageError
 
 TENSORS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-NAME = re.compile(r"hf:/+(?!datasets/)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # pathlib makes one slash of several
+NAME = re.compile(r"hf:/+(?!datasets/)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def is_exported(path: Path) -> bool:
@@ -31,6 +31,7 @@ def find(name: str) -> Path:
     Raises UsageError for a name of another form, RunError where it cannot be fetched."""
     if not name.startswith("hf:/"):
         return Path(name)
+    name = re.sub("^hf:/+", "hf://", name)  # pathlib makes one slash of several
     if not (match := NAME.fullmatch(name)):
         raise UsageError(f"{name} is not a name of the hub", "write hf://owner/name or hf://owner/name@revision")
     if progress.quiet or progress.as_json:
@@ -62,6 +63,7 @@ def write(folder: Path, content: dict[str, Any], card: str, pictures: dict[str, 
     with files.report_full_disk(folder.parent):
         save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
         files.write_json(temporary / CONFIG, config)
+        (temporary / TENSORS).chmod((temporary / CONFIG).stat().st_mode)  # safetensors lets only the owner read it
         for name, picture in {CARD: card.encode(), **pictures}.items():
             (temporary / name).write_bytes(picture)
         temporary.replace(folder)
@@ -78,10 +80,10 @@ def read(folder: Path) -> Any:
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / TENSORS} cannot be read: {error}", "copy or fetch it again") from error
-    content = files.read_json(folder / CONFIG)
-    if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{folder} is not an exported rdpm checkpoint", "name one of `rdpm export`")
-    return _joined(content, tensors)
+    try:
+        return _joined(files.read_json(folder / CONFIG), tensors)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is not of `rdpm export`", "copy or export it again") from error
 
 
 def _prefix(content: dict[str, Any]) -> str:

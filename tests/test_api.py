@@ -87,6 +87,11 @@ def test_what_cannot_be_used_is_refused_with_its_name(
     generator: rdpm.Generator, tokenizer: rdpm.Tokenizer, tmp_path: Path
 ) -> None:
     refused = {
+        "no images": lambda: tokenizer.encode([]),
+        "float32": lambda: tokenizer.decode(np.zeros((1, 4, 4, 4), np.float32)),
+        "'abc'": lambda: generator.sample("abc"),
+        "[]": lambda: generator.sample([]),
+        "-1": lambda: generator.sample([0], seed=-1),
         "(16, 3)": lambda: tokenizer.encode(np.zeros((16, 16, 3), np.uint8)),
         "float64": lambda: tokenizer.encode([np.zeros((16, 16, 3))]),
         "64": lambda: tokenizer.decode(np.full((1, 4, 4, 4), 64)),
@@ -100,6 +105,9 @@ def test_what_cannot_be_used_is_refused_with_its_name(
             call()
         assert token in error.value.message
         assert error.value.hint in "".join(error.value.__notes__)
+    for wrong in ({"classes": [1.7]}, {"classes": [0], "seed": 1.5}):
+        with pytest.raises(TypeError):
+            generator.sample(**wrong)
     with pytest.raises(CheckpointError, match=r"none\.pt"):
         rdpm.load(tmp_path / "none.pt")
     assert issubclass(CheckpointError, RdpmError)

@@ -153,6 +153,7 @@ def test_the_model_has_the_average_of_the_length_and_all_else_of_the_run(
     [
         ("", "0.3", 2, "--length"), ("", "0", 2, "--length"), ("run.json", "0.05", 2, "run"),
         ("decay", "0.05", 2, "train.ema=0.9"), ("ema", "0.05", 3, "ema"), ("generator.pt", "0.05", 3, "generator.pt"),
+        ("step-000000040.pt", "0.05", 3, "40"), ("step-000000005.pt", "0.05", 3, "5"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_averaged_is_named(

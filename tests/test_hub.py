@@ -120,7 +120,7 @@ def test_a_name_of_the_hub_is_read_from_its_cache(
         loaded = rdpm.load(name, device="cpu")
         assert loaded.digest == digest
     assert run(["sample", "--ckpt", "hf://someone/digits", "--out", str(tmp_path / "s"), "--per-class", "1"]) == 0
-    refused = {"hf://someone/else": (1, "someone/else"), "hf://digits": (2, "hf:/digits")}
+    refused = {"hf://someone/else": (1, "someone/else"), "hf://digits": (2, "hf://digits")}
     for name, (code, token) in refused.items():
         assert run(["sample", "--ckpt", name, "--out", str(tmp_path / "t")]) == code
         assert token in capsys.readouterr().err
@@ -134,6 +134,8 @@ def test_what_cannot_be_exported_or_read_leaves_nothing_behind(
     other = save_generator(tmp_path / "other.pt", tiny_tokenizer_file, std=0.4)
     assert run(["export", str(generator_file), str(tmp_path / "taken")]) == 2
     samples = str(exported.parent / "samples")
+    assert run(["export", str(generator_file), str(tmp_path / "new"), "--license", "mine: all"]) == 2
+    assert "mine: all" in capsys.readouterr().err
     assert run(["export", str(other), str(tmp_path / "new"), samples]) == 3
     assert samples in capsys.readouterr().err
     damaged = shutil.copytree(exported, tmp_path / "damaged")
@@ -143,6 +145,13 @@ def test_what_cannot_be_exported_or_read_leaves_nothing_behind(
     for command in (["verify", str(damaged)], ["import", str(damaged), str(tmp_path / "again.pt")]):
         assert run(command) == 3
         assert "damaged" in capsys.readouterr().err
+    shutil.copy(exported / "model.safetensors", damaged / "model.safetensors")
+    for changed in ({"tokenizer": 5}, {"class_names": ["a"]}, {"format": None}):
+        config = json.loads((exported / "config.json").read_text()) | changed
+        (damaged / "config.json").write_text(json.dumps(config))
+        assert run(["verify", str(damaged)]) == 3, changed
+        assert str(damaged) in capsys.readouterr().err
+    shutil.copy(exported / "config.json", damaged / "config.json")
     (damaged / "model.safetensors").write_bytes(weights[:100])
     assert run(["verify", str(damaged)]) == 3
     assert "model.safetensors" in capsys.readouterr().err
@@ -160,3 +169,17 @@ def test_a_training_begins_with_an_exported_folder_as_with_its_file(
         assert run(["train-gen", str(digits_codes), *words, *small, "--quiet"]) == 0
         digests.add(checkpoint.load(tmp_path / name / "generator.pt")["digest"])
     assert len(digests) == 1
+
+
+def test_the_card_has_the_sections_that_made_the_file_and_no_other(
+    digits_codes: Path, tiny_tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """The recipe of a training has sections for other commands, too, with values that those did not use."""
+    small = ["network.depth=1", "network.width=32", "network.heads=2", "train.steps=1", "train.batch=16"]
+    words = ["--recipe", "digits", "--out", str(tmp_path / "run"), "--device", "cpu", "--seed", "5", *small, "--quiet"]
+    assert run(["train-gen", str(digits_codes), *words]) == 0
+    assert run(["export", str(tmp_path / "run" / "generator.pt"), str(tmp_path / "model"), "--quiet"]) == 0
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)
+    values = yaml.safe_load(recipe)
+    assert values.keys() == {"seed", "generator"}  # the tokenizer of the test has no recipe
+    assert (values["seed"], values["generator"]["train"]["steps"]) == (5, 1)

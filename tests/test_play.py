@@ -1,5 +1,6 @@
 """`rdpm play`: the page draws what `rdpm sample` draws, also inside an image; with gradio, over the page's own API."""
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,5 +72,6 @@ def test_the_page_answers_and_says_what_is_wrong(loaded: LoadedGenerator) -> Non
             )
     finally:
         page.close()
+        gc.collect()  # closes its sockets here, where the warning of that is ignored
     images = [np.asarray(Image.open(row["image"]).convert("RGB")) for row in answer]
     assert (np.stack(images) == play.draw(loaded, 1, 2, 3, {})).all()

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from rdpm_cli import checkpoint
-from rdpm_cli.errors import CheckpointError, UsageError, rdpm_command
+from rdpm_cli.errors import CheckpointError, UsageError, rdpm_command, some_of
 from rdpm_cli.runs import Result, read_run, versions
-from rdpm_cli.training.ema import FOLDER, reconstruct
+from rdpm_cli.training.ema import FOLDER, reconstruct, snapshot_steps
+from rdpm_cli.training.log import read_metrics
 
 NEXT = {"generator": ("sample", "--ckpt"), "tokenizer": ("eval", "recon", "IMAGES", "--tokenizer")}
 
@@ -22,11 +23,14 @@ def average(run: Path, length: float, out: Path) -> Result:
         )
     if out.exists():
         raise UsageError(f"{out} exists already", "name another file with --out, or remove it")
-    content = checkpoint.load(run / f"{section}.pt", f"rdpm-{section}")  # absent until the training is finished
-    snapshots = [path for _, path in checkpoint.states(run / FOLDER)]
-    if not snapshots:
-        raise CheckpointError(f"{run / FOLDER} has no snapshots", "copy them from where the run was trained")
-    parameters, updates, error = reconstruct(snapshots, length)
+    if not (run / f"{section}.pt").exists():
+        raise CheckpointError(f"{run} is not finished: it has no {section}.pt", "run its training command again")
+    content, snapshots = checkpoint.load(run / f"{section}.pt"), dict(checkpoint.states(run / FOLDER))
+    steps = read_metrics(run)[-1]["step"]
+    if missing := sorted(set(snapshot_steps(steps)) - set(snapshots)):
+        names = some_of(map(str, missing))
+        raise CheckpointError(f"{run / FOLDER} lacks the snapshots of steps {names}", "copy them from another copy")
+    parameters, updates, error = reconstruct(snapshots.values(), length)
     weights = {**content["weights"], **parameters}
     digest = checkpoint.model_digest(weights, content["config"])
     facts = {"length": length, "updates": updates, "snapshots": len(snapshots), "error": error}

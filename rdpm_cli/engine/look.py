@@ -171,21 +171,26 @@ def _recipe(target: str) -> Values:
 
 def _model_file(path: Path) -> tuple[str, Values]:
     content = checkpoint.load(path)
+    values = {"file": str(path), "bytes": hub.weights_file(path).stat().st_size, **described(content, str(path))}
+    return checkpoint.FORMATS[content["format"]], values
+
+
+def described(content: dict[str, Any], path: str) -> Values:
+    """The facts of a model file's content. Raises CheckpointError where it does not fit its own config."""
     kind = checkpoint.FORMATS[content["format"]]
     values = {key: content[key] for key in ("digest", "config", "class_names", "provenance")}
-    values = {"file": str(path), "bytes": hub.weights_file(path).stat().st_size, **values}
     if kind == "generator":
-        loaded = registry.unpack(content, str(path))
+        loaded = registry.unpack(content, path)
         if loaded.text:
             values |= {"text": loaded.text, "units": len(loaded.class_names), "unit_names": values.pop("class_names")}
         values["parameters"] = parameters(loaded.generator.network)
         values["sampling"] = loaded.sampling.model_dump(mode="json")
         values["tokenizer"] = {key: content["tokenizer"][key] for key in ("digest", "config")}
     elif kind == "tokenizer":
-        values["parameters"] = parameters(tokenizer_model.unpack(content, str(path)))
+        values["parameters"] = parameters(tokenizer_model.unpack(content, path))
     else:
         values["parameters"] = sum(weight.numel() for weight in content["weights"].values())
-    return kind, values
+    return values
 
 
 def verify(path: Path) -> Result:

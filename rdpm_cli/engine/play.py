@@ -26,6 +26,7 @@ MOST = 64  # images at a time
 
 def play(ckpt: Path, host: str = "127.0.0.1", port: int | None = None, device: str = "auto") -> Result:
     """Serve the page until Ctrl-C. port: default the first free one from 7860 on. Raises UsageError without gradio."""
+    progress.say(f"opening {ckpt}; the first time gradio takes a while")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401
@@ -69,6 +70,13 @@ def draw_inside(
         return draw(loaded, label, count, seed, sampling, Edit(init, mask))
 
 
+def _whole(value: float | None) -> int:
+    """The number of a field. Raises UsageError for an empty one."""
+    if value is None:
+        raise UsageError("a field is empty", "fill it in")
+    return int(value)
+
+
 def _shown(call: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose errors for users the page shows, with their hints."""
     import gradio
@@ -110,12 +118,14 @@ def page_of(loaded: LoadedGenerator) -> Any:
         asked = [label, count, seed, *sliders]
         with gradio.Tab("Draw"):
             button, drawn = gradio.Button("Draw", variant="primary"), gradio.Gallery(**gallery)
-            call = _shown(lambda k, n, s, *v: list(draw(loaded, k, int(n), int(s), options(v))))
+            call = _shown(lambda k, n, s, *v: list(draw(loaded, _whole(k), _whole(n), _whole(s), options(v))))
             button.click(call, asked, drawn, api_name="draw")
         with gradio.Tab("Draw inside an image"):
             editor = gradio.ImageEditor(type="numpy", image_mode="RGBA", label="paint what is to be drawn again")
             button, drawn = gradio.Button("Draw inside", variant="primary"), gradio.Gallery(**gallery)
-            call = _shown(lambda d, k, n, s, *v: list(draw_inside(loaded, d, k, int(n), int(s), options(v))))
+            call = _shown(
+                lambda d, k, n, s, *v: list(draw_inside(loaded, d, _whole(k), _whole(n), _whole(s), options(v)))
+            )
             button.click(call, [editor, *asked], drawn, api_name="draw_inside")
     return page
 
@@ -126,10 +136,10 @@ def speech_page_of(loaded: LoadedGenerator, ckpt: Path, device: str) -> Any:
 
     root = Path(tempfile.mkdtemp(prefix="rdpm-play-"))
 
-    def speak(text: str, prompt: str | None, prompt_text: str, seed: float, cfg: float) -> str:
+    def speak(text: str, prompt: str | None, prompt_text: str, seed: float | None, cfg: float) -> str:
         out = Path(tempfile.mkdtemp(dir=root))
         line = Line(text, prompt, prompt_text)
-        sample_speech(ckpt, [line], out, seed=int(seed), sampling={"cfg": cfg}, device=device)
+        sample_speech(ckpt, [line], out, seed=_whole(seed), sampling={"cfg": cfg}, device=device)
         return str(out / name_of(0))
 
     with gradio.Blocks(title="rdpm play", analytics_enabled=False) as page:

@@ -1,16 +1,18 @@
 """export and import: a model file <-> a folder for the Hugging Face hub, with a model card."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
-from rdpm_cli import __version__, checkpoint, hub, recipes
+from rdpm_cli import __version__, checkpoint, hub
 from rdpm_cli.engine import look, report
 from rdpm_cli.engine.report import Item
 from rdpm_cli.errors import DataError, UsageError, rdpm_command
-from rdpm_cli.recipes import Recipe
 from rdpm_cli.runs import Result
+from rdpm_cli.schema import dump_yaml
 
 SHARED = ("generator", "tokenizer")  # kinds of model files that are exported
 
@@ -23,6 +25,8 @@ def export(ckpt: Path, out: Path, shown: Sequence[Path] = (), license: str | Non
     kind = checkpoint.FORMATS[content["format"]]
     if kind not in SHARED:
         raise UsageError(f"{ckpt} is a {kind}", f"export a {' or a '.join(SHARED)}")
+    if license and not re.fullmatch(r"[a-z0-9.-]+", license):
+        raise UsageError(f"--license {license!r} is not an identifier", "write mit, apache-2.0, cc-by-4.0 or other")
     items = report.read_items(shown)
     for item in items:
         if item.made_from.get(kind) != content["digest"]:
@@ -30,7 +34,7 @@ def export(ckpt: Path, out: Path, shown: Sequence[Path] = (), license: str | Non
     listed = [picture for item in items for picture in item.pictures]
     pictures = {f"picture-{number}.png": path.read_bytes() for number, (_, path) in enumerate(listed, 1)}
     titles = [title.partition(":")[0] for title, _ in listed]  # without the path
-    card = _card(out.resolve().name, kind, ckpt, items, dict(zip(pictures, titles, strict=True)), license)
+    card = _card(out.resolve().name, content, items, dict(zip(pictures, titles, strict=True)), license)
     hub.write(out, content, card, pictures)
     size = sum(path.stat().st_size for path in out.iterdir())
     values = {"folder": str(out), "digest": content["digest"], "files": sorted(p.name for p in out.iterdir())}
@@ -38,20 +42,26 @@ def export(ckpt: Path, out: Path, shown: Sequence[Path] = (), license: str | Non
 
 
 def _card(
-    title: str, kind: str, ckpt: Path, items: Sequence[Item], pictures: dict[str, str], license: str | None
+    title: str, content: dict[str, Any], items: Sequence[Item], pictures: dict[str, str], license: str | None
 ) -> str:
-    """The model card. pictures: titles by file name."""
-    values = look.inspect(str(ckpt)).values
-    origin, rows = values["provenance"], report.read_scores(items)
-    store = origin.get("reference") or origin.get("data") or {}
-    recipe = recipes.to_yaml(Recipe.model_validate(origin["recipe"])) if origin.get("recipe") else ""
+    """The model card of a model file's content. pictures: titles by file name."""
+    kind, values = checkpoint.FORMATS[content["format"]], look.described(content, title)
+    parts = {kind: content, "tokenizer": content.get("tokenizer", content)}
+    of_parts = {part: each["provenance"].get("recipe") or {} for part, each in parts.items()}
+    recipes = {
+        part: dump_yaml({"seed": recipe.get("seed"), part: recipe[part]})
+        for part, recipe in of_parts.items()
+        if part in recipe
+    }
+    origin, scores = content["provenance"], report.read_scores(items)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     return environment.get_template("card.md.jinja").render(
-        title=title, kind=kind, license=license, version=__version__, values=values, data=store.get("digest"),
-        classes=len(values.get("class_names") or ()), pictures=pictures, recipe=recipe,
-        scores=report.as_markdown("Scores", rows) if rows else "",
+        title=title, kind=kind, license=license, version=__version__, values=values, pictures=pictures,
+        classes=len(content["class_names"]), recipes=recipes,
+        data=(origin.get("reference") or origin.get("data") or {}).get("digest"),
+        scores=f"#{report.as_markdown('Scores', scores)}" if scores else "",
     )  # fmt: skip
 
 

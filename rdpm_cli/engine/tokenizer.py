@@ -31,11 +31,11 @@ from rdpm_cli.engine.train import (
     warm_start_record,
     weights_setting,
 )
-from rdpm_cli.errors import AudioError, CheckpointError, UsageError, rdpm_command
+from rdpm_cli.errors import AudioError, CheckpointError, DataError, UsageError, rdpm_command
 from rdpm_cli.evaluation import speech_judge
 from rdpm_cli.evaluation.recon import PairScores, means, pair_scores, reconstructions
 from rdpm_cli.recipes import load_recipe
-from rdpm_cli.runs import Result, stop_on_signal, versions
+from rdpm_cli.runs import Result, read_run, stop_on_signal, versions
 from rdpm_cli.tokenizer import model
 from rdpm_cli.tokenizer.config import TokenizerConfig
 from rdpm_cli.tokenizer.importers import BOOKS, warm_start
@@ -136,6 +136,8 @@ def tokenize(
     manifest. finish: only the manifest."""
     if shards is not None and finish:
         raise UsageError("--shards makes shards, and --finish makes none", "give --finish when all shards are there")
+    if finish and not read_run(out):
+        raise DataError(f"{out} has no shards", "name the folder of --shards")
     path = find_tokenizer(tokenizer)
     check_output(out, images)
     loaded, content = model.load(path)

@@ -125,10 +125,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, str | Non
 
     Raises CheckpointError."""
     if checkpoint.STATE_NAME.fullmatch(path.name):
-        player = checkpoint.load_state(path, hint="copy both again")["players"].get("generator", {})
+        player = checkpoint.load_state(path, hint="copy both again").get("players", {}).get("generator", {})
         if "metadata" not in player:
             message = f"{path} is no training state of a generator, or does not record its classes, as earlier ones"
-            raise CheckpointError(message, "name a generator.pt")
+            raise CheckpointError(message, "name a generator.pt; `rdpm ema RUN` makes one of a run's snapshots")
         return player["model"], player["metadata"], "raw", None
     loaded = registry.load(path)
     recipe = loaded.provenance.get("recipe", {}).get("generator") or {}

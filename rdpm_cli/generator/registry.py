@@ -143,7 +143,9 @@ class LoadedGenerator:
 
     def options(self, seed: int, preset: str | None, sampling: Mapping[str, Any]) -> SampleOptions:
         """The recorded sampling options with a preset's and these over them. Raises UsageError as `check`."""
-        options = SampleOptions(self.sampling.changed(preset, sampling), seed)
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"seed {seed} is not in 0..2^63-1", "give another one")
+        options = SampleOptions(self.sampling.changed(preset, sampling), int(seed))
         self.check(options)
         return options
 
@@ -177,6 +179,8 @@ def unpack(content: dict[str, Any], path: str) -> LoadedGenerator:
     fields = content["config"]
     if fields["tokenizer"] != content["tokenizer"]["digest"]:
         raise CheckpointError(f"{path} carries another tokenizer than it was trained with", "copy or make it again")
+    if len(content["class_names"]) != fields["classes"]:
+        raise CheckpointError(f"{path} names {len(content['class_names'])} of its {fields['classes']} classes")
     family = FAMILIES.get(fields["family"])
     if family is None:
         raise CheckpointError(f"{path} is of the family {fields['family']}, which this rdpm does not know")

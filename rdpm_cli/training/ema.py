@@ -64,13 +64,18 @@ class Ema:
         """After SNAPSHOTS evenly spaced ones of a run's steps, write the parameters of both power functions, in fp16.
 
         The steps depend on the run's length alone: a resumed run writes the same files again."""
-        if self.kind != "power" or not self.updates or step * SNAPSHOTS // steps == (step - 1) * SNAPSHOTS // steps:
+        if self.kind != "power" or step not in snapshot_steps(steps):
             return
         averages = {
             LENGTHS[name]: {key: value.half() for key, value in average.named_parameters()}
             for name, average in self.averages.items()
         }
         checkpoint.save_state(run / FOLDER, step, {"updates": self.updates, "averages": averages}, keep=steps)
+
+
+def snapshot_steps(steps: int) -> list[int]:
+    """The steps after which a run of this length keeps a snapshot: SNAPSHOTS, evenly spaced; of shorter ones all."""
+    return sorted({-(-steps * number // SNAPSHOTS) for number in range(1, SNAPSHOTS + 1)})
 
 
 def exponent(length: float) -> float:
