@@ -300,11 +300,13 @@ def test_a_file_of_no_use_is_named_and_claims_no_run_folder(
     alone, judge = tmp_path / "step-000000002.pt", tmp_path / "step-000000001.pt"
     alone.write_bytes((source / "checkpoints" / alone.name).read_bytes())  # without its sha256
     checkpoint.save_state(tmp_path, 1, {"players": {"judge": {"model": {}}}}, 3)
+    checkpoint.save_state(tmp_path / "ema", 1, {"updates": 1, "averages": {}}, 3)  # a snapshot of an average
     (tmp_path / "text.pt").write_text("404")
     cases: list[tuple[Path, str]] = [
         (source / "generator.pt", "network.width=32"), (source / "checkpoints/step-000000002.pt", "network.width=32"),
         (tmp_path / "text.pt", "train.lr=1e-4"), (tiny_tokenizer_file, "train.lr=1e-4"), (alone, "train.lr=1e-4"),
-        (judge, "train.lr=1e-4"), (tmp_path / "absent.pt", "train.lr=1e-4"),
+        (judge, "train.lr=1e-4"), (tmp_path / "ema/step-000000001.pt", "train.lr=1e-4"),
+        (tmp_path / "absent.pt", "train.lr=1e-4"),
     ]  # fmt: skip
     for path, change in cases:
         assert train(digits_codes, tmp_path / "run", "--from-weights", path, change) == 3, path

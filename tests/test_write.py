@@ -388,8 +388,9 @@ def test_missing_shards_and_those_beyond_the_last_are_named(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*command, "--shard-size", "10"]
-    assert run_cli([*command, "--shards", "4-9"]) == 2
-    assert "last shard, 3" in capsys.readouterr().err
+    for words, code, token in ((["--shards", "4-9"], 2, "last shard, 3"), (["--finish"], 3, str(tmp_path / "codes"))):
+        assert run_cli([*command, *words]) == code
+        assert token in capsys.readouterr().err
     assert not (tmp_path / "codes").exists()
     assert answer([*command, "--shards", "1"], capsys)["missing"] == "0,2-3"
     assert run_cli([*command, "--finish"]) == 3
