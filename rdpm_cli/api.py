@@ -128,10 +128,7 @@ class Generator:
         labels = [names.get(c, -1) if isinstance(c, str) else operator.index(c) for c in classes]
         if wrong := [c for c, label in zip(classes, labels, strict=True) if not 0 <= label < len(self.class_names)]:
             raise UsageError(f"{wrong[0]!r} is not a class", f"give 0 to {len(self.class_names) - 1}, or a name")
-        job = sampler.Job(
-            self.loaded.generator, self.loaded.tokenizer, options, options.sampling.images_at_once(self.device.type)
-        )
-        return job.draw(range(len(labels)), labels)
+        return self.loaded.job(options).draw(range(len(labels)), labels)
 
 
 def load(name: str | Path, device: str = "auto") -> Generator | Tokenizer:

@@ -3,8 +3,10 @@
 The folder has the files that huggingface_hub's `save_pretrained` writes: model.safetensors has the tensors, as
 generator.NAME and tokenizer.NAME, config.json the rest of the model file, README.md the model card."""
 
+import contextlib
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,9 @@ def write(folder: Path, content: dict[str, Any], card: str, pictures: dict[str, 
     tensors, config = _parted(content)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     files.make_folder(temporary)
-    with files.report_full_disk(folder.parent):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files.report_full_disk(folder.parent))
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # of what fails; else it has its name by then
         save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
         files.write_json(temporary / CONFIG, config)
         (temporary / TENSORS).chmod((temporary / CONFIG).stat().st_mode)  # safetensors lets only the owner read it

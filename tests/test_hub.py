@@ -1,6 +1,8 @@
 """export and import: a checkpoint as a folder for the Hugging Face hub, and back."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -183,3 +185,15 @@ def test_the_card_has_the_sections_that_made_the_file_and_no_other(
     values = yaml.safe_load(recipe)
     assert values.keys() == {"seed", "generator"}  # the tokenizer of the test has no recipe
     assert (values["seed"], values["generator"]["train"]["steps"]) == (5, 1)
+
+
+def test_a_full_disk_leaves_no_half_of_a_folder(
+    generator_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert run(["export", str(generator_file), str(tmp_path / "model")]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

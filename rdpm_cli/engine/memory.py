@@ -21,7 +21,6 @@ from rdpm_cli.errors import DataError, UsageError
 from rdpm_cli.evaluation import judge, memory
 from rdpm_cli.evaluation.features import Extractor, identity
 from rdpm_cli.evaluation.memory import Neighbours
-from rdpm_cli.generator import sampler
 from rdpm_cli.runs import Result, text_table
 
 PAIRS = 16  # closest pairs that are listed and drawn
@@ -54,11 +53,11 @@ class Replay:
             raise DataError(f"--ref {training.name} is not what {self.codes} was made from", f"give {m.data.source}")
         rows = evenly_spaced(np.unique(store.split()[0] // m.views), REPLAYED) * m.views
         index_N, labels = store.index[rows], store.columns["labels"][rows].tolist()
-        generator, micro_batch = loaded.to(device).generator, options.sampling.images_at_once(device.type)
+        loaded.to(device)
         shares = {}
         for name, view in {"recalled": 0, "recalled_unseen": m.views + m.views % 2}.items():
             replayed = replace(options, seed=m.seed, noise=("encode", view))
-            drawn = sampler.Job(generator, loaded.tokenizer, replayed, micro_batch).draw(index_N.tolist(), labels)
+            drawn = loaded.job(replayed).draw(index_N.tolist(), labels)
             nearest = memory.nearest_two(memory.shrink(drawn.pixels_BHWC), pixels_MD, device=device).rows_N2[:, 0]
             shares[name] = float(np.mean(nearest == index_N))
         return shares

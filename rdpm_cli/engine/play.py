@@ -16,7 +16,7 @@ from rdpm_cli.engine.sample import Edit, open_edit
 from rdpm_cli.engine.speech import name_of, sample_speech
 from rdpm_cli.engine.speech_lines import Line
 from rdpm_cli.errors import RdpmError, UsageError
-from rdpm_cli.generator import registry, sampler
+from rdpm_cli.generator import registry
 from rdpm_cli.generator.registry import LoadedGenerator
 from rdpm_cli.runs import Result
 
@@ -49,10 +49,7 @@ def draw(
     """Samples 0 to count - 1 of a class, (B, H, W, 3) uint8, as `rdpm sample --seed` draws them."""
     options = loaded.options(seed, None, sampling)
     known = open_edit(edit, loaded, seed)[1] if edit else None
-    device = next(loaded.generator.network.parameters()).device
-    micro_batch = options.sampling.images_at_once(device.type)
-    job = sampler.Job(loaded.generator, loaded.tokenizer, options, micro_batch, known)
-    return job.draw(range(count), [label] * count).pixels_BHWC
+    return loaded.job(options, known).draw(range(count), [label] * count).pixels_BHWC
 
 
 def draw_inside(

@@ -82,13 +82,12 @@ def sample(
     share, picked = share_of(shard), pick_device(device)
     loaded, options, picked_classes = load(ckpt, classes, seed, sampling or {}, preset)
     labels = sampler.balanced_labels(picked_classes, per_class, seed)
-    tokenizer, micro_batch = loaded.tokenizer, options.sampling.images_at_once(picked.type)
     digests, recorded, known = {"checkpoint": loaded.digest}, {**options.sampling.model_dump(), "seed": seed}, None
     if edit:
         image_digests, known = open_edit(edit, loaded, seed)
         digests |= image_digests
         recorded["edit"] = {"from_step": edit.from_step, "masked": edit.mask is not None}
-    size = tokenizer.cfg.autoencoder.resolution
+    size = loaded.tokenizer.cfg.autoencoder.resolution
     judge = ClassJudge(reject.judge, loaded.class_names, size, picked) if reject else None
     if reject and judge:
         facts = {"keep": 1 / reject.tries, "candidates": reject.tries, "judge": judge.name}
@@ -100,9 +99,9 @@ def sample(
     record["checkpoint"] = str(ckpt.resolve())
     with folder.one_at_a_time(out):
         folder.claim(out, record)
-    job = sampler.Job(loaded.to(picked, options.sampling.compile).generator, tokenizer, options, micro_batch, known)
+    job = loaded.to(picked, options.sampling.compile).job(options, known)
     draw: Draw = partial(job.best, tries=reject.tries, judge=judge) if reject and judge else job.draw
-    files = SampleFiles(out, len(labels), micro_batch, png=outputs.png)
+    files = SampleFiles(out, len(labels), job.micro_batch, png=outputs.png)
     _work(files, share, job, draw, labels, record, outputs)
     passes = loaded.generator.passes(options, edit.from_step if edit else 1) * (reject.tries if reject else 1)
     return _result(out, record, options.sampling, outputs, passes)
@@ -341,15 +340,14 @@ class Drawn:
         """The samples of each seed, drawn as they are read; each process draws only those that it reads."""
         requested = key_values(self.overrides, "write it as cfg=1.5; with --ckpt there is no TARGET")
         loaded, options, classes = load(self.ckpt, self.classes, self.seeds[0], requested, self.preset)
-        micro_batch, size = options.sampling.images_at_once(device.type), loaded.tokenizer.cfg.autoencoder.resolution
+        size = loaded.tokenizer.cfg.autoencoder.resolution
 
         def images(seed: int) -> ImageSet:
             labels = sampler.balanced_labels(classes, self.per_class, seed)
 
             def read(pieces: Iterable[range]) -> Iterator[Pixels]:
                 loaded.to(device, options.sampling.compile)
-                drawn_by = replace(options, seed=seed)
-                job = sampler.Job(loaded.generator, loaded.tokenizer, drawn_by, micro_batch, cut=self.cut)
+                job = loaded.job(replace(options, seed=seed), cut=self.cut)
                 for piece in pieces:
                     yield job.draw(piece, labels[piece.start : piece.stop]).pixels_BHWC
 

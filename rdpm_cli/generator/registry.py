@@ -11,6 +11,7 @@ from torch import Tensor
 from rdpm_cli import checkpoint
 from rdpm_cli.codes.ragged import open_store
 from rdpm_cli.codes.store import TOKENIZER, CodeStore, Manifest
+from rdpm_cli.data.pixels import Cut
 from rdpm_cli.data.text import Kind
 from rdpm_cli.errors import CheckpointError, DataError, UsageError
 from rdpm_cli.generator import config as configs
@@ -22,6 +23,7 @@ from rdpm_cli.generator.maskgit import MaskGIT, MaskGITBatches
 from rdpm_cli.generator.masking import MaskBatches
 from rdpm_cli.generator.rdpm import RDPM, CodeBatches
 from rdpm_cli.generator.resgen import ResGen
+from rdpm_cli.generator.sampler import Job, KnownCodes
 from rdpm_cli.generator.tokens import TokenBatches
 from rdpm_cli.generator.transformer import Kernel, sdpa
 from rdpm_cli.tokenizer import model as tokenizer_model
@@ -148,6 +150,13 @@ class LoadedGenerator:
         options = SampleOptions(self.sampling.changed(preset, sampling), int(seed))
         self.check(options)
         return options
+
+    def job(self, options: SampleOptions, known_codes: KnownCodes | None = None, cut: Cut = "round") -> Job:
+        """What draws samples under these options, as many a pass as they say for this generator's device."""
+        device = next(self.generator.network.parameters()).device
+        return Job(
+            self.generator, self.tokenizer, options, options.sampling.images_at_once(device.type), known_codes, cut
+        )
 
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this generator cannot use."""
