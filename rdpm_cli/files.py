@@ -28,7 +28,7 @@ HINTS = {  # for an error about a checkpoint, by the kind that is needed; "": an
 }
 UNFIT = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EBADF)  # of wrong paths
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and in all its usual file systems
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")  # pathlib makes one slash of several
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")
 DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/self/fd/(\d+)|/dev/std(in|out|err)")
 
 
@@ -37,12 +37,16 @@ def is_url(text: str) -> bool:
     return URL.match(text) is not None and not os.path.lexists(text)
 
 
+def url(text: str) -> str:
+    """A URL with both its slashes, of which a Path keeps one."""
+    return URL.sub(lambda scheme: f"{scheme[0].rstrip('/')}//", text, count=1)
+
+
 def local_path(text: str) -> str:
     """A path of this machine that a user gave, with ~ expanded. Raises UsageError for a URL, or without a home."""
     if is_url(text):
-        url = URL.sub(lambda scheme: f"{scheme[0].rstrip('/')}//", text, count=1)
         hint = "give a path of this machine, and copy from or to the URL, as `aws s3 sync` does"
-        raise UsageError(f"{url} is a URL, which only IMAGES may be", hint)
+        raise UsageError(f"{url(text)} is a URL, which only IMAGES, CODES and the OUT of tokenize may be", hint)
     expanded = os.path.expanduser(text)
     if text == expanded and (text == "~" or text.startswith("~/")):
         raise UsageError(f"{text}: this user has no home folder", "set HOME, or write the path without ~")

@@ -266,5 +266,11 @@ def test_s3_has_the_same_images_and_gives_the_same_store(
         for name in ("data/gone.tar", "data/gone-*.tar", "data/tars/x-{0..3}.tar"):
             assert run(["inspect", f"s3://bucket/{name}"]) == 2
         assert run(["inspect", "s3://another/x.tar"]) == 2
+        args = ["tokenize", f"{packed}/images", "s3://bucket/codes", "--tokenizer", str(tiny_tokenizer_file)]
+        for machine in "ab":
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+            assert run([*args, "--shard-size", "9", "--device", "cpu", "--quiet"]) == 0
+            assert run(["verify", *map(str, (tmp_path / machine / "rdpm").iterdir())]) == 0
+        assert run(["tokenize", *args[1:2], "s3://another/codes", *args[3:]]) == 2
     finally:
         server.stop()

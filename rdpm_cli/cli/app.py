@@ -182,6 +182,7 @@ def command(
 
 DATA = ("images", "heldout", "ref", "target", "arguments", "init", "mask")  # values that may be a URL of images
 MODELS = ("ckpt", "tokenizer", "from_weights", "target", "path")  # values that may name a model of the hub
+STORES = ("codes", "target")  # values that may be the URL of a code store
 OPENED = ("title", "asr", "speaker", "vocoder")  # texts, and KIND:FILE, of which only the file is a path
 
 
@@ -193,6 +194,13 @@ def _local(key: str, value: Any) -> Any:
         return value
     if key in MODELS and str(value).startswith("hf:/"):
         return type(value)(hub.find(str(value)))
+    if key == "store" and files.is_url(str(value)):  # which tokenize writes
+        return value
+    if key in STORES and files.is_url(str(value)):
+        from rdpm_cli.engine import mirror
+
+        if key == "codes" or mirror.is_store(str(value)):
+            return type(value)(mirror.fetched(str(value)))
     if isinstance(value, Path):
         path = Path(files.local_path(str(value)))
         files.check_name(path)

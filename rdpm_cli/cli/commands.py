@@ -59,7 +59,7 @@ def train_tokenizer(
 @command(app, "tokenize imagenet/ out/codes", f"tokenizer gpus engine device unlabelled {READING}")
 def tokenize(
     images: cli.Images,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the code store")],
+    store: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the code store, or a URL")],
     views: Annotated[int, typer.Option(min=1, help="noise draws an image")] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="mirror the image in every second view")] = False,
     units: Annotated[Literal["words", "bytes", "phones"] | None, typer.Option(help="kept of texts")] = None,
@@ -94,7 +94,7 @@ def tokenize(
 
         make = ray_tasks.tokenize
     return make(
-        images, out, options=options, workers=workers, shards=shards, finish=finish, on_bad=on_bad, max_bad=max_bad,
+        images, store, options=options, workers=workers, shards=shards, finish=finish, on_bad=on_bad, max_bad=max_bad,
         align=align, **shared,
     )  # fmt: skip
 

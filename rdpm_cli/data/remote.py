@@ -1,4 +1,4 @@
-"""Files by fsspec URL, s3://bucket/x.tar or hf://datasets/owner/name/x.parquet: listed, and read by ranges of bytes."""
+"""Files by fsspec URL, s3://bucket/x.tar or hf://datasets/owner/name/x.parquet: listed, read and written."""
 
 import contextlib
 import glob
@@ -17,12 +17,12 @@ HINT = "check the address, the connection and the credentials"
 
 
 class RemotePath:
-    """A file or folder by its URL, with those methods of pathlib's Path that sources use.
+    """A file or folder by its URL, with those methods of pathlib's Path that sources and stores use.
 
     It holds no connection: fsspec keeps one for each process, so it can be pickled, and used after a fork."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = files.url(url).rstrip("/")
         self.name = self.url.rpartition("/")[2]
         self.suffix = Path(self.name).suffix
 
@@ -76,6 +76,26 @@ class RemotePath:
         with self._connection() as (system, path):
             return [name.removeprefix(path).strip("/") for name in system.find(path)]
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files of a folder, by name; none where there is nothing. Asked for anew each time."""
+        with self._connection() as (system, path):
+            system.invalidate_cache()
+            found = system.find(path, maxdepth=1, detail=True).items()
+            return {name.rpartition("/")[2]: int(info["size"]) for name, info in found}
+
+    def write_bytes(self, content: bytes) -> None:
+        """Write a file. Raises UsageError where its bucket does not exist, RunError for other reasons."""
+        try:
+            with self._connection() as (system, path):
+                system.pipe_file(path, content)
+        except FileNotFoundError as error:
+            raise UsageError(f"{self} cannot be written: there is no such bucket", "make it first") from error
+
+    def unlink(self) -> None:
+        """Remove a file; nothing where it has gone already."""
+        with contextlib.suppress(FileNotFoundError), self._connection() as (system, path):
+            system.rm_file(path)
+
     def read_bytes(self) -> bytes:
         return self.read_at(None, None)
 
@@ -112,7 +132,7 @@ class RemotePath:
             raise
         except Exception as error:  # every service has errors of its own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RunError(f"{self} cannot be read: {reason}", HINT) from error
+            raise RunError(f"{self} cannot be used: {reason}", HINT) from error
 
 
 class _Ranges(io.RawIOBase):

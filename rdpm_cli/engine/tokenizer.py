@@ -18,9 +18,11 @@ from rdpm_cli.data import folder, pictures
 from rdpm_cli.data.audio import AudioSource
 from rdpm_cli.data.open import check_output, is_builtin
 from rdpm_cli.data.pixels import TRANSFORM, Pixels, hwc, to_pixels
+from rdpm_cli.data.remote import Place
 from rdpm_cli.data.source import ItemSource, Source, spread
 from rdpm_cli.distributed import is_first, one_thread, pick_device, process_group, world
 from rdpm_cli.engine import plan, watch
+from rdpm_cli.engine.mirror import Mirror
 from rdpm_cli.engine.speech import reconstruct as reconstruct_speech
 from rdpm_cli.engine.train import (
     Training,
@@ -47,6 +49,7 @@ from rdpm_cli.training.log import last_metrics
 from rdpm_cli.training.loop import CHECKPOINTS
 
 FINAL = "tokenizer.pt"  # of a run folder
+FINISH = "the same command with --finish instead of --shards"
 UNFINISHED = "shards written; other shards are still missing"
 SHOWN = 16  # images in the grid of reconstructions
 
@@ -133,12 +136,14 @@ def tokenize(
     """Items -> code store; resumes at the first missing shard. workers: processes. on_bad: stop or skip.
 
     align: a judge of speech, which finds the durations of the words of texts. shards: only these, as `0-99`, and no
-    manifest. finish: only the manifest."""
+    manifest. finish: only the manifest. out: may be a URL."""
     if shards is not None and finish:
         raise UsageError("--shards makes shards, and --finish makes none", "give --finish when all shards are there")
-    if finish and not read_run(out):
-        raise DataError(f"{out} has no shards", "name the folder of --shards")
     path = find_tokenizer(tokenizer)
+    mirror = Mirror(str(out)) if files.is_url(str(out)) else None
+    name = mirror.remote if mirror else out
+    if mirror:
+        out = mirror.folder
     check_output(out, images)
     loaded, content = model.load(path)
     source = loaded.inputs.open(images, **(reading or {}))
@@ -146,7 +151,7 @@ def tokenize(
         raise UsageError("--align finds the durations of words", "give --units words, or leave --align out")
     if align:
         _align(source, align, on_bad)
-    saved = f"finished shards are kept in {out}"
+    saved = f"finished shards are kept in {name}"
     if workers is None:  # an equal share of the cores that this process may use
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -159,17 +164,25 @@ def tokenize(
         skip: Literal["skip", "stop"] = "skip" if on_bad == "skip" else "stop"
         listed, total = None if shards is None else numbers, write.items_of(store_plan, numbers)
         work = write.Work(workers, skip, max_bad, listed, not finish, lambda: bool(stop.name))
+        if mirror and is_first():
+            mirror.fetch(listed, store_plan)
+        if finish and is_first() and not read_run(out):
+            raise DataError(f"{name} has no shards", "name the OUT of --shards")
         pieces = write.write_store(out, source, loaded, checkpoint.file_bytes(path), store_plan, work)
+        if mirror and is_first():
+            pieces = mirror.sending(pieces)
         item = "recording" if store_plan.speech else "image"
         with progress.Bar("tokenize", total, f"{item}s") as bar, contextlib.closing(pieces):
             bar.resume_at(next(pieces))
             if is_first() and write.is_finished(out):
-                progress.say(f"{out} is finished already; the names of the {item}s were compared, not their content")
+                progress.say(f"{name} is finished already; the names of the {item}s were compared, not their content")
             for count in pieces:
                 bar.advance(count)
                 if bar.done < total or world()[1] > 1:  # else only the manifest is left to write
                     stop.leave(saved)
-    return _store_result(images, out, item) if write.is_finished(out) else _shards_result(out, store_plan)
+    if mirror and shards is not None:  # the copy lacks the shards of other machines
+        return Result("shards written", {"store": str(name), "written": len(numbers)}, FINISH)
+    return _store_result(images, out, item, name) if write.is_finished(out) else _shards_result(out, store_plan)
 
 
 def _shards_result(out: Path, store_plan: Plan) -> Result:
@@ -178,15 +191,15 @@ def _shards_result(out: Path, store_plan: Plan) -> Result:
     values = {"store": str(out), "shards": count, "written": count - len(missing)}
     if missing:
         return Result(UNFINISHED, {**values, "missing": write.shards_text(missing)})
-    return Result("all shards written", values, "the same command with --finish instead of --shards")
+    return Result("all shards written", values, FINISH)
 
 
-def _store_result(images: str, out: Path, item: str) -> Result:
-    """The facts of a finished store. item: image or recording."""
+def _store_result(images: str, out: Path, item: str, name: Place) -> Result:
+    """The facts of a finished store. item: image or recording. name: of the store, where `out` is a copy."""
     m = Manifest.load(out)
     size = sum((out / name).stat().st_size for shard in m.shards for name in shard.sha256)
     values = {
-        "store": str(out), "digest": m.digest(), "tokenizer": m.tokenizer, **m.facts(), "bad": m.bad,
+        "store": str(name), "digest": m.digest(), "tokenizer": m.tokenizer, **m.facts(), "bad": m.bad,
         "classes": len(m.class_names), "views": m.views, "shape": [m.steps, *m.grid], "bytes": size,
         f"bytes_per_{item}": round(size / m.images, 1),
     }  # fmt: skip
@@ -194,7 +207,7 @@ def _store_result(images: str, out: Path, item: str) -> Result:
         values["shape"] = [m.steps]
     fidelity = [name for name in m.samples[0] if name != "index"]
     values |= {name: round(sum(item[name] for item in m.samples) / len(m.samples), 2) for name in fidelity}
-    return Result("codes written", values, rdpm_command("train-gen", out, "--recipe", "NAME"))
+    return Result("codes written", values, rdpm_command("train-gen", name, "--recipe", "NAME"))
 
 
 def _align(source: ItemSource, judge: Path, on_bad: str) -> None:
