@@ -18,6 +18,7 @@ PURPOSES |= {"strings": 27, "prompt": 28}  # sound: words, recordings and gaps o
 PURPOSES |= {"sorted": 29}  # the order of batches of rows that are sorted by length
 PURPOSES |= {"flow": 30}  # held-out noise of flow matching
 PURPOSES |= {"mind": 31, "infinity": 32, "perturb": 33}  # scores: directions, the order of images, codes of pFID
+PURPOSES |= {"guidance": 34}  # lambda in training
 BLOCK = 16  # rows of the global batch that share one training stream
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

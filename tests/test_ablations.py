@@ -24,6 +24,7 @@ from rdpm_cli.data.audio import open_audio, write_wav
 from rdpm_cli.engine import speech_demo
 from rdpm_cli.engine.report import read_published
 from rdpm_cli.engine.speech_lines import read_lines
+from rdpm_cli.generator.config import NetworkConfig
 from rdpm_cli.recipes import Recipe, load_recipe
 from rdpm_cli.tokenizer.quantizer import alphas
 
@@ -325,6 +326,22 @@ def test_families_have_equal_operations_of_training_and_rows_of_what_a_sample_co
     assert sorted(cfg.family for cfg in families if cfg) == ["ar", "ar", "flow", "maskgit", "rdpm", "rdpm", "resgen"]
     sizes = {(cfg.network.depth, cfg.network.width, cfg.objective.label_drop) for cfg in families if cfg}
     assert sizes == {(3, 96, 0.1)}
+
+
+def test_guidance_compares_two_trainings_of_equal_operations_one_of_them_with_its_own_earlier_steps(
+    tmp_path: Path,
+) -> None:
+    ablate(tmp_path, "guidance", "--scale", "shapes", "--seeds", "3")
+    made = [call for call in calls(tmp_path, "train-gen") if "--dry-run" not in call]
+    networks = [cfg.network for call in made if (cfg := recipe_of(call).generator)]
+    assert sorted(network.guidance for network in networks if isinstance(network, NetworkConfig)) == [0, 2]
+    drawn = calls(tmp_path, "sample")
+    guides = [(name, call) for call in drawn for name in call if name.startswith("guide=")]
+    assert len(guides) == 8
+    for name, call in guides:
+        run, _, step = name.removeprefix("guide=").rpartition("@")
+        assert Path(call[call.index("--ckpt") + 1]).parent == Path(run)
+        assert step in ("100", "400")
 
 
 Speak = Callable[..., dict[str, dict[str, str]]]

@@ -87,6 +87,7 @@ def test_a_batch_is_a_function_of_seed_and_step_and_a_rank_has_a_slice_of_it(nam
 
 
 VARIANTS = [*((name, {}) for name in FAMILIES), ("ar", {"depth_layers": 1, "class_tokens": 2})]
+VARIANTS += [("rdpm", {"guidance": 2})]
 
 
 @pytest.mark.parametrize(("name", "network"), VARIANTS, ids=str)

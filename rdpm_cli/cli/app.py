@@ -75,6 +75,11 @@ SHARED: dict[str, tuple[Any, Any, Any]] = {
         None,
         typer.Option(metavar="FILE", help="begin with its weights: rdpm's, or a tokenizer's of VAR, taming, LlamaGen"),
     ),
+    "guide": (
+        str,
+        None,
+        typer.Option(metavar="CKPT|RUN@STEP", help="rdpm: a weaker generator in the null class's place"),
+    ),
     "gpu": (
         Literal["h200", "h100", "a100", "l40s", "rtx4090"],
         None,

@@ -14,7 +14,7 @@ from rdpm_cli.errors import UsageError
 
 # Options that the commands share, by their names in cli.SHARED.
 TRAINING = "from_weights overrides seed keep gpus track dry_run gpu utilisation print_config device"
-SAMPLING = "cfg cfg_schedule tau top_k top_p skip_steps steps"
+SAMPLING = "cfg cfg_schedule guide tau top_k top_p skip_steps steps"
 SPEECH = "text prompt prompt_text lines seconds length duration_scale sentences start end vocoder"
 
 

@@ -82,7 +82,7 @@ def sample(
     share, picked = share_of(shard), pick_device(device)
     loaded, options, picked_classes = load(ckpt, classes, seed, sampling or {}, preset)
     labels = sampler.balanced_labels(picked_classes, per_class, seed)
-    digests, recorded, known = {"checkpoint": loaded.digest}, {**options.sampling.model_dump(), "seed": seed}, None
+    digests, recorded, known = digests_of(loaded, options), {**options.sampling.model_dump(), "seed": seed}, None
     if edit:
         image_digests, known = open_edit(edit, loaded, seed)
         digests |= image_digests
@@ -115,6 +115,11 @@ def load(
     if loaded.text:
         raise UsageError(f"{ckpt} draws speech", "give --text or --list; score it by `rdpm eval speech`")
     return loaded, loaded.options(seed, preset, sampling), parse_classes(classes, loaded.class_names)
+
+
+def digests_of(loaded: LoadedGenerator, options: SampleOptions) -> dict[str, str]:
+    """Of the models that make samples under these options."""
+    return {"checkpoint": loaded.digest} | ({"guide": options.guide.digest} if options.guide else {})
 
 
 def share_of(shard: str) -> Share:
@@ -356,7 +361,7 @@ class Drawn:
             record = {
                 "reference": loaded.provenance.get("reference"),
                 "options": {**options.sampling.model_dump(), **drawn},
-                "made_from": {"checkpoint": loaded.digest},
+                "made_from": digests_of(loaded, options),
             }
             return ImageSet(str(self.ckpt), len(labels), size, labels, loaded.class_names, read, record)
 

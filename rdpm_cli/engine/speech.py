@@ -16,7 +16,7 @@ from rdpm_cli import files, progress
 from rdpm_cli.data import audio, folder, mel, pictures
 from rdpm_cli.data.vocoders import Vocoder, open_vocoder
 from rdpm_cli.distributed import one_thread, pick_device
-from rdpm_cli.engine.sample import UNFINISHED, share_of, shared
+from rdpm_cli.engine.sample import UNFINISHED, digests_of, share_of, shared
 from rdpm_cli.engine.speech_lines import Line, Prepared, Rule, lines_of, prepare, sentences_of
 from rdpm_cli.errors import UsageError, rdpm_command
 from rdpm_cli.evaluation import speech_judge
@@ -66,7 +66,7 @@ def sample_speech(
     prepared = [prepare(loaded, line, aligner, duration_scale, length) for line in lines]
     rows = [_row(i, *pair, inputs.rate) for i, pair in enumerate(zip(lines, prepared, strict=True))]
     recorded = {**options.sampling.model_dump(), "seed": seed, "duration_scale": duration_scale, "length": length}
-    made_from = {"checkpoint": loaded.digest, **voice.made_from}
+    made_from = {**digests_of(loaded, options), **voice.made_from}
     record = folder.picture_record(folder.SPEECH, made_from, recorded, rows=rows, vocoder=voice.identity)
     with folder.one_at_a_time(out):
         folder.claim(out, record)

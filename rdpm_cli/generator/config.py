@@ -162,6 +162,9 @@ class GeneratorConfig(Section):
 class NetworkConfig(TransformerConfig):
     head: Literal["linear", "geometric"] = Field("linear", description="geometric also predicts z and scores by it")
     eps_input: bool = added(True, "eps_t is an input; codes of schedule rvq do not depend on it")
+    guidance: Annotated[float, Field(ge=0)] = added(
+        0.0, "largest lambda that is an input, to be guided by one pass; 0: guided by two"
+    )
 
 
 class RDPMObjective(SpokenObjective):
@@ -215,11 +218,14 @@ class RDPMSampling(DrawnSampling):
     tau_schedule: Literal["constant", "linear"] = Field("constant", description="tau over t; linear ends at tau_end")
     tau_end: float | None = Field(None, gt=0, description="tau at t = T of the linear schedule")
     skip_steps: int = Field(0, ge=0, description="first steps taken from the model-free guess, no network call")
+    guide: FileName | None = added(None, "weaker checkpoint, or RUN@STEP, in place of the null class")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.tau_schedule == "linear") != (self.tau_end is not None):
             raise ValueError("tau_schedule=linear and tau_end go together")
+        if self.guide and not self.cfg:
+            raise ValueError("guide needs a lambda; give cfg=0.5")
         if self.cfg_last is not None and self.cfg_last < self.cfg_first:
             raise ValueError(f"no step is guided from step {self.cfg_first} to {self.cfg_last}; cfg=0 turns it off")
         return self

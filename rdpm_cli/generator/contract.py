@@ -53,6 +53,13 @@ class Known(NamedTuple):
     keep_BTS: Tensor  # bool, True where the code is kept
 
 
+class Guide(NamedTuple):
+    """A weaker generator of the same codes and family: autoguidance, arXiv 2406.02507."""
+
+    generator: "Generator"
+    digest: str
+
+
 @dataclass(frozen=True)
 class SampleOptions:
     """What fixes a sample, together with checkpoint, condition and index."""
@@ -60,6 +67,7 @@ class SampleOptions:
     sampling: Any  # the family's SamplingConfig
     seed: int = 0
     noise: tuple[str, int] = ("sample", 0)  # purpose and view of the noise under which codes are drawn, for `replays`
+    guide: "Guide | None" = None  # in place of the null class
 
 
 class Generator(Protocol):

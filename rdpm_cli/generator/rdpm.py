@@ -3,7 +3,7 @@
 Legend: B images, J values of t an image, R rows = B·J, T steps, C code width, S positions, K codes, D hidden width."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class CodeBatch(Batch):
     spread_B: Tensor | None = None  # a·U of the perturbation of z'_{t-1}, one an image
     positions: float = 0.0  # mean over the global batch of the positions that are to be predicted, of sound
     longest: int | None = None  # S of its longest item, of sound: fresh noise is drawn for so many positions
+    lambda_BJ: Tensor | None = None  # the guidance that the network is to learn, 0 without a condition
 
     def normal(self, step: TrainStep, *shape: int) -> Tensor:
         """Standard normal values (B, *shape). The last axis is S; a row's values do not depend on its padding."""
@@ -56,7 +57,7 @@ class CodeBatches(GeneratorBatches):
             hint = f"run `{store.keeping_latents}`, or train with {others}"
             raise DataError(f"{store.root} keeps no latents, so fresh noise cannot be drawn", hint)
         super().__init__(store, cfg, quantizer, seed)
-        self.quantizer = quantizer
+        self.quantizer, self.guidance = quantizer, cfg.network.guidance
         alphas = np.array(quantizer.alphas)
         weights = alphas + 0.2 if cfg.objective.t_weights == "alpha" else np.ones(len(alphas))
         self.cumulative = np.cumsum(weights / weights.sum())
@@ -72,7 +73,8 @@ class CodeBatches(GeneratorBatches):
         eps = torch.zeros(rows, J, C, S)  # also for fresh noise, whose drawing leaves nothing in memory
         spread = torch.zeros(rows) if cfg.objective.perturb else None
         z = torch.zeros(rows, C, S) if spoken else None
-        return CodeBatch(codes, columns, torch.ones(rows, J).long(), eps, z, spread, float(S), S)
+        lambda_BJ = torch.zeros(rows, J) if cfg.network.guidance else None
+        return CodeBatch(codes, columns, torch.ones(rows, J).long(), eps, z, spread, float(S), S, lambda_BJ)
 
     def batch_at(self, step: int, rows: range) -> CodeBatch:
         objective, store_rows = self.objective, self.rows_at(step, rows)
@@ -83,7 +85,12 @@ class CodeBatches(GeneratorBatches):
         z = torch.from_numpy(self.store.latents(store_rows).astype(np.float32)) if has_z else None
         spread = torch.from_numpy(objective.perturb * uniform_B3[:, 2]) if objective.perturb else None
         codes, columns = self.read(store_rows, uniform_B3[:, 1], self.prompt_numbers(step, rows))
-        return CodeBatch(codes, columns, torch.from_numpy(t_BJ), eps, z, spread, *self.extent(step))
+        lambda_BJ = None
+        if self.guidance:
+            share_BJ = noise.block_uniform(self.seed, step, rows, t_BJ.shape[1], "guidance")
+            asked_B1 = uniform_B3[:, 1:2] >= objective.label_drop
+            lambda_BJ = torch.from_numpy((self.guidance * share_BJ * asked_B1).astype(np.float32))
+        return CodeBatch(codes, columns, torch.from_numpy(t_BJ), eps, z, spread, *self.extent(step), lambda_BJ)
 
     def draw_t(self, uniform_B: noise.Floats) -> noise.Ints:
         """J values of t an image, one from each J-th of the distribution: their mixture follows the weights."""
@@ -116,11 +123,19 @@ class RDPMNetwork(nn.Module):
         self.latent_head = zero_linear(cfg.hidden, channels) if cfg.head == "geometric" else None
         if cfg.head == "geometric":  # s_t starts at 0.5
             self.raw_scale = nn.Parameter(torch.full((quantizer.steps,), 0.5).expm1().log() / SCALE_GAIN)
+        self.guidance, D = cfg.guidance, cfg.hidden
+        self.guidance_in = nn.Sequential(nn.Linear(1, D), nn.SiLU(), zero_linear(D, D)) if cfg.guidance else None
         self.alpha_T = nn.Buffer(torch.tensor(alphas), persistent=False)
         self.beta_T = nn.Buffer(torch.tensor([beta(alpha) for alpha in alphas]), persistent=False)
 
-    def forward(self, eps_RCS: Tensor, previous_RCS: Tensor, t_R: Tensor, condition: Condition) -> Tensor:
-        """The hidden state that the heads see, (R, S, D)."""
+    def forward(
+        self, eps_RCS: Tensor, previous_RCS: Tensor, t_R: Tensor, condition: Condition, lambda_R: Tensor | None = None
+    ) -> Tensor:
+        """The hidden state that the heads see, (R, S, D). lambda: of a network with guidance; None: 0."""
+        if self.guidance_in is not None:
+            share_R = torch.zeros_like(t_R, dtype=torch.float) if lambda_R is None else lambda_R / self.guidance
+            vector_RD = condition.vector_BD + self.guidance_in(share_R.unsqueeze(1))
+            condition = condition._replace(vector_BD=vector_RD)
         # The residual stream stays fp32 under autocast.
         x_RCS = torch.cat([eps_RCS, previous_RCS], 1) if self.eps_input else previous_RCS
         x_RSD = self.input(x_RCS.transpose(1, 2)).float()
@@ -141,9 +156,11 @@ class RDPM(Generator):
     def check_codes(tokenizer: TokenizerArchitecture, origin: str) -> None:
         """All codes can be learnt. Those of schedule rvq do not depend on the noise: see network.eps_input."""
 
-    def predict(self, eps: Tensor, previous: Tensor, t_R: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
+    def predict(
+        self, eps: Tensor, previous: Tensor, t_R: Tensor, condition: Condition, lambda_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits over C_t (R, S, K), and zhat (R, S, C) fp32 with the geometric head."""
-        return self.scores(self.network(eps, previous, t_R, condition), eps, previous, t_R)
+        return self.scores(self.network(eps, previous, t_R, condition, lambda_R=lambda_R), eps, previous, t_R)
 
     def scores(self, hidden: Tensor, eps: Tensor, previous: Tensor, t_R: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same from the network's hidden state."""
@@ -190,8 +207,13 @@ class RDPM(Generator):
             # Each position counts alike, so that a loss does not depend on how the global batch is shared.
             open_RS = condition.exists_BS & ~condition.known_BS
             weight_RS = open_RS * (open_RS.shape[1] / batch.positions)
-        hidden = self.network(eps_RCS, previous, t_R, condition)
-        terms = self._losses(hidden, eps_RCS, previous, t_R, target_RS, goal_RSC, weight_RS)
+        lambda_R, null = None, None
+        if batch.lambda_BJ is not None:
+            lambda_R = batch.lambda_BJ.flatten()
+            with torch.no_grad():
+                null = self.network(eps_RCS, previous, t_R, self.null_condition(columns))
+        hidden = self.network(eps_RCS, previous, t_R, condition, lambda_R)
+        terms = self._losses(hidden, eps_RCS, previous, t_R, target_RS, goal_RSC, weight_RS, null, lambda_R)
         names = ("ce", "accuracy", "latent_mse")[: len(terms)]  # the last of the geometric head only
         logs = dict(zip(names, terms.detach(), strict=True))
         return terms[0] + terms[2] if len(terms) == 3 else terms[0], logs
@@ -212,12 +234,20 @@ class RDPM(Generator):
 
     def _row_losses(
         self, hidden: Tensor, eps: Tensor, previous: Tensor, t_R: Tensor, target_RS: Tensor, goal_RSC: Tensor | None,
-        weight_RS: Tensor | None,
+        weight_RS: Tensor | None, null: Tensor | None, lambda_R: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Means over some rows: cross-entropy, accuracy and, with the geometric head, MSE(zhat, z); (2,) or (3,).
 
-        weight: of each position; None: all count alike."""
+        weight: of each position; None: all count alike. null: the hidden state without a condition."""
         logits, zhat = self.scores(hidden, eps, previous, t_R)
+        if null is not None and lambda_R is not None:
+            # The network gives guided logits, (1 + lambda) cond - lambda null, in one pass. What learns the codes is
+            # cond, their mean with null, which has no gradient here: guidance-free training, arXiv 2501.15420.
+            with torch.no_grad():
+                null_logits, null_zhat = self.scores(null, eps, previous, t_R)
+            share = (lambda_R / (1 + lambda_R)).view(-1, 1, 1)
+            logits = torch.lerp(logits.float(), null_logits.float(), share)
+            zhat = None if zhat is None or null_zhat is None else torch.lerp(zhat, null_zhat, share)
         right_RS = (logits.detach().argmax(-1) == target_RS).float()
         if weight_RS is None:
             ce = F.cross_entropy(logits.flatten(0, 1), target_RS.flatten())
@@ -271,15 +301,45 @@ class RDPM(Generator):
         T, skip, first = self.quantizer.steps, options.sampling.skip_steps, options.sampling.cfg_first
         if skip >= T or (skip and self.quantizer.alphas[0] == 1.0):
             raise UsageError(f"--skip-steps {skip}: this checkpoint has T = {T} steps", "0 only under schedule rvq")
+        most = self.network.guidance
+        if most and options.sampling.cfg > most and not options.guide:
+            message = f"cfg={options.sampling.cfg:g}: this checkpoint has learnt guidance up to {most:g}"
+            raise UsageError(message, "give a smaller cfg")
         if first > T:  # no step would be guided
             raise UsageError(f"cfg_first={first}: this checkpoint has T = {T} steps", "cfg=0 turns guidance off")
 
     def passes(self, options: SampleOptions, first: int = 1) -> int:
         drawn = range(max(options.sampling.skip_steps + 1, first), self.quantizer.steps + 1)
-        return sum(1 + (self._lambda(t, options.sampling) > 0) for t in drawn)
+        in_one = self.network.guidance and not options.guide
+        return sum(1 + (self._lambda(t, options.sampling) > 0 and not in_one) for t in drawn)
 
     def _lambda(self, t: int, s: RDPMSampling) -> float:
         return guidance_at(t, self.quantizer.steps, s.cfg, s.cfg_schedule, s.cfg_power, s.cfg_first, s.cfg_last)
+
+    def _guided(
+        self, columns: Columns, condition: Condition, options: SampleOptions
+    ) -> Callable[[Tensor, Tensor, int, float], Tensor]:
+        """(eps, z'_{t-1}, t, lambda) -> guided logits: by a guide, by lambda as an input, or by the null class."""
+        learnt, weak, weak_condition, both = self.network.guidance, None, None, None
+        if options.guide:
+            weak = options.guide.generator
+            weak.network.to(condition.vector_BD.device)
+            weak_condition = weak.condition(columns)
+        elif options.sampling.cfg and not learnt:
+            both = condition.joined(self.null_condition(columns))
+
+        def logits(eps: Tensor, previous: Tensor, t: int, lambda_t: float) -> Tensor:
+            t_B = torch.full((len(eps),), t, device=eps.device)
+            if lambda_t and both is not None:  # one pass of 2B rows
+                twice = eps.repeat(2, 1, 1), previous.repeat(2, 1, 1), t_B.repeat(2)
+                return guide(self.predict(*twice, both)[0].float(), lambda_t)
+            if lambda_t and isinstance(weak, RDPM) and weak_condition:
+                pairs = ((self, condition), (weak, weak_condition))
+                return guide(torch.cat([x.predict(eps, previous, t_B, y)[0].float() for x, y in pairs]), lambda_t)
+            lambda_B = torch.full_like(t_B, lambda_t, dtype=torch.float) if learnt else None
+            return self.predict(eps, previous, t_B, condition, lambda_B)[0].float()
+
+        return logits
 
     @torch.no_grad()
     def sample(self, columns: Columns, indices_B: Tensor, options: SampleOptions, known: Known | None = None) -> Tensor:
@@ -289,7 +349,7 @@ class RDPM(Generator):
         quantizer, B, device = self.quantizer, len(indices), condition.vector_BD.device
         purpose, view = options.noise
         is_known = [] if known is None else known.keep_BTS.all(-1).all(0).tolist()
-        both = condition.joined(self.null_condition(columns)) if sampling.cfg else condition
+        logits_at = self._guided(columns, condition, options)
         length = None if condition.exists_BS is None else condition.exists_BS.shape[1]
         shape = (quantizer.books.shape[-1], length or math.prod(quantizer.grid))
         previous, codes = torch.zeros(B, *shape, device=device), []
@@ -300,12 +360,7 @@ class RDPM(Generator):
             elif t <= sampling.skip_steps:
                 codes_BS = quantizer.guess(previous, eps, t)
             else:
-                lambda_t = self._lambda(t, sampling)
-                inputs, target = (eps, previous), condition
-                if lambda_t:  # one pass of 2B rows
-                    inputs, target = (eps.repeat(2, 1, 1), previous.repeat(2, 1, 1)), both
-                logits = self.predict(*inputs, torch.full((len(inputs[0]),), t, device=device), target)[0].float()
-                logits = guide(logits, lambda_t) if lambda_t else logits
+                logits = logits_at(eps, previous, t, self._lambda(t, sampling))
                 logits = logits * tau_at(t, quantizer.steps, sampling.tau, sampling.tau_end)
                 codes_BS = draw(narrow(logits, sampling.top_k, sampling.top_p), sampling.draw, indices, t, options.seed)
             if known is not None:

@@ -1,7 +1,7 @@
 """The one table of generator families, and generator files, each of which carries its tokenizer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ from rdpm_cli.codes.ragged import open_store
 from rdpm_cli.codes.store import TOKENIZER, CodeStore, Manifest
 from rdpm_cli.data.pixels import Cut
 from rdpm_cli.data.text import Kind
-from rdpm_cli.errors import CheckpointError, DataError, UsageError
+from rdpm_cli.errors import CheckpointError, DataError, UsageError, some_of
 from rdpm_cli.generator import config as configs
 from rdpm_cli.generator.ar import AR
 from rdpm_cli.generator.conditions import TextCondition
-from rdpm_cli.generator.contract import Generator, GeneratorBatches, SampleOptions
+from rdpm_cli.generator.contract import Generator, GeneratorBatches, Guide, SampleOptions
 from rdpm_cli.generator.flow import Flow, LatentBatches
 from rdpm_cli.generator.maskgit import MaskGIT, MaskGITBatches
 from rdpm_cli.generator.masking import MaskBatches
@@ -27,6 +27,7 @@ from rdpm_cli.generator.sampler import Job, KnownCodes
 from rdpm_cli.generator.tokens import TokenBatches
 from rdpm_cli.generator.transformer import Kernel, sdpa
 from rdpm_cli.tokenizer import model as tokenizer_model
+from rdpm_cli.training.loop import CHECKPOINTS
 
 KIND = "rdpm-generator"
 
@@ -148,8 +149,20 @@ class LoadedGenerator:
         if not 0 <= seed < 2**63:
             raise UsageError(f"seed {seed} is not in 0..2^63-1", "give another one")
         options = SampleOptions(self.sampling.changed(preset, sampling), int(seed))
+        if named := getattr(options.sampling, "guide", None):
+            options = replace(options, guide=self.guide(named))
         self.check(options)
         return options
+
+    def guide(self, named: str) -> Guide:
+        """The generator of a checkpoint, or of RUN@STEP. Raises UsageError if it draws other codes."""
+        run, at, step = named.rpartition("@")
+        weak = load_step(Path(run), int(step)) if at and step.isdecimal() else load(Path(named))
+        ours = (self.tokenizer_digest, self.class_names, type(self.generator))
+        if (weak.tokenizer_digest, weak.class_names, type(weak.generator)) != ours:
+            message = f"guide={named}: it is of another tokenizer, family or set of classes"
+            raise UsageError(message, "name a generator that was trained on the same codes")
+        return Guide(weak.generator, weak.digest)
 
     def job(self, options: SampleOptions, known_codes: KnownCodes | None = None, cut: Cut = "round") -> Job:
         """What draws samples under these options, as many a pass as they say for this generator's device."""
@@ -161,7 +174,7 @@ class LoadedGenerator:
     def check(self, options: SampleOptions) -> None:
         """Raise UsageError for options that this generator cannot use."""
         objective = (self.provenance.get("recipe", {}).get("generator") or {}).get("objective", {})
-        fault = configs.guidance_fault(objective.get("label_drop"), self.generator.classes)
+        fault = "" if options.guide else configs.guidance_fault(objective.get("label_drop"), self.generator.classes)
         if options.sampling.cfg and fault:
             raise UsageError(f"cfg={options.sampling.cfg:g} with this checkpoint: {fault}", "give cfg=0")
         self.generator.check(options)
@@ -178,6 +191,18 @@ class LoadedGenerator:
 def load(path: Path) -> LoadedGenerator:
     """The generator of a file. Raises CheckpointError."""
     return unpack(checkpoint.load(path, KIND), str(path))
+
+
+def load_step(run: Path, step: int) -> LoadedGenerator:
+    """The generator of a finished run as it was after a step, its average if there is one. Raises CheckpointError."""
+    saved, content = dict(checkpoint.states(run / CHECKPOINTS)), checkpoint.load(run / "generator.pt", KIND)
+    if step not in saved:
+        have = some_of(map(str, saved))
+        raise CheckpointError(f"{run} keeps no state of step {step}, but of {have}", "train with a larger train.keep")
+    state = checkpoint.load_state(saved[step], "cpu")
+    weights = (state["ema"] or state["players"]["generator"])["model"]
+    digest = checkpoint.model_digest(weights, content["config"])
+    return unpack({**content, "weights": weights, "digest": digest}, f"{run}@{step}")
 
 
 def unpack(content: dict[str, Any], path: str) -> LoadedGenerator:

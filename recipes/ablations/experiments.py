@@ -382,6 +382,28 @@ def targets(scale: Scale) -> list[Cell]:
     ]
 
 
+def guidance(scale: Scale) -> list[Cell]:
+    """Guidance by a second pass, learnt in training, or by an earlier step of the run; and steps without a pass.
+
+    Equal operations of training, of which the learnt one spends a third on its second forward pass."""
+    lambdas = ("0.25", "0.5", "1", "2")
+    guides = {"CFG": (), "step 100": ("guide=RUN@100",), "step 400": ("guide=RUN@400",)}
+    two = {"unguided in 10 passes": UNGUIDED}
+    two |= {
+        f"{name} in two passes, lambda {v}": (f"cfg={v}", *words) for name, words in guides.items() for v in lambdas
+    }
+    one = {"learnt in one pass, lambda 0": UNGUIDED}
+    one |= {f"learnt in one pass, lambda {value}": (f"cfg={value}",) for value in lambdas}
+    for k in (2, 4, 5):
+        two[f"unguided in {10 - k} passes"] = (*UNGUIDED, f"skip_steps={k}")
+        one[f"learnt, lambda 0.5 in {10 - k} passes"] = ("cfg=0.5", f"skip_steps={k}")
+    return [
+        replace(generator_cell(scale, name, (), words, recipe=scale.plus, sampling=sampling), flops=scale.flops)
+        for words, cells in ((("train.keep=100",), two), (("network.guidance=2",), one))
+        for name, sampling in cells.items()
+    ]
+
+
 # L_quant with the total of the family's recipe, whatever T and the schedule; the sum over t of sin's alpha_t at T = 8.
 SPOKEN_EQUAL: dict[str, Words] = {
     "RDPM": ("loss.quant_reduce=mean", f"loss.quant={0.25 * sum(math.sin(math.pi * t / 16) for t in range(1, 9)):.4f}"),
@@ -476,6 +498,7 @@ _COPIES = (
     "recalled", "recalled_unseen", "near_copies", "near_copies_features", "authpct", "nearest_pixels",
     "heldout.authpct", "heldout.nearest_pixels",
 )  # fmt: skip
+_GUIDED = (*_SAMPLES[:7], "passes", "gflops_a_sample", "heldout.ce", "heldout.gap")
 _STABILITY = ("images_per_second", "grad_norm", "clipped", "loss_jumps")
 _FAMILIES = (
     "fid/frechet_distance", "inception_score/classifier_score", "precision", "recall", "class_accuracy", "validity",
@@ -500,6 +523,7 @@ TABLES = {
     "figure5": Table("Base of pow", _TRAINED, figure5),
     "table5": Table("Sizes", _COST, table5, "5"),
     "families": Table("Five families at equal operations of training", _FAMILIES, families, plot="costs"),
+    "guidance": Table("Guidance and its cost", (*_GUIDED, "parameters", "train_steps"), guidance, plot="costs"),
     "targets": Table("What ResGen predicts", (*_COST, *_STABILITY), targets),
     "views": Table("Cached and fresh noise", (*_SAMPLES, *_COPIES, "heldout.ce"), views),
     "bits": Table("Steps and codes", _TRAINED, bits),

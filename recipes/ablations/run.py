@@ -146,7 +146,8 @@ class Experiment:
             return {"cell": recon}
         codes = self.codes(cell, tokenizer, seed, self.subset(cell.images))
         run, trained = self.train(cell, codes, seed)
-        draw: Command = ("--ckpt", run / "generator.pt", *cell.sampling)
+        sampling = tuple(word.replace("RUN@", f"{run}@") for word in cell.sampling)
+        draw: Command = ("--ckpt", run / "generator.pt", *sampling)
         drawn = self.stage("samples", "sample", *draw, "--classes", "0-9", "--out", OUT)[1]
         per_class, seeds = (str(getattr(self.options, name)) for name in ("per_class", "sample_seeds"))
         many = ("--per-class", per_class, "--seeds", seeds, *self.reference())
@@ -158,7 +159,7 @@ class Experiment:
             among: Command = ("--ref", subset, "--heldout", heldout, "--codes", codes, *self.extractor())
             scores |= numbers(self.stage("memory", "eval", "memory", *draw, "--per-class", per_class, *among)[1])
         if cell.flops:
-            scores |= numbers(cost(run / "generator.pt", cell.sampling))
+            scores |= numbers(cost(run / "generator.pt", sampling))
             if self.options.jobs > 1:  # seconds beside other jobs are no measurement
                 scores = {name: value for name, value in scores.items() if name not in SECONDS}
         words = ("eval", "baselines", images, "--heldout", heldout, "--codes", codes, *self.scale.crop, *many)
@@ -355,9 +356,9 @@ def main() -> None:
     if foreign := [name for name in options.tables if TABLES[name].chain != scale.chain]:
         names = ", ".join(name for name, table in TABLES.items() if table.chain == scale.chain)
         raise Failure(f"{foreign[0]} is not for --scale {options.scale}, which has {names}")
-    if "families" in options.tables and scale.flops is None:
+    if scale.flops is None and (costly := [name for name in options.tables if TABLES[name].plot == "costs"]):
         named = ", ".join(name for name, other in SCALES.items() if other.flops)
-        raise Failure(f"families is not for --scale {options.scale}, but for {named}")
+        raise Failure(f"{costly[0]} is not for --scale {options.scale}, but for {named}")
     if options.scale == "imagenet256" and not options.heldout:
         raise Failure("--scale imagenet256 needs --heldout, its validation images")
     if shutil.which("rdpm") is None:
