@@ -394,7 +394,7 @@ def guidance(scale: Scale) -> list[Cell]:
     }
     one = {"learnt in one pass, lambda 0": UNGUIDED}
     one |= {f"learnt in one pass, lambda {value}": (f"cfg={value}",) for value in lambdas}
-    for k in (2, 4, 5):
+    for k in (2, 4, 5, 7):
         two[f"unguided in {10 - k} passes"] = (*UNGUIDED, f"skip_steps={k}")
         one[f"learnt, lambda 0.5 in {10 - k} passes"] = ("cfg=0.5", f"skip_steps={k}")
     return [

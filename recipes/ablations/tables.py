@@ -130,9 +130,11 @@ def dots(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
 
 
 def costs(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
-    """A column against operations and seconds a sample; a line a family, named by what is before ` in `."""
-    figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
-    for axes, cost in zip(figure.subplots(1, 2, sharey=True), ("gflops_a_sample", "seconds_a_sample"), strict=True):
+    """A column against operations and, where measured, seconds a sample; a line a family, named before ` in `."""
+    names = [name for name in ("gflops_a_sample", "seconds_a_sample") if any(row.value(name) for row in rows)]
+    figure = Figure(figsize=(1 + 5 * len(names), 5), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, cost in zip(panels, names, strict=True):
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for row in rows:
             if (x := row.value(cost)) and (y := row.value(column)):
@@ -142,7 +144,7 @@ def costs(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
             axes.errorbar(x_, y_, yerr=spreads, fmt="o-", capsize=3, label=name)
         axes.set(xlabel=cost, ylabel=column, xscale="log", yscale="log")
         axes.grid(color="#dddddd")
-    axes.legend()
+    panels[-1].legend()
     figure.suptitle(title)
     FigureCanvasAgg(figure).print_png(str(path))
 
