@@ -46,7 +46,8 @@ def local_path(text: str) -> str:
     """A path of this machine that a user gave, with ~ expanded. Raises UsageError for a URL, or without a home."""
     if is_url(text):
         hint = "give a path of this machine, and copy from or to the URL, as `aws s3 sync` does"
-        raise UsageError(f"{url(text)} is a URL, which only IMAGES, CODES and the OUT of tokenize may be", hint)
+        may = "IMAGES, CODES and, unless it is of http, the OUT of tokenize"
+        raise UsageError(f"{url(text)} is a URL, which only {may} may be", hint)
     expanded = os.path.expanduser(text)
     if text == expanded and (text == "~" or text.startswith("~/")):
         raise UsageError(f"{text}: this user has no home folder", "set HOME, or write the path without ~")

@@ -294,12 +294,12 @@ def test_only_the_first_process_prints_the_result(
     "command",
     [
         "sample --ckpt s3://b/x", "sample --ckpt {generator} --out gs://b/x", "tokenize {images} https://b/x",
-        "tokenize {images} s3://b/x", "train-gen hf://b/x", "verify s3://b/x", "eval report {full} -o s3://b/x",
-        "train-gen {codes} --recipe s3://b/x", "demo speech --data s3://b/x",
+        "train-gen hf://b/x", "verify s3://b/x", "eval report {full} -o s3://b/x", "train-gen {codes} --recipe s3://b/x",
+        "demo speech --data s3://b/x",
         "train-tokenizer {images} --recipe digits loss.perceptual_weights=s3://b/x",
     ],
 )  # fmt: skip
-def test_urls_are_refused_except_for_images(
+def test_urls_are_refused_where_a_path_of_this_machine_is_needed(
     command: str, paths: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(split(command, paths)) == 2

@@ -199,7 +199,7 @@ def _local(key: str, value: Any) -> Any:
         return value
     if key in MODELS and str(value).startswith("hf:/"):
         return type(value)(hub.find(str(value)))
-    if key == "store" and files.is_url(str(value)):  # which tokenize writes
+    if key == "store" and files.is_url(str(value)) and not str(value).startswith("http"):  # tokenize writes it
         return value
     if key in STORES and files.is_url(str(value)):
         from rdpm_cli.engine import mirror
