@@ -38,16 +38,17 @@ def is_url(text: str) -> bool:
 
 
 def url(text: str) -> str:
-    """A URL with both its slashes, of which a Path keeps one."""
-    return URL.sub(lambda scheme: f"{scheme[0].rstrip('/')}//", text, count=1)
+    """A URL with both its slashes, of which a Path keeps one; of this machine's files all three."""
+    scheme, rest = URL.match(text), URL.sub("", text, count=1)
+    name = scheme[0].rstrip("/") if scheme else ""
+    return f"{name}{'///' if name in ('file:', 'local:') else '//'}{rest}" if name else text
 
 
 def local_path(text: str) -> str:
     """A path of this machine that a user gave, with ~ expanded. Raises UsageError for a URL, or without a home."""
     if is_url(text):
         hint = "give a path of this machine, and copy from or to the URL, as `aws s3 sync` does"
-        may = "IMAGES, CODES and, unless it is of http, the OUT of tokenize"
-        raise UsageError(f"{url(text)} is a URL, which only {may} may be", hint)
+        raise UsageError(f"{url(text)}: only IMAGES, CODES and the OUT of tokenize (not http) may be URLs", hint)
     expanded = os.path.expanduser(text)
     if text == expanded and (text == "~" or text.startswith("~/")):
         raise UsageError(f"{text}: this user has no home folder", "set HOME, or write the path without ~")

@@ -207,3 +207,17 @@ def test_an_earlier_step_of_a_run_guides_it(digits_codes: Path, tmp_path: Path) 
     assert samples["1"] != plain
     args = ["sample", "--ckpt", str(file), "--out", str(tmp_path / "out"), "--cfg", "4", "--device", "cpu"]
     assert run([*args, "--guide", f"{tmp_path / 'run'}@9"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "offending"),
+    [
+        (["network.guidance=2", "objective.label_drop=0"], "label_drop=0"),
+        (["sampling.cfg=1", "sampling.guide=weak.pt"], "sampling.guide"),
+    ],
+)
+def test_recipes_that_could_not_be_sampled_as_they_say_are_refused(
+    words: list[str], offending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train-gen", "codes", "--recipe", "digits", *words]) == 2
+    assert offending in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rdpm_cli.cli.app import run
+from rdpm_cli.engine.mirror import Mirror
 
 URL = "memory://bucket/codes"
 
@@ -109,6 +110,41 @@ def test_another_machine_goes_on_from_the_shards_there(machines: Machines, monke
     assert {name for name in written[note:] if "-00002" in name} == {"note-00002.json"}
 
 
+def test_a_copy_that_is_older_than_the_url_is_not_sent_over_it(machines: Machines) -> None:
+    assert machines.tokenize(URL, "--shards", "0") == 0
+    machines.use("b")
+    assert machines.tokenize(URL, "--shards", "1-99") == 0
+    there = at_url()
+    stale = next((machines.tmp_path / "a" / "rdpm").iterdir()) / "codes-00000.npy"
+    stale.write_bytes(stale.read_bytes()[:-2])
+    machines.use("a")
+    assert machines.tokenize(URL, "--shards", "1") == 0
+    assert at_url() == there
+
+
+def test_emptying_the_copy_while_it_is_written_removes_nothing_at_the_url(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machines.tokenize(URL, "--shards", "0-1") == 0
+    there, send = at_url(), Mirror.send
+
+    def empty_and_send(mirror: Mirror) -> None:
+        for path in mirror.folder.glob("[!.]*"):
+            path.unlink()
+        send(mirror)
+
+    monkeypatch.setattr(Mirror, "send", empty_and_send)
+    assert machines.tokenize() == 1
+    assert at_url() == there
+
+
+def test_a_store_may_lie_at_the_url_of_a_folder(machines: Machines, tmp_path: Path) -> None:
+    (tmp_path / "codes").mkdir()
+    assert machines.tokenize(f"file://{tmp_path}/codes") == 0
+    assert run(["verify", str(tmp_path / "codes")]) == 0
+    assert run(["inspect", f"file://{machines.images}"]) == 0
+
+
 def test_a_copy_is_fetched_again_where_the_store_there_is_another_one(
     machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,11 +173,17 @@ def test_what_is_no_finished_store_is_not_read(files: dict[str, bytes], code: in
     assert run(["train-gen", URL, "--recipe", "digits", "--dry-run"]) == code
 
 
-@pytest.mark.parametrize(("name", "code"), [("cat.png", 2), ("run.json", 3)])
-def test_a_store_is_not_written_among_other_files(name: str, code: int, machines: Machines) -> None:
-    MemoryFileSystem().pipe_file(f"/bucket/codes/{name}", b"content")
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("cat.png", b"x", 2), ("cats/1.png", b"x", 2), ("run.json", b"{", 3), ("run.json", b"[1]", 3),
+        ("manifest.json", b'{"name": "x"}', 3),
+    ],
+)  # fmt: skip
+def test_a_store_is_not_written_among_other_files(name: str, content: bytes, code: int, machines: Machines) -> None:
+    MemoryFileSystem().pipe_file(f"/bucket/codes/{name}", content)
     assert machines.tokenize() == code
-    assert MemoryFileSystem().cat_file(f"/bucket/codes/{name}") == b"content"
+    assert MemoryFileSystem().cat_file(f"/bucket/codes/{name}") == content
     assert len(MemoryFileSystem().ls("/bucket/codes")) == 1
 
 

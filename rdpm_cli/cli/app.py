@@ -186,7 +186,7 @@ def command(
 
 
 DATA = ("images", "heldout", "ref", "target", "arguments", "init", "mask")  # values that may be a URL of images
-MODELS = ("ckpt", "tokenizer", "from_weights", "target", "path")  # values that may name a model of the hub
+MODELS = ("ckpt", "tokenizer", "from_weights", "target", "path", "guide")  # values that may name a model of the hub
 STORES = ("codes", "target")  # values that may be the URL of a code store
 OPENED = ("title", "asr", "speaker", "vocoder")  # texts, and KIND:FILE, of which only the file is a path
 

@@ -72,9 +72,10 @@ class RemotePath:
             return [RemotePath(system.unstrip_protocol(name)) for name in sorted(system.glob(path))]
 
     def walk(self) -> list[str]:
-        """All files below a folder, relative to it."""
-        with self._connection() as (system, path):
+        """All files below a folder, relative to it; none where there is nothing."""
+        with contextlib.suppress(FileNotFoundError), self._connection() as (system, path):
             return [name.removeprefix(path).strip("/") for name in system.find(path)]
+        return []
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the files of a folder, by name; none where there is nothing. Asked for anew each time."""
@@ -89,7 +90,7 @@ class RemotePath:
             with self._connection() as (system, path):
                 system.pipe_file(path, content)
         except FileNotFoundError as error:
-            raise UsageError(f"{self} cannot be written: there is no such bucket", "make it first") from error
+            raise UsageError(f"{self} cannot be written: there is no such bucket or folder", "make it first") from error
 
     def unlink(self) -> None:
         """Remove a file; nothing where it has gone already."""

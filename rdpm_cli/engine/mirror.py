@@ -4,24 +4,26 @@ A store is mapped into memory, locked and renamed into place, which object store
 $XDG_CACHE_HOME/rdpm, or ~/.cache/rdpm, until the user removes them."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from rdpm_cli import files
-from rdpm_cli.codes.store import MANIFEST, Plan
+from rdpm_cli.codes.store import MANIFEST, TOKENIZER, Plan
 from rdpm_cli.data.folder import one_at_a_time
 from rdpm_cli.data.remote import Place, RemotePath
-from rdpm_cli.errors import DataError, RdpmError, UsageError
+from rdpm_cli.errors import DataError, RdpmError, RunError, UsageError
 from rdpm_cli.runs import RUN_FILE
 
 SHARD = re.compile(r"\w+-(\d+)\.npy")
 REQUESTS = 8  # at once
+T = TypeVar("T")
 
 
 class Mirror:
@@ -39,8 +41,8 @@ class Mirror:
         What only the copy has stays if it is of the same store. Raises UsageError for a URL that holds other files."""
         with one_at_a_time(self.folder), files.report_full_disk(self.folder):
             sizes, plan = self.remote.sizes(), _plan(self.remote)
-            if sizes and plan is None:
-                raise UsageError(f"{self.remote} holds {min(sizes)}, and no code store", "name another URL")
+            if plan is None and (found := self.remote.walk()):
+                raise UsageError(f"{self.remote} holds {min(found)}, and no code store", "name another URL")
             if begun and plan is None:
                 plan = _fixed(begun.model_dump(mode="json"))
             if plan not in (None, _plan(self.folder)):
@@ -50,13 +52,17 @@ class Mirror:
             before = _sums(self.folder)
             self._get(notes)
             sums, rest = _sums(self.folder), sizes.keys() - notes
-            if shards is not None:
-                rest = {name for name in rest if not (shard := SHARD.fullmatch(name)) or int(shard[1]) in shards}
             there = {path.name: path.stat().st_size for path in self.folder.iterdir()}
-            old = {name for name in rest if (there.get(name), before.get(name)) == (sizes[name], sums.get(name))}
-            files.need_space(self.folder, sum(sizes[name] for name in rest - old))
-            self._get(rest - old)
-            self._sent = {name: (self.folder / name).stat().st_mtime_ns for name in notes | rest}
+            same = {name for name in rest if (there.get(name), before.get(name)) == (sizes[name], sums.get(name))}
+            lacking = rest - same
+            if shards is not None:
+                others = {name for name in lacking if (shard := SHARD.fullmatch(name)) and int(shard[1]) not in shards}
+                lacking -= others
+                for name in others & there.keys():  # of another machine's since, which this one must not send back
+                    (self.folder / name).unlink()
+            files.need_space(self.folder, sum(sizes[name] for name in lacking))
+            self._get(lacking)
+            self._sent = {name: (self.folder / name).stat().st_mtime_ns for name in notes | same | lacking}
         return self.folder
 
     def send(self) -> None:
@@ -65,7 +71,10 @@ class Mirror:
         changed = [name for name, time in times.items() if self._sent.get(name) != time]
         for name in sorted(changed, key=lambda name: (name == MANIFEST, name.endswith(".json"))):
             (self.remote / name).write_bytes((self.folder / name).read_bytes())
-        for name in self._sent.keys() - times.keys():
+        gone = self._sent.keys() - times.keys()
+        if any(name == TOKENIZER or SHARD.fullmatch(name) for name in gone):
+            raise RunError(f"{self.folder} was emptied while it was used", "run the command again: it goes on")
+        for name in gone:
             (self.remote / name).unlink()
         self._sent = times
 
@@ -112,8 +121,7 @@ def _plan(folder: Place) -> dict[str, Any] | None:
     """What fixes the bytes of a store, apart from the name of its source; None where there is no store."""
     for name in (MANIFEST, RUN_FILE):
         if (folder / name).exists():
-            content = _json(folder / name)
-            return _fixed(content.get("plan", content))
+            return _read(folder / name, lambda content: _fixed(content.get("plan", content)))
     return None
 
 
@@ -123,15 +131,18 @@ def _fixed(plan: dict[str, Any]) -> dict[str, Any]:
 
 def _sums(folder: Path) -> dict[str, str]:
     """sha256 of the files that the notes and the manifest list, by name."""
-    lists = [_json(path)["sha256"] for path in folder.glob("note-*.json")]
+    lists = [_read(path, lambda note: [note["sha256"]]) for path in folder.glob("note-*.json")]
     if (folder / MANIFEST).exists():
-        manifest = _json(folder / MANIFEST)
-        lists += [manifest["files"], *(shard["sha256"] for shard in manifest["shards"])]
-    return {name: digest for sums in lists for name, digest in sums.items()}
+        lists += [
+            _read(folder / MANIFEST, lambda found: [found["files"], *(shard["sha256"] for shard in found["shards"])])
+        ]
+    return {name: digest for sums in itertools.chain(*lists) for name, digest in sums.items()}
 
 
-def _json(path: Place) -> Any:
+def _read(path: Place, take: Callable[[Any], T]) -> T:
+    """What is taken from a JSON file of a store. Raises DataError for another content."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}", "remove it, and run the command again") from error
+        return take(json.loads(path.read_bytes()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{path} is not of a code store: {error!r}"
+        raise DataError(reason, "remove it, or name another URL; then run the command again") from error

@@ -82,7 +82,8 @@ def sample(
     share, picked = share_of(shard), pick_device(device)
     loaded, options, picked_classes = load(ckpt, classes, seed, sampling or {}, preset)
     labels = sampler.balanced_labels(picked_classes, per_class, seed)
-    digests, recorded, known = digests_of(loaded, options), {**options.sampling.model_dump(), "seed": seed}, None
+    digests, known = digests_of(loaded, options), None
+    recorded = {**options.sampling.model_dump(exclude={"guide"}), "seed": seed}  # of a guide the digest counts
     if edit:
         image_digests, known = open_edit(edit, loaded, seed)
         digests |= image_digests

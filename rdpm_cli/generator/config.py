@@ -237,6 +237,14 @@ class RDPMConfig(GeneratorConfig):
     objective: RDPMObjective = RDPMObjective()
     sampling: RDPMSampling = RDPMSampling()
 
+    @model_validator(mode="after")
+    def _guidance_is_learnt_and_guides_are_given(self) -> Self:
+        if self.network.guidance and (fault := guidance_fault(self.objective.label_drop)):
+            raise ValueError(f"network.guidance={self.network.guidance:g}: {fault}")
+        if self.sampling.guide:
+            raise ValueError(f"sampling.guide={self.sampling.guide}: a guide is for sampling; give it to `rdpm sample`")
+        return self
+
     @property
     def uses_latents(self) -> bool:
         return self.objective.noise == "fresh"
