@@ -140,8 +140,8 @@ def write_store(
         barrier()  # every rank has listed the same shards before any of them writes one
         yield items_of(plan, shards) - items_of(plan, missing)
         yield from _write_shards(root, source, tokenizer, plan, missing, work)
-        # The other ranks' shards; polled, so that a signal can end the wait.
-        while size > 1 and unwritten_shards(root, plan, shards):
+        # The other ranks' shards, or this one's after a request to stop; polled, so that a signal can end the wait.
+        while (size > 1 or work.stopped()) and unwritten_shards(root, plan, shards):
             time.sleep(0.5)
             yield 0
         if rank == 0 and work.shards is None:
