@@ -39,9 +39,8 @@ def is_url(text: str) -> bool:
 
 def url(text: str) -> str:
     """A URL with both its slashes, of which a Path keeps one; of this machine's files all three."""
-    scheme, rest = URL.match(text), URL.sub("", text, count=1)
-    name = scheme[0].rstrip("/") if scheme else ""
-    return f"{name}{'///' if name in ('file:', 'local:') else '//'}{rest}" if name else text
+    slashes = "///" if text.startswith(("file:", "local:")) else "//"
+    return URL.sub(lambda scheme: scheme[0].rstrip("/") + slashes, text, count=1)
 
 
 def local_path(text: str) -> str:
